@@ -1,0 +1,328 @@
+"""The two text encoders of FLUX and their tokenizers: T5 for the tokens, CLIP for the pooled vector.
+
+    txt    = T5(instruction)          # (B, T, D) one vector per token, padding included
+    pooled = CLIP(instruction)        # (B, D')   one vector per instruction
+
+Key: B batch; T tokens; D width; N heads; d head size.
+Parameter names are the keys of the Hugging Face folder's text_encoder/ (CLIP) and text_encoder_2/ (T5).
+Source: T5 1.1 (Raffel et al. 2020, arXiv 1910.10683), CLIP (Radford et al. 2021, arXiv 2103.00020).
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+
+import weights
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+
+class T5Tokenizer:
+    """Unigram pieces from tokenizer.json, </s> at the end, padded with 0 to a fixed length.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        settings = weights.read_json(folder / "tokenizer_config.json")
+        self.length = token_limit(settings, folder)
+        self.model = read_tokenizer(folder / "tokenizer.json")
+        self.model.no_padding()
+        self.model.enable_truncation(self.length)
+        self.model.enable_padding(length=self.length, pad_id=0, pad_token="<pad>")
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Texts to token ids, (B, length) int64; what is longer is cut."""
+        return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
+
+
+class CLIPTokenizer:
+    """Byte-level BPE from vocab.json and merges.txt, between a start and an end token, padded.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        settings = weights.read_json(folder / "tokenizer_config.json")
+        self.length = token_limit(settings, folder)
+        vocab = weights.read_json(folder / "vocab.json")
+        start, end, pad = (token_text(settings, name, folder) for name in ("bos_token", "eos_token", "pad_token"))
+        if not {start, end, pad} <= vocab.keys():
+            raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
+        self.model = clip_bpe(vocab, read_merges(folder / "merges.txt"), start, end)
+        normalized = {entry["content"]: entry.get("normalized", False)
+                      for entry in settings.get("added_tokens_decoder", {}).values()}
+        self.model.add_special_tokens([AddedToken(token, normalized=normalized.get(token, False), special=True)
+                                       for token in (start, end)])
+        self.model.enable_truncation(self.length)
+        self.model.enable_padding(length=self.length, pad_id=vocab[pad], pad_token=pad)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Texts to token ids, (B, length) int64; what is longer is cut."""
+        return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
+
+
+def token_limit(settings: dict, folder: Path) -> int:
+    length = settings.get("model_max_length")
+    if not isinstance(length, int) or not 2 < length < 100_000:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length should be a small number, found {length!r}")
+    return length
+
+
+def token_text(settings: dict, name: str, folder: Path) -> str:
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: has no {name}")
+    return token
+
+
+def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:                           # the library raises no narrower type
+        raise ValueError(f"{file}: not a tokenizer ({error})") from None
+
+
+def read_merges(file: Path) -> list[tuple[str, str]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found")
+    lines = file.read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    if not all(len(merge) == 2 for merge in merges):
+        raise ValueError(f"{file}: each line should hold two pieces")
+    return merges
+
+
+def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str, end: str) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer: NFC, one space for many, lower case, its own split pattern, bytes, BPE with </w>."""
+    model = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>", fuse_unk=False))
+    model.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model.decoder = decoders.ByteLevel()
+    model.post_processor = processors.RobertaProcessing(
+        sep=(end, vocab[end]), cls=(start, vocab[start]), add_prefix_space=False, trim_offsets=False)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- T5
+
+@dataclass(frozen=True)
+class T5Config:
+    """The entries of text_encoder_2/config.json that the model depends on."""
+    vocab_size: int
+    d_model: int                                         # D
+    d_kv: int                                            # d; N d need not equal D
+    d_ff: int                                            # width inside the feed-forward layer
+    num_layers: int
+    num_heads: int                                       # N
+    relative_attention_num_buckets: int = 32             # distances share biases by bucket
+    relative_attention_max_distance: int = 128           # beyond it all share the last bucket
+    layer_norm_epsilon: float = 1e-6
+
+
+class T5LayerNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight: no mean, no bias; the variance in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(self.weight.dtype) * self.weight
+
+
+def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
+    """Relative positions (key - query) to bias rows: exact when near, logarithmic when far, both ways."""
+    half = buckets // 2
+    exact = half // 2
+    size = distance.abs()
+    far = exact + (torch.log(size.float().clamp(min=1) / exact) / math.log(longest / exact) * (half - exact)).long()
+    return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
+
+
+class T5Attention(nn.Module):
+    # Reference: scores are not divided by sqrt(d); T5 folds that into its initialisation.
+    def __init__(self, c: T5Config, has_bias: bool):
+        super().__init__()
+        inner = c.num_heads * c.d_kv
+        self.heads = c.num_heads
+        self.q, self.k, self.v = (nn.Linear(c.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, c.d_model, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:    # (B, T, D), (1, N, T, T) -> (B, T, D)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)     # (B, N, T, d)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+class T5FeedForward(nn.Module):
+    """GELU (tanh) of one projection gates another."""
+
+    def __init__(self, c: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.wi_1 = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.wo = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        return self.wo(wide.to(self.wo.weight.dtype)).to(x.dtype)
+
+
+class T5Block(nn.Module):
+    """Attention and feed-forward, each after a norm and with a residual. The names are the checkpoint's."""
+
+    def __init__(self, c: T5Config, has_bias: bool):
+        super().__init__()
+        def norm() -> T5LayerNorm:
+            return T5LayerNorm(c.d_model, c.layer_norm_epsilon)
+        self.layer = nn.ModuleList([
+            nn.ModuleDict({"SelfAttention": T5Attention(c, has_bias), "layer_norm": norm()}),
+            nn.ModuleDict({"DenseReluDense": T5FeedForward(c), "layer_norm": norm()})])
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        attention, feed_forward = self.layer
+        x = limit(x + attention["SelfAttention"](attention["layer_norm"](x), bias))
+        return limit(x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x)))
+
+
+def limit(x: Tensor) -> Tensor:
+    """Keep fp16 finite, where T5's activations overflow; other types pass."""
+    return x.clamp(-64504, 64504) if x.dtype == torch.float16 else x
+
+
+class T5Encoder(nn.Module):
+    """Tokens to one vector each."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = c = config
+        self.shared = nn.Embedding(c.vocab_size, c.d_model)
+        self.encoder = nn.ModuleDict({
+            "block": nn.ModuleList(T5Block(c, has_bias=i == 0) for i in range(c.num_layers)),
+            "final_layer_norm": T5LayerNorm(c.d_model, c.layer_norm_epsilon)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) int64 -> (B, T, D). Without a mask: padding attends and is attended to."""
+        # Reference: FLUX was trained so; masking the padding changes every picture.
+        c, steps = self.config, torch.arange(ids.shape[1], device=ids.device)
+        buckets = bucket(steps[None] - steps[:, None], c.relative_attention_num_buckets, c.relative_attention_max_distance)
+        table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
+        bias = table(buckets).permute(2, 0, 1)[None]     # (1, N, T, T), shared by all blocks
+        x = self.shared(ids)                             # (B, T, D)
+        for block in self.encoder["block"]:
+            x = block(x, bias)                           # (B, T, D)
+        return self.encoder["final_layer_norm"](x)       # (B, T, D)
+
+
+# -------------------------------------------------------------------------------------------- CLIP
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The entries of text_encoder/config.json that the model depends on."""
+    vocab_size: int
+    hidden_size: int                                     # D
+    intermediate_size: int                               # width inside the MLP
+    num_hidden_layers: int
+    num_attention_heads: int                             # N
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 2                                # where the pooled vector is taken
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, c: CLIPConfig):
+        super().__init__()
+        self.heads, D = c.num_attention_heads, c.hidden_size
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:              # (B, T, D): each token sees those before it
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)        # (B, N, T, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, c: CLIPConfig):
+        super().__init__()
+        self.self_attn = CLIPAttention(c)
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(c.hidden_size, c.intermediate_size),
+                                  "fc2": nn.Linear(c.intermediate_size, c.hidden_size)})
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        wide = self.mlp["fc1"](self.layer_norm2(x))      # (B, T, 4D)
+        return x + self.mlp["fc2"](wide * torch.sigmoid(1.702 * wide))       # quick GELU
+
+
+class CLIPEmbeddings(nn.Module):
+    def __init__(self, c: CLIPConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:            # (B, T) -> (B, T, D)
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
+
+
+class CLIPEncoder(nn.Module):
+    """Tokens to one vector per text."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = c = config
+        self.text_model = nn.ModuleDict({
+            "embeddings": CLIPEmbeddings(c),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(c) for _ in range(c.num_hidden_layers))}),
+            "final_layer_norm": nn.LayerNorm(c.hidden_size, c.layer_norm_eps)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) int64 -> pooled (B, D): the last layer's vector at the first end token."""
+        x = self.text_model["embeddings"](ids)           # (B, T, D)
+        for layer in self.text_model["encoder"]["layers"]:
+            x = layer(x)                                 # (B, T, D)
+        x = self.text_model["final_layer_norm"](x)       # (B, T, D)
+        # Reference: the public file's eos_token_id is 2, a slip; there the largest id marks the end.
+        end = self.config.eos_token_id
+        at = ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)     # (B,)
+        return x[torch.arange(len(x), device=x.device), at]                  # (B, D)
+
+
+# ----------------------------------------------------------------------------------------- loading
+
+def load_t5(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> T5Encoder:
+    """Read the text_encoder_2/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
+    def build(config: dict, where: Path) -> T5Encoder:
+        return T5Encoder(weights.config_from(T5Config, config, where))
+    model = weights.load_part(build, folder, device, dtype, weights.tidy_t5)
+    if dtype == torch.float16:                           # the second feed-forward matrix overflows fp16
+        for name, module in model.named_modules():
+            if name.endswith(".wo"):
+                module.float()
+    return model
+
+
+def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> CLIPEncoder:
+    """Read the text_encoder/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
+    def build(config: dict, where: Path) -> CLIPEncoder:
+        return CLIPEncoder(weights.config_from(CLIPConfig, config, where))
+    return weights.load_part(build, folder, device, dtype, weights.tidy_clip)

@@ -1,0 +1,206 @@
+"""The autoencoder of FLUX: pictures <-> latents, eight times smaller on a side.
+
+    z = scaling_factor * (mean(encoder(img)) - shift_factor)          # what the transformer sees
+    img = decoder(z / scaling_factor + shift_factor)
+
+Key: B batch; H, W pixels; h, w latent grid (H / 8, W / 8); C = 16 latent channels.
+Module names are the keys of the Hugging Face folder's vae/.
+Source: Rombach et al. 2022 (arXiv 2112.10752); weights and sizes of black-forest-labs/FLUX.1-Kontext-dev.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weights
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The entries of vae/config.json that the model depends on."""
+    block_out_channels: tuple                            # widths, from pixels to latents
+    layers_per_block: int                                # residual blocks per level (decoder: one more)
+    latent_channels: int                                 # C
+    norm_num_groups: int                                 # of every GroupNorm
+    scaling_factor: float                                # brings latents to about unit variance
+    shift_factor: float                                  # and to about zero mean
+    in_channels: int = 3                                 # RGB
+    out_channels: int = 3
+    sample_size: int = 1024                              # the picture size it was made for
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position: every level but the last one halves the grid."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        if width_in != width:
+            self.conv_shortcut = nn.Conv2d(width_in, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:              # (B, width_in, h, w) -> (B, width, h, w)
+        out = self.conv1(F.silu(self.norm1(x)))
+        out = self.conv2(F.silu(self.norm2(out)))
+        return out + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """One head over all positions of the grid."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:              # (B, width, h, w)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)               # (B, h w, width)
+        q, k, v = (layer(tokens)[:, None] for layer in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]                  # (B, h w, width)
+        return x + self.to_out[0](out).transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halve the grid; one row and column of zeros, on the right and at the bottom only."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))         # (B, width, h / 2, w / 2)
+
+
+class Upsample(nn.Module):
+    """Double the grid: nearest neighbour, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, width, 2h, 2w)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution."""
+
+    def __init__(self, width_in: int, width: int, blocks: int, groups: int, resize: str | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
+        if resize == "down":
+            self.downsamplers = nn.ModuleList([Downsample(width)])
+        elif resize == "up":
+            self.upsamplers = nn.ModuleList([Upsample(width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the coarsest resolution."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(width, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups), ResnetBlock(width, width, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    """Pictures to the parameters of a Gaussian over latents."""
+
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths, groups = c.block_out_channels, c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block, groups, "down" if i + 1 < len(widths) else None)
+            for i in range(len(widths)))
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, img: Tensor) -> Tensor:
+        x = self.conv_in(img)                            # (B, width 0, H, W)
+        for level in self.down_blocks:
+            x = level(x)                                 # (B, width i, ...), at last (B, width, h, w)
+        x = self.mid_block(x)                            # (B, width, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))   # (B, 2C, h, w): mean, log-variance
+
+
+class Decoder(nn.Module):
+    """Latents to pictures."""
+
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
+        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        self.up_blocks = nn.ModuleList(
+            Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, groups, "up" if i + 1 < len(widths) else None)
+            for i in range(len(widths)))
+        self.mid_block = MidBlock(widths[0], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))              # (B, width, h, w)
+        for level in self.up_blocks:
+            x = level(x)                                 # (B, width i, ...), at last (B, width 0, H, W)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))   # (B, 3, H, W)
+
+
+class AutoEncoder(nn.Module):
+    """The whole autoencoder. encode and decode speak the transformer's (shifted, scaled) latents."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def moments(self, img: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, 3, H, W) in [-1, 1] -> raw mean and log-variance, each (B, C, h, w)."""
+        mean, logvar = self.encoder(img).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, img: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pictures to latents.
+
+        Shapes: img (B, 3, H, W), noise (B, C, h, w) -> (B, C, h, w).
+        Units: img in [-1, 1]; latents of about unit variance. noise, standard normal, draws a sample;
+        without it the mean is taken, as references and inference do.
+        Raises: ValueError when H or W is not divisible by config.factor.
+        """
+        if img.shape[-1] % self.config.factor or img.shape[-2] % self.config.factor:
+            raise ValueError(f"picture of {img.shape[-1]}x{img.shape[-2]}: sides must divide by {self.config.factor}")
+        mean, logvar = self.moments(img)
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise   # (B, C, h, w)
+        return self.config.scaling_factor * (z - self.config.shift_factor)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for overshoot."""
+        return self.decoder(z / self.config.scaling_factor + self.config.shift_factor)
+
+
+def load_vae(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> AutoEncoder:
+    """Read the vae/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
+    def build(config: dict, where: Path) -> AutoEncoder:
+        return AutoEncoder(weights.config_from(VAEConfig, config, where))
+    return weights.load_part(build, folder, device, dtype)

@@ -1,0 +1,201 @@
+"""Checkpoints: files -> named tensors -> models. The only file that knows how weights are laid out.
+
+Strict: every name and every shape is accounted for before anything is assigned. Lazy: on the CPU
+safetensors maps its files, so a tensor costs memory only when its pages are touched, and assigning
+instead of copying keeps it so.
+
+Source: the published folder black-forest-labs/FLUX.1-Kontext-dev (model_index.json, transformer/,
+vae/, text_encoder/, text_encoder_2/, tokenizer/, tokenizer_2/).
+
+Run: python weights.py tiny/model
+"""
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Config = TypeVar("Config")
+Model = TypeVar("Model", bound=nn.Module)
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises: FileNotFoundError; ValueError when it is no JSON object."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def config_from(cls: type[Config], values: dict, where: str | Path) -> Config:
+    """Build a config dataclass from the entries of a config.json that it has fields for.
+
+    Lists become tuples. Raises: ValueError naming an entry that is missing or of another type.
+    """
+    found = {}
+    for entry in fields(cls):
+        if entry.name in values:
+            value = values[entry.name]
+            value = tuple(value) if isinstance(value, list) else value
+            kind = getattr(entry.type, "__origin__", entry.type)
+            if kind in (int, float, bool, tuple) and not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{where}: {entry.name} should be {kind.__name__}, found {value!r}")
+            found[entry.name] = value
+        elif entry.default is MISSING:
+            raise ValueError(f"{where}: has no entry {entry.name!r}")
+    return cls(**found)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of one component: those its index names, else the only one there."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: not found; a FLUX Kontext folder holds {', '.join(PARTS)}")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        names = read_json(indices[0]).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ValueError(f"{indices[0]}: weight_map must name files of the same folder")
+        return [folder / name for name in sorted(set(names.values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{folder}: expected one .safetensors file or an index, found {len(files)} files")
+    return files
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of some safetensors files, mapped from disk.
+
+    Raises: FileNotFoundError; ValueError for a cut, foreign or doubly defined tensor file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    if name in tensors:
+                        raise ValueError(f"{file}: tensor {name} occurs in another shard too")
+                    tensors[name] = opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The text entries of a safetensors file's header."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def check(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: str | Path) -> None:
+    """Raises: ValueError naming what is missing, foreign or of another shape."""
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    other = [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
+             for name, shape in expected.items() if name in found and found[name] != shape]
+    problems = [f"{len(names)} {what}: {some(names)}" for what, names in
+                (("missing", missing), ("unexpected", foreign), ("of another shape", other)) if names]
+    if problems:
+        raise ValueError(f"{where}: tensors do not match the configuration: {'; '.join(problems)}")
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Give a model its tensors, without copying, after all names and shapes have been checked."""
+    check({name: p.shape for name, p in model.state_dict().items()},
+          {name: t.shape for name, t in tensors.items()}, where)
+    model.load_state_dict(tensors, strict=True, assign=True)
+
+
+def tidy_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP text files: drop what the text encoder does not use, add the prefix where it is absent."""
+    kept = {name: t for name, t in tensors.items() if not name.endswith("position_ids")
+            and not name.startswith(("vision_model.", "text_projection", "visual_projection", "logit_scale"))}
+    return {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in kept.items()}
+
+
+def tidy_t5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """T5 files: the one embedding may be stored as shared.weight, encoder.embed_tokens.weight, or both."""
+    kept = dict(tensors)
+    embedding = kept.pop("encoder.embed_tokens.weight", None)
+    if embedding is not None:
+        kept.setdefault("shared.weight", embedding)
+    return kept
+
+
+def load_part(build: Callable[[dict, Path], Model], folder: str | Path, device: torch.device | str = "cpu",
+              dtype: torch.dtype | None = None,
+              tidy: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> Model:
+    """Read one component of a Hugging Face folder: its config.json, then its tensors.
+
+    build(config, where) makes the model; it runs on the meta device, so nothing is allocated twice.
+    dtype None keeps the file's. The result is frozen and in eval mode.
+    Raises: FileNotFoundError, ValueError.
+    """
+    folder = Path(folder)
+    files = shards(folder)
+    with torch.device("meta"):
+        model = build(read_json(folder / "config.json"), folder / "config.json")
+    assign(model, tidy(read_tensors(files)), folder)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def save_part(model: nn.Module, config: dict, folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Write one component the way load_part reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {key: t.detach().to("cpu", dtype).contiguous() for key, t in model.state_dict().items()}
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+def describe(path: Path) -> str:
+    """What a file or a folder holds: its parts, tensors, parameters, dtypes."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found")
+    parts = [path / part for part in PARTS if (path / part / "config.json").is_file()] if path.is_dir() else [path]
+    if not parts:
+        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}) and no safetensors file")
+    lines = []
+    for part in parts:
+        tensors = read_tensors(shards(part) if part.is_dir() else [part])
+        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
+        lines.append(f"{part}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, {kinds}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is.")
+    parser.add_argument("path", type=Path, help="a FLUX Kontext folder or a .safetensors file")
+    print(describe(parser.parse_args().path))
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
+    try:
+        command()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)
