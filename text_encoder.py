@@ -114,7 +114,7 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str, e
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
     model.decoder = decoders.ByteLevel()
     model.post_processor = processors.RobertaProcessing(
-        sep=(end, vocab[end]), cls=(start, vocab[start]), add_prefix_space=False, trim_offsets=False)
+        (end, vocab[end]), (start, vocab[start]), trim_offsets=False, add_prefix_space=False)
     return model
 
 

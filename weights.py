@@ -159,12 +159,12 @@ def load_part(build: Callable[[dict, Path], Model], folder: str | Path, device: 
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def save_part(model: nn.Module, config: dict, folder: Path, name: str, dtype: torch.dtype) -> None:
-    """Write one component the way load_part reads it."""
+def save_tensors(tensors: dict[str, Tensor], config: dict, folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Write one component, config.json and tensors, the way load_part reads it."""
     folder.mkdir(parents=True, exist_ok=True)
+    stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
+    save_file(stored, folder / name, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {key: t.detach().to("cpu", dtype).contiguous() for key, t in model.state_dict().items()}
-    save_file(tensors, folder / name, metadata={"format": "pt"})
 
 
 def describe(path: Path) -> str:
