@@ -294,7 +294,8 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
         if compiled:
             block.compile(dynamic=False)
     parameters = list(model.parameters())
-    torch._foreach_copy_(parameters, master)
+    copies = [p.data for p in parameters]                # what forward and backward see, bf16 in the transformer
+    torch._foreach_copy_(copies, master)
     bar, smooth = trange(state["step"], steps, desc="transformer", mininterval=10), {}
     for step in bar:
         rng, generator = np.random.default_rng([4, step]), torch.Generator().manual_seed(step)
@@ -307,7 +308,7 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
         nn.utils.clip_grad_norm_(master, 1.0)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1, (steps - step) / decay)
         optimizer.step()
-        torch._foreach_copy_(parameters, master)
+        torch._foreach_copy_(copies, master)
         torch._foreach_lerp_(average, master, max(0.001, 1 / (step + 1)))
         smooth[group] = 0.98 * smooth.get(group, loss.item()) + 0.02 * loss.item()
         bar.set_postfix(**{name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)

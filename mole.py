@@ -1,0 +1,322 @@
+"""InstructMoLE: a mixture of low-rank experts, routed once per image by the whole instruction.
+
+    z = instruction vector                                             one per image
+    p = softmax(G z + noise),      noise ~ N(0, 1/E^2) in training     one router G per adapted layer
+    y = W x + b + sum over e in top-k(p) of  p_e * s * (x A_e) B_e     W, b frozen; s = alpha / r
+
+    L_balance       = E * sum_e f_e P_e                                f: share kept, P: mean p
+    L_orthogonality = sum_{i != j} cos(Y_i, Y_j)^2 / (E (E - 1)),      Y_e = s X A_e B_e
+
+All of it happens in rank space: H = X A holds every expert's r inner channels at once, the mixture is
+(H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
+
+Key: B batch; N tokens; E experts; k kept; r rank; s scale; D width of the instruction vector.
+Source: arXiv 2512.21788 and its public code. This file knows nn.Linear and module names, no model.
+"""
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is put on the model. The defaults are the published full-size configuration."""
+    lora_targets: tuple = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear",
+                           "norm.linear", "ff.net.0.proj", "single_transformer_blocks.*.proj_mlp")
+    lora_rank: int = 256
+    lora_alpha: float = 256                              # the LoRA's scale is alpha / rank
+    mole_targets: tuple = ("ff.net.2", "single_transformer_blocks.*.proj_out")
+    token_targets: tuple = ()                            # MoLE layers routed by each token instead
+    experts: int = 8                                     # E
+    top_k: int = 4                                       # k, per image (or per token)
+    rank: int = 32                                       # r of one expert
+    alpha: float = 32                                    # s = alpha / rank
+    balance_weight: float = 0.1                          # of layers routed by the instruction
+    token_balance_weight: float = 0.01                   # of layers routed by tokens
+    orthogonality_weight: float = 0.01
+    resampler: bool = True                               # False: z is the pooled CLIP vector alone
+    resampler_width: int = 768
+    resampler_depth: int = 2
+    resampler_heads: int = 12
+    resampler_head_dim: int = 64
+    dropout: float = 0.1                                 # on what the resampler adds to z
+
+
+# ---------------------------------------------------------------------------------- the equations
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (..., E) -> p, weights w, kept; all (..., E).
+
+    w is p on the k largest entries, *not* renormalised, and 0 elsewhere; kept is 1 there and 0 elsewhere.
+    """
+    p = logits.softmax(dim=-1)
+    kept = torch.zeros_like(p).scatter(-1, p.topk(top_k, dim=-1).indices, 1.0)
+    return p, p * kept, kept
+
+
+def balance_loss(p: Tensor, kept: Tensor) -> Tensor:
+    """E * sum_e f_e P_e over all rows; p, kept (..., E). The f_e sum to k; even use gives k."""
+    p, kept = p.flatten(0, -2), kept.flatten(0, -2)      # (rows, E)
+    return p.shape[-1] * (kept.mean(0) * p.mean(0)).sum()
+
+
+def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
+    """Mean squared cosine between the outputs of any two experts, chosen or not, on all tokens.
+
+    Shapes: H (..., E r) = X A, B (E r, out). Exactly the loss on the E flattened outputs, because
+    <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab.
+    The Gram matrices are in fp32 or wider. Zero outputs give exactly zero loss and gradient.
+    """
+    if experts == 1:
+        return H.new_zeros(())
+    wide = torch.promote_types(H.dtype, torch.float32)
+    H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
+    with torch.autocast(H.device.type, enabled=False):
+        gram = (H.T @ H) * (B @ B.T) * scale ** 2        # (E r, E r)
+    inner = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1)).sum((1, 3))     # (E, E): <Y_i, Y_j>
+    norm = inner.diagonal().clamp(min=1e-24).sqrt()      # clamped before the root, whose slope at 0 is infinite
+    cosine = inner / (norm[:, None] * norm)              # (E, E)
+    return 2 * cosine.triu(1).square().sum() / (experts * (experts - 1))
+
+
+# -------------------------------------------------------------------------- the instruction vector
+
+class PerceiverAttention(nn.Module):
+    """The query looks at the text and at itself."""
+
+    def __init__(self, width: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads, inner = heads, heads * head_dim
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:     # (B, T, width), (B, 1, width) -> (B, 1, width)
+        x, latents = self.norm1(x), self.norm2(latents)
+        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.to_q(latents), k, v))
+        out = F.scaled_dot_product_attention(q, k, v)            # (B, heads, 1, head_dim)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class InstructionVector(nn.Module):
+    """z = resampled T5 tokens + pooled CLIP vector. Parameter names are the research code's."""
+
+    def __init__(self, c: AdapterConfig, text_width: int, pooled_width: int):
+        super().__init__()
+        width = c.resampler_width
+        self.latents = nn.Parameter(torch.randn(1, 1, width) / width ** 0.5)
+        self.proj_in = nn.Linear(text_width, width)
+        self.proj_out = nn.Linear(width, pooled_width)
+        self.norm_out = nn.LayerNorm(pooled_width)
+        self.dropout = nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList(nn.ModuleList([
+            PerceiverAttention(width, c.resampler_heads, c.resampler_head_dim),
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(),
+                          nn.Linear(4 * width, width, bias=False))]) for _ in range(c.resampler_depth))
+
+    def forward(self, txt: Tensor, pooled: Tensor) -> Tensor:    # (B, T, text), (B, D) -> (B, D)
+        x = self.proj_in(txt)                                    # (B, T, width)
+        latents = self.latents.expand(len(x), -1, -1)            # (B, 1, width)
+        for attention, feed_forward in self.layers:
+            latents = attention(x, latents) + latents
+            latents = feed_forward(latents) + latents
+        return self.dropout(self.norm_out(self.proj_out(latents)))[:, 0] + pooled
+
+
+# -------------------------------------------------------------------------------- adapted layers
+
+@dataclass
+class Routing:
+    """What one call of the transformer shares with its adapted layers."""
+    z: Tensor                                            # (B, D) instruction vectors
+    losses: bool                                         # whether layers should add theirs
+    balance: list[Tensor] = field(default_factory=list)          # weighted, one per layer and call
+    orthogonality: list[Tensor] = field(default_factory=list)    # weighted, one per layer and call
+    weights: dict[str, Tensor] = field(default_factory=dict)     # layer name -> the last w, (..., E)
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """The weighted sums (not means) over layers and calls: balance, orthogonality."""
+        zero = self.z.new_zeros(())
+        return sum(self.balance, zero), sum(self.orthogonality, zero)
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + s B (A x)."""
+
+    def __init__(self, base: nn.Linear, c: AdapterConfig):
+        super().__init__()
+        device = base.weight.device
+        self.base, self.scale = base, c.lora_alpha / c.lora_rank
+        self.lora_A = nn.Parameter(torch.randn(c.lora_rank, base.in_features, device=device) / c.lora_rank)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, c.lora_rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
+        low = F.linear(x, self.lora_A.to(x.dtype))       # (..., r)
+        return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+
+class MoLELinear(nn.Module):
+    """y = W x + b + the mixture of the kept experts."""
+
+    def __init__(self, base: nn.Linear, c: AdapterConfig, name: str, z_width: int, by_token: bool):
+        super().__init__()
+        device, inner = base.weight.device, c.experts * c.rank
+        self.base, self.config, self.name, self.by_token = base, c, name, by_token
+        # Reference: kaiming on an (in, r) matrix takes r for the fan-in, hence +-1/sqrt(r), not +-1/sqrt(in).
+        bound = c.rank ** -0.5
+        self.experts_A = nn.Parameter(torch.empty(base.in_features, inner, device=device).uniform_(-bound, bound))
+        self.experts_B = nn.Parameter(torch.zeros(inner, base.out_features, device=device))
+        self.router = nn.Linear(base.in_features if by_token else z_width, c.experts, bias=False, device=device)
+        self.routing: Routing | None = None              # set by Adapter.serve for one forward
+
+    def forward(self, x: Tensor) -> Tensor:              # (B, N, in) or (B, in) -> (..., out)
+        c, routing = self.config, self.routing
+        if routing is None:
+            raise ValueError(f"{self.name}: no instruction; call the model within `with adapter.serve(txt, pooled):`")
+        scale = c.alpha / c.rank
+        logits = self.router((x if self.by_token else routing.z).to(self.router.weight.dtype))   # (B, [N,] E)
+        if self.training:
+            logits = logits + torch.randn_like(logits) / c.experts
+        p, w, kept = route(logits, c.top_k)
+        routing.weights[self.name] = w.detach()
+        if not self.by_token and x.dim() == 3:
+            w = w[:, None]                               # (B, 1, E): one council for all tokens
+        H = x @ self.experts_A.to(x.dtype)               # (..., E r)
+        if routing.losses:
+            balance = c.token_balance_weight if self.by_token else c.balance_weight
+            routing.balance.append(balance * balance_loss(p, kept))
+            routing.orthogonality.append(
+                c.orthogonality_weight * orthogonality_loss(H, self.experts_B, c.experts, scale))
+        mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)
+        return self.base(x) + mixed @ self.experts_B.to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------- the adapter
+
+def matches(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a module's dotted name equals a target or ends in "." + it; * is any block index."""
+    patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
+    return any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in patterns)
+
+
+class Adapter(nn.Module):
+    """LoRA and MoLE layers on a frozen model, and the instruction vector that routes them.
+
+    Replaces every nn.Linear that a target names, in place; everything else is left as it is. New
+    weights are fp32, whatever the model's; at the start the model computes what it did before.
+    Raises: ValueError when a target names no nn.Linear of the model, or k is not in 1..E.
+    """
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, text_width: int, pooled_width: int):
+        super().__init__()
+        c = self.config = config
+        self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
+        if c.mole_targets and not 1 <= c.top_k <= c.experts:
+            raise ValueError(f"top_k must be in 1..{c.experts} (the number of experts), found {c.top_k}")
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        for target in (*c.lora_targets, *c.mole_targets, *c.token_targets):
+            if not any(matches(name, (target,)) for name in linears):
+                raise ValueError(f"adapter target {target!r} names no linear layer of the model")
+        model.requires_grad_(False)
+        for name in linears:
+            parent, _, last = name.rpartition(".")
+            parent, base = model.get_submodule(parent), model.get_submodule(name)
+            by_token = matches(name, c.token_targets)
+            if by_token or matches(name, c.mole_targets):
+                layer = MoLELinear(base, c, name, pooled_width, by_token)
+            elif matches(name, c.lora_targets):
+                layer = LoRALinear(base, c)
+            else:
+                continue
+            setattr(parent, last, layer)
+            self.layers[name.replace(".", "/")] = layer
+        self.mole = [layer for layer in self.layers.values() if isinstance(layer, MoLELinear)]
+        self.instruction = InstructionVector(c, text_width, pooled_width) if self.mole and c.resampler else None
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What is trained and saved, by name; the frozen model's own weights are not in it."""
+        return {name.removeprefix("layers.").replace("/", "."): p for name, p in self.named_parameters()
+                if not name.startswith("layers.") or name.split(".")[2] != "base"}
+
+    @contextmanager
+    def serve(self, txt: Tensor, pooled: Tensor, losses: bool = False) -> Iterator[Routing]:
+        """Route the model's calls within the `with` by these instructions.
+
+        txt (B, T, text width), pooled (B, D); losses: collect the auxiliary losses too. Noise and
+        dropout act in train() mode only.
+        """
+        z = pooled.float()
+        if self.instruction is not None:
+            z = self.instruction(txt.to(self.instruction.latents.dtype), pooled.to(self.instruction.latents.dtype))
+        routing = Routing(z, losses)
+        with self.use(routing):
+            yield routing
+
+    @contextmanager
+    def use(self, routing: Routing) -> Iterator[None]:
+        before = [layer.routing for layer in self.mole]
+        for layer in self.mole:
+            layer.routing = routing
+        try:
+            yield
+        finally:
+            for layer, old in zip(self.mole, before):
+                layer.routing = old
+
+    def checkpointed(self, routing: Routing) -> Callable:
+        """A `run` for the transformer: keep only each block's inputs, compute the rest again in backward.
+
+        The second computation is routed alike; what it adds to the losses is thrown away.
+        """
+        def run(block: nn.Module, *args: object) -> object:
+            again = replace(routing, balance=[], orthogonality=[], weights={})
+            return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(again)))
+        return run
+
+
+def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
+    """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
+    save_file(tensors, file, metadata={"format": "pt", "adapter": json.dumps(asdict(adapter.config)), **metadata})
+
+
+def load(model: nn.Module, file: str | Path, text_width: int, pooled_width: int) -> Adapter:
+    """Put a saved adapter on a model, frozen and in eval mode.
+
+    Raises: FileNotFoundError; ValueError when the file is no adapter, or one of another model.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such adapter")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata, found = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    if "adapter" not in metadata:
+        raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
+    try:
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(metadata["adapter"]).items()}
+        adapter = Adapter(model, AdapterConfig(**values), text_width, pooled_width)
+    except (json.JSONDecodeError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: adapter configuration does not fit ({error})") from None
+    wanted = adapter.tensors()
+    wrong = [name for name in sorted(wanted.keys() | found.keys())
+             if name not in wanted or name not in found or wanted[name].shape != found[name].shape]
+    if wrong:
+        raise ValueError(f"{file}: {len(wrong)} tensors are missing, foreign or of another shape, first {wrong[0]}")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            wanted[name].copy_(tensor)
+    return adapter.requires_grad_(False).eval()
