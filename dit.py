@@ -151,10 +151,11 @@ class Modulation(nn.Module):
 
     def __init__(self, width: int, sublayers: int):
         super().__init__()
-        self.linear = nn.Linear(width, 3 * sublayers * width)
+        self.parts = 3 * sublayers
+        self.linear = nn.Linear(width, self.parts * width)
 
     def forward(self, vec: Tensor) -> list[ModulationOut]:
-        parts = self.linear(F.silu(vec))[:, None].chunk(self.linear.out_features // vec.shape[-1], dim=-1)
+        parts = self.linear(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
         return [ModulationOut(*parts[i:i + 3]) for i in range(0, len(parts), 3)]
 
 

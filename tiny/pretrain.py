@@ -170,7 +170,7 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 3e
     if state["step"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    bar = trange(state["step"], steps, desc="vae", mininterval=10)
+    bar = trange(state["step"], steps, initial=state["step"], total=steps, desc="vae", mininterval=10)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
         img = vae_pictures(step, batch)                  # (B, 3, H, W)
@@ -273,7 +273,7 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
 
 
 def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_size: int = 64, lr: float = 1e-3,
-                      decay: int = 2500, compiled: bool = True) -> None:
+                      decay: int = 2000, compiled: bool = True) -> None:
     """bf16 forward and backward on copies, fp32 weights, optimizer and average; constant rate, then a decay."""
     if (out / "transformer" / "config.json").is_file():
         return
@@ -296,7 +296,7 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
     parameters = list(model.parameters())
     copies = [p.data for p in parameters]                # what forward and backward see, bf16 in the transformer
     torch._foreach_copy_(copies, master)
-    bar, smooth = trange(state["step"], steps, desc="transformer", mininterval=10), {}
+    bar, smooth = trange(state["step"], steps, initial=state["step"], total=steps, desc="transformer", mininterval=10), {}
     for step in bar:
         rng, generator = np.random.default_rng([4, step]), torch.Generator().manual_seed(step)
         group = "t2i" if step % 5 < 2 else "edit"
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=72_000, help="latents to encode for the transformer")
-    parser.add_argument("--steps", type=int, default=9000, help="of the transformer and text encoders")
+    parser.add_argument("--steps", type=int, default=8000, help="of the transformer and text encoders")
     parser.add_argument("--no-compile", action="store_true", help="for a short try: compiling takes minutes")
     args = parser.parse_args()
     make_tokenizers(args.out)

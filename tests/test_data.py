@@ -1,0 +1,235 @@
+"""The tiny world, its score, pictures from files, and a user's folder."""
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import evaluate
+from data import BASE_TASKS, BIG, COLOURS, EDITS, FIGURES, NEW_TASKS, SHAPES, SMALL, Sample, Scene, Thing
+
+ALL = BASE_TASKS + NEW_TASKS
+
+
+def draws(task: str, number: int, held_out: bool) -> list[Sample]:
+    rng = np.random.default_rng(5)
+    return [data.tiny_sample(rng, task, held_out) for _ in range(number)]
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_samples_are_given_what_their_task_says(task):
+    natives = 1 if task in EDITS else 0
+    cleans = {"multi": 2, "mixed": 2}.get(task, 1 if task in NEW_TASKS else 0)
+    for sample in draws(task, 20, False):
+        assert (len(sample.images), len(sample.conds), sample.task) == (natives, cleans, task)
+        assert np.array_equal(sample.target, data.draw(sample.scene))
+        assert sample.instruction.strip() and "{" not in sample.instruction and "a orange" not in sample.instruction
+        assert all(p.shape == (64, 64, 3) and p.dtype == np.uint8 for p in [sample.target, *sample.images, *sample.conds])
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_held_out_scenes_and_wordings_never_occur_in_training(task):
+    assert not any(sample.scene.held_out() for sample in draws(task, 60, False))
+    assert all(sample.scene.held_out() for sample in draws(task, 10, True))
+    kept = data.WORDINGS[task][-2:]
+    starts = [wording.split("{")[0].strip() for wording in kept]
+    seen = [sample.instruction.lower() for sample in draws(task, 60, False)]
+    assert not any(text.startswith("please") for text in seen)       # every last wording begins so
+    assert starts[-1].startswith("please")
+
+
+def test_edits_hold_out_the_scene_before_too():
+    rng, found = np.random.default_rng(1), []
+    for _ in range(400):
+        before, after, _ = data.edited(rng, "recolour")
+        sample = data.edit_sample(np.random.default_rng(1), "recolour", False)
+        found.append(before.held_out())
+        assert sample is None or not sample.scene.held_out()
+    assert any(found)                                    # such scenes are drawn, and then refused
+    pictures = {data.draw(b).tobytes() for b, _, _ in (data.edited(rng, "recolour") for _ in range(300)) if b.held_out()}
+    assert not any(s.images[0].tobytes() in pictures for s in draws("recolour", 300, False))
+
+
+def test_one_scene_in_ten_is_held_out_and_the_hash_is_stable():
+    rng = np.random.default_rng(0)
+    share = np.mean([data.random_scene(rng, 2).held_out() for _ in range(4000)])
+    assert 0.08 < share < 0.12
+    first, second = Thing("circle", "red", 0), Thing("star", "blue", 5)
+    assert Scene("white", (first, second)).held_out() == Scene("white", (second, first)).held_out()
+    assert [Scene(c, (first,)).held_out() for c in ("green", "blue", "yellow", "purple", "orange", "white", "black")] == HELD_OUT
+
+
+HELD_OUT = [False, False, True, False, False, False, False]          # written down once; must never change
+
+
+def test_test_samples_are_fixed():
+    once, again = data.tiny_test("move", 5), data.tiny_test("move", 5)
+    assert [s.instruction for s in once] == [s.instruction for s in again]
+    assert all(np.array_equal(a.target, b.target) for a, b in zip(once, again))
+    assert [s.instruction for s in data.tiny_test("move", 5, seed=1)] != [s.instruction for s in once]
+
+
+def test_batches_depend_on_seed_and_number_alone():
+    sources = [(data.TinyWorld(), 1.0)]
+    run = data.batches(sources, 3, seed=7)
+    first = [[s.instruction for s in next(run)] for _ in range(4)]
+    later = data.batches(sources, 3, seed=7, start=2)
+    assert [[s.instruction for s in next(later)] for _ in range(2)] == first[2:]
+    assert [s.instruction for s in next(data.batches(sources, 3, seed=8))] != first[0]
+
+
+def test_a_batch_is_given_the_same_number_of_pictures_and_every_task_occurs():
+    source, seen = data.TinyWorld(), Counter()
+    for i in range(60):
+        batch = source.draw(np.random.default_rng(i), 4)
+        assert len({(len(s.images), len(s.conds)) for s in batch}) == 1
+        seen.update(s.task for s in batch)
+    assert set(seen) == set(ALL)
+    assert {s.task for i in range(30) for s in data.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
+
+
+# ------------------------------------------------------------------------------------------- score
+
+def scenes() -> list[Scene]:
+    """Every shape, small and big, alone and in company, and every figure."""
+    found = [Scene("white", (Thing(s, c, 4, r),)) for s in SHAPES for c in ("yellow", "black") for r in (SMALL, BIG)]
+    found += [Scene("yellow", (Thing(s, "orange", 0), Thing("star", "white", 8))) for s in SHAPES]
+    return found + [Scene("green", (Thing(f, "red", 4, SMALL, pose),)) for f in FIGURES for pose in (0, 9, 17)]
+
+
+def as_sample(scene: Scene, given: list[np.ndarray]) -> Sample:
+    return Sample("", data.draw(scene), given, [], "", scene)
+
+
+@pytest.mark.parametrize("scene", scenes(), ids=lambda s: f"{s.background} {[str(t) for t in s.things]}")
+def test_the_score_takes_the_truth_and_nothing_else(scene):
+    sample = as_sample(scene, [])
+    assert evaluate.success(sample.target, sample)
+    wrong = [data.draw(other) for other in data.neighbours(scene)]
+    wrong = [picture for picture in wrong if not np.array_equal(picture, sample.target)]
+    assert len(wrong) >= 30
+    assert not any(evaluate.success(picture, sample) for picture in wrong)
+
+
+def test_neighbours_change_every_attribute():
+    scene = Scene("white", (Thing("cross", "yellow", 4),))
+    found = {data.draw(other).tobytes() for other in data.neighbours(scene)}
+    thing = scene.things[0]
+    for other in (Scene("white", (replace(thing, colour="red"),)), Scene("white", (replace(thing, shape="star"),)),
+                  Scene("white", (replace(thing, cell=0),)), Scene("white", ()), Scene("red", (thing,)),
+                  Scene("white", (thing, Thing("star", "yellow", 8)))):
+        assert data.draw(other).tobytes() in found
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_truth_scores_all_and_copies_score_nothing(task):
+    samples = data.tiny_test(task, 6)
+    score = evaluate.measure(task, [s.target for s in samples], samples)
+    assert score.success == 1 and score.psnr == 60
+    assert score.copy_success == (None if task == "t2i" else 0)
+
+
+def test_the_score_forgives_what_the_eye_forgives():
+    sample = data.tiny_test("add", 1)[0]
+    noisy = np.clip(sample.target + np.random.default_rng(0).normal(0, 12, sample.target.shape), 0, 255).astype(np.uint8)
+    assert evaluate.success(noisy, sample)
+    far = np.clip(sample.target + np.random.default_rng(0).normal(0, 60, sample.target.shape), 0, 255).astype(np.uint8)
+    assert not evaluate.success(far, sample)             # mean squared error above the threshold
+
+
+def test_psnr_and_error_are_in_the_units_they_claim():
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert evaluate.squared_error(black, white) == 4     # from -1 to 1
+    assert evaluate.psnr(black, white) == 0
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def test_pictures_are_read_as_a_person_sees_them(tmp_path):
+    picture = Image.new("RGB", (4, 2), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                     # turned by a quarter
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.load_image(tmp_path / "turned.jpg").size == (2, 4)
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert data.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("RGB", (2, 2), "blue").quantize(4).save(tmp_path / "palette.png")
+    assert data.load_image(tmp_path / "palette.png").getpixel((0, 0)) == (0, 0, 255)
+    Image.fromarray(np.full((2, 2), 65535, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((2, 2), 32768, np.uint16)).save(tmp_path / "half.png")
+    assert data.load_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
+    assert data.load_image(tmp_path / "half.png").getpixel((0, 0)) == (128, 128, 128)
+    Image.new("L", (50, 1), 7).save(tmp_path / "line.png")
+    assert data.load_image(tmp_path / "line.png").size == (50, 1)
+    assert data.fit(data.load_image(tmp_path / "line.png")).size == (48, 16)
+
+
+def test_unreadable_pictures_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:600])
+    for name in ("text.png", "cut.png"):
+        with pytest.raises(ValueError, match=name):
+            data.load_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        data.load_image(tmp_path / "gone.png")
+
+
+def test_fit_keeps_aspect_and_never_enlarges():
+    assert data.fit(Image.new("RGB", (1000, 500))).size == (512, 256)
+    assert data.fit(Image.new("RGB", (100, 60))).size == (96, 64)
+
+
+# ---------------------------------------------------------------------------------- a user's folder
+
+def folder(path, rows: list) -> data.Folder:
+    for i in range(3):
+        Image.new("RGB", (32 + 16 * i, 32), "red").save(path / f"{i}.png")
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+    return data.Folder(path)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    source = folder(tmp_path, [{"target": "0.png", "instruction": "a", "images": ["1.png"], "conds": "2.png", "task": "x"},
+                               {"file_name": "0.png", "text": "b"}, {"target": "0.png", "instruction": "c"}])
+    sizes = Counter()
+    for i in range(40):
+        batch = source.draw(np.random.default_rng(i), 5)
+        assert len({(len(s.images), len(s.conds)) for s in batch}) == 1
+        assert len({s.instruction for s in batch}) == len(batch)
+        sizes[tuple(sorted(s.instruction for s in batch))] += 1
+    assert set(sizes) == {("a",), ("b", "c")}            # rows with other references never share a batch
+    sample = next(s for i in range(40) for s in source.draw(np.random.default_rng(i), 1) if s.instruction == "a")
+    assert sample.images[0].shape == (32, 48, 3) and sample.conds[0].shape == (32, 64, 3) and sample.task == "x"
+    small = data.Folder(tmp_path / "metadata.jsonl", (64, 64)).draw(np.random.default_rng(0), 1)[0]
+    assert small.target.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("row, words", [
+    ("{broken", "line 2.*JSON"), ("[1]", "line 2.*object"), ({"instruction": "a"}, "line 2.*target"),
+    ({"target": "0.png"}, "line 2.*instruction"), ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
+    ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
+    ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images")])
+def test_bad_rows_are_named(tmp_path, row, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        folder(tmp_path, [{"target": "0.png", "instruction": "a"}, row])
+
+
+def test_missing_or_empty_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="metadata.jsonl"):
+        data.Folder(tmp_path)
+    with pytest.raises(ValueError, match="no rows"):
+        folder(tmp_path, [])
+
+
+def test_sources_and_weights(tmp_path):
+    folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
+    assert data.open_source("tiny:2.5")[1] == 2.5 and isinstance(data.open_source("tiny")[0], data.TinyWorld)
+    assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
+    for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
+        with pytest.raises(ValueError, match="weight"):
+            data.open_source(text)
