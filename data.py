@@ -460,7 +460,61 @@ def tiny_test(task: str, number: int, seed: int = 0) -> list[Sample]:
 NAMES = {"target": ("target", "file_name", "image_path", "image", "output_image"),
          "instruction": ("instruction", "prompt", "caption", "text"),
          "images": ("images", "input_images", "kontext_images", "control_path", "cond_image"),
-         "conds": ("conds",), "task": ("task",)}
+         "conds": ("conds",)}
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl file, each with words for where it stands. Raises: ValueError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{file} line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where}: not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object like {{\"instruction\": ...}}")
+            yield where, row
+
+
+def row_text(row: dict, name: str, where: str) -> str:
+    """A row's entry under our name or one that others use. Raises: ValueError when it is no text."""
+    text = next((row[other] for other in NAMES[name] if other in row), None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: needs a non-empty text under {name!r}")
+    return text
+
+
+def row_paths(row: dict, name: str, where: str) -> list[str]:
+    """A row's path or list of paths, under our name or one that others use. Raises: ValueError."""
+    paths = next((row[other] for other in NAMES[name] if other in row), None) or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{where}: {name!r} must be a path or a list of paths")
+    return paths
+
+
+def read_picture(path: Path, where: str) -> Image.Image:
+    """load_image, with the row named in its errors."""
+    try:
+        return load_image(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checked line of a user's folder; nothing of it has been decoded yet."""
+    instruction: str
+    target: Path
+    images: list[Path]
+    conds: list[Path]
+    task: str
+    where: str
 
 
 class Folder:
@@ -475,69 +529,41 @@ class Folder:
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None):
         path = Path(path)
-        self.file = path / "metadata.jsonl" if path.is_dir() else path
+        self.file, self.size = path / "metadata.jsonl" if path.is_dir() else path, size
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: not found; a data folder needs metadata.jsonl")
-        self.size = size
-        self.groups: dict[tuple, list[dict]] = {}        # rows whose pictures have equal sizes
-        try:
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.file}: not UTF-8 text ({error})") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                row = self.parse(line, f"{self.file} line {number}")
-                self.groups.setdefault(row["shapes"], []).append(row)
+        self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
+        for where, entry in read_rows(self.file):
+            here = self.file.parent
+            row = Row(row_text(entry, "instruction", where), here / row_text(entry, "target", where),
+                      [here / p for p in row_paths(entry, "images", where)],
+                      [here / p for p in row_paths(entry, "conds", where)], str(entry.get("task", "")), where)
+            shapes = tuple(tuple(self.shape(p, where) for p in paths)
+                           for paths in ([row.target], row.images, row.conds))
+            self.groups.setdefault(shapes, []).append(row)
         if not self.groups:
             raise ValueError(f"{self.file}: holds no rows")
 
-    def parse(self, line: str, where: str) -> dict:
-        """One line, with paths made whole and the pictures' sizes looked up in their headers."""
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected an object like {{\"target\": ..., \"instruction\": ...}}")
-        row = {ours: next((entry[name] for name in names if name in entry), None) for ours, names in NAMES.items()}
-        for name in ("target", "instruction"):
-            if not isinstance(row[name], str) or not row[name].strip():
-                raise ValueError(f"{where}: needs a non-empty text under {name!r}")
-        for name in ("images", "conds"):
-            paths = [row[name]] if isinstance(row[name], str) else row[name] or []
-            if not isinstance(paths, list) or not all(isinstance(p, str) for p in paths):
-                raise ValueError(f"{where}: {name!r} must be a path or a list of paths")
-            row[name] = [self.file.parent / p for p in paths]
-        row["target"], row["where"] = self.file.parent / row["target"], where
-        row["shapes"] = tuple(tuple(self.shape(p, where) for p in paths)
-                              for paths in ([row["target"]], row["images"], row["conds"]))
-        return row
-
     def shape(self, path: Path, where: str) -> tuple[int, int]:
+        """The size that a picture will have. With a fixed size nothing is read but that it is there."""
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path}: no such picture")
-        return self.size or fit(self.read(path, where)).size
+        return self.size or fit(read_picture(path, where)).size
 
-    def read(self, path: Path, where: str) -> Image.Image:
-        try:
-            return load_image(path)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{where}: {error}") from None
-
-    def picture(self, path: Path, where: str) -> np.ndarray:
-        image = self.read(path, where)
-        return np.asarray(image.resize(self.size, Image.Resampling.LANCZOS) if self.size else fit(image))
+    def pictures(self, paths: list[Path], where: str) -> list[np.ndarray]:
+        images = [read_picture(path, where) for path in paths]
+        return [np.asarray(image.resize(self.size, Image.Resampling.LANCZOS) if self.size else fit(image))
+                for image in images]
 
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]:
         """Up to `size` different rows of one group; a group is as likely as it is large."""
         groups = list(self.groups.values())
         weights = np.array([len(rows) for rows in groups], float)
         rows = groups[rng.choice(len(groups), p=weights / weights.sum())]
-        chosen = rng.choice(len(rows), min(size, len(rows)), replace=False)
-        return [Sample(row["instruction"], self.picture(row["target"], row["where"]),
-                       [self.picture(p, row["where"]) for p in row["images"]],
-                       [self.picture(p, row["where"]) for p in row["conds"]], row["task"] or "")
-                for row in (rows[i] for i in chosen)]
+        chosen = [rows[i] for i in rng.choice(len(rows), min(size, len(rows)), replace=False)]
+        return [Sample(row.instruction, self.pictures([row.target], row.where)[0],
+                       self.pictures(row.images, row.where), self.pictures(row.conds, row.where), row.task)
+                for row in chosen]
 
 
 def open_source(text: str, size: tuple[int, int] | None = None) -> tuple["TinyWorld | Folder", float]:

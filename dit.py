@@ -34,7 +34,7 @@ class DiTConfig:
     num_attention_heads: int                             # N; the width is N d
     joint_attention_dim: int                             # width of the T5 tokens
     pooled_projection_dim: int                           # width of the CLIP vector
-    axes_dims_rope: tuple                                # channels of a head for (index, row, column)
+    axes_dims_rope: tuple[int, ...]                      # channels of a head for (index, row, column)
     guidance_embeds: bool = False                        # a distilled guidance scale is an input
 
     @property
@@ -310,8 +310,9 @@ class FluxTransformer(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        if sum(config.axes_dims_rope) != config.attention_head_dim:
-            raise ValueError(f"axes_dims_rope {config.axes_dims_rope} must sum to {config.attention_head_dim}")
+        axes = config.axes_dims_rope
+        if len(axes) != 3 or any(dim % 2 for dim in axes) or sum(axes) != config.attention_head_dim:
+            raise ValueError(f"axes_dims_rope {axes} must be three even numbers that sum to {config.attention_head_dim}")
         self.config = c = config
         self.x_embedder = nn.Linear(c.in_channels, c.width)
         self.context_embedder = nn.Linear(c.joint_attention_dim, c.width)

@@ -1,14 +1,14 @@
 """InstructMoLE: a mixture of low-rank experts, routed once per image by the whole instruction.
 
-    z = instruction vector                                             one per image
-    p = softmax(G z + noise),      noise ~ N(0, 1/E^2) in training     one router G per adapted layer
+    z = instruction vector                                              one per image
+    p = softmax(G z + noise),   noise ~ N(0, 1/E^2) in training        one router G per layer
     y = W x + b + sum over e in top-k(p) of  p_e * s * (x A_e) B_e     W, b frozen; s = alpha / r
 
     L_balance       = E * sum_e f_e P_e                                f: share kept, P: mean p
     L_orthogonality = sum_{i != j} cos(Y_i, Y_j)^2 / (E (E - 1)),      Y_e = s X A_e B_e
 
-All of it happens in rank space: H = X A holds every expert's r inner channels at once, the mixture is
-(H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
+All of it happens in rank space: H = X A holds every expert's r inner channels at once, the mixture
+is (H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
 
 Key: B batch; N tokens; E experts; k kept; r rank; s scale; D width of the instruction vector.
 Source: arXiv 2512.21788 and its public code. This file knows nn.Linear and module names, no model.
@@ -31,8 +31,9 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class AdapterConfig:
     """What is put on the model. The defaults are the published full-size configuration."""
-    lora_targets: tuple = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear",
-                           "norm.linear", "ff.net.0.proj", "single_transformer_blocks.*.proj_mlp")
+    lora_targets: tuple = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+                           "norm1.linear", "norm.linear", "ff.net.0.proj",
+                           "single_transformer_blocks.*.proj_mlp")
     lora_rank: int = 256
     lora_alpha: float = 256                              # the LoRA's scale is alpha / rank
     mole_targets: tuple = ("ff.net.2", "single_transformer_blocks.*.proj_out")
@@ -57,7 +58,7 @@ class AdapterConfig:
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits (..., E) -> p, weights w, kept; all (..., E).
 
-    w is p on the k largest entries, *not* renormalised, and 0 elsewhere; kept is 1 there and 0 elsewhere.
+    w is p on the k largest entries, *not* renormalised, and 0 elsewhere; kept is 1 where w is p.
     """
     p = logits.softmax(dim=-1)
     kept = torch.zeros_like(p).scatter(-1, p.topk(top_k, dim=-1).indices, 1.0)
@@ -83,8 +84,9 @@ def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -
     H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
     with torch.autocast(H.device.type, enabled=False):
         gram = (H.T @ H) * (B @ B.T) * scale ** 2        # (E r, E r)
-    inner = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1)).sum((1, 3))     # (E, E): <Y_i, Y_j>
-    norm = inner.diagonal().clamp(min=1e-24).sqrt()      # clamped before the root, whose slope at 0 is infinite
+    gram = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1))      # (E, r, E, r)
+    inner = gram.sum((1, 3))                             # (E, E): <Y_i, Y_j>
+    norm = inner.diagonal().clamp(min=1e-24).sqrt()      # clamped first: at 0 the root is too steep
     cosine = inner / (norm[:, None] * norm)              # (E, E)
     return 2 * cosine.triu(1).square().sum() / (experts * (experts - 1))
 
@@ -102,11 +104,12 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, latents: Tensor) -> Tensor:     # (B, T, width), (B, 1, width) -> (B, 1, width)
-        x, latents = self.norm1(x), self.norm2(latents)
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        x, latents = self.norm1(x), self.norm2(latents)  # (B, T, width), (B, 1, width)
         k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.to_q(latents), k, v))
-        out = F.scaled_dot_product_attention(q, k, v)            # (B, heads, 1, head_dim)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in (self.to_q(latents), k, v))
+        out = F.scaled_dot_product_attention(q, k, v)    # (B, heads, 1, head_dim)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -124,11 +127,13 @@ class InstructionVector(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([
             PerceiverAttention(width, c.resampler_heads, c.resampler_head_dim),
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(),
-                          nn.Linear(4 * width, width, bias=False))]) for _ in range(c.resampler_depth))
+                          nn.Linear(4 * width, width, bias=False))])
+            for _ in range(c.resampler_depth))
 
-    def forward(self, txt: Tensor, pooled: Tensor) -> Tensor:    # (B, T, text), (B, D) -> (B, D)
-        x = self.proj_in(txt)                                    # (B, T, width)
-        latents = self.latents.expand(len(x), -1, -1)            # (B, 1, width)
+    def forward(self, txt: Tensor, pooled: Tensor) -> Tensor:
+        """txt (B, T, text width), pooled (B, D) -> (B, D)."""
+        x = self.proj_in(txt)                            # (B, T, width)
+        latents = self.latents.expand(len(x), -1, -1)    # (B, 1, width)
         for attention, feed_forward in self.layers:
             latents = attention(x, latents) + latents
             latents = feed_forward(latents) + latents
@@ -141,10 +146,10 @@ class InstructionVector(nn.Module):
 class Routing:
     """What one call of the transformer shares with its adapted layers."""
     z: Tensor                                            # (B, D) instruction vectors
-    losses: bool                                         # whether layers should add theirs
-    balance: list[Tensor] = field(default_factory=list)          # weighted, one per layer and call
-    orthogonality: list[Tensor] = field(default_factory=list)    # weighted, one per layer and call
-    weights: dict[str, Tensor] = field(default_factory=dict)     # layer name -> the last w, (..., E)
+    losses: bool                                         # whether layers should add theirs:
+    balance: list[Tensor] = field(default_factory=list)  # weighted, one per layer and call
+    orthogonality: list[Tensor] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)     # layer -> its last w, (..., E)
 
     def total(self) -> tuple[Tensor, Tensor]:
         """The weighted sums (not means) over layers and calls: balance, orthogonality."""
@@ -157,10 +162,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, c: AdapterConfig):
         super().__init__()
-        device = base.weight.device
-        self.base, self.scale = base, c.lora_alpha / c.lora_rank
-        self.lora_A = nn.Parameter(torch.randn(c.lora_rank, base.in_features, device=device) / c.lora_rank)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, c.lora_rank, device=device))
+        r, device = c.lora_rank, base.weight.device
+        self.base, self.scale = base, c.lora_alpha / r
+        self.lora_A = nn.Parameter(torch.randn(r, base.in_features, device=device) / r)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
         low = F.linear(x, self.lora_A.to(x.dtype))       # (..., r)
@@ -174,19 +179,21 @@ class MoLELinear(nn.Module):
         super().__init__()
         device, inner = base.weight.device, c.experts * c.rank
         self.base, self.config, self.name, self.by_token = base, c, name, by_token
-        # Reference: kaiming on an (in, r) matrix takes r for the fan-in, hence +-1/sqrt(r), not +-1/sqrt(in).
-        bound = c.rank ** -0.5
-        self.experts_A = nn.Parameter(torch.empty(base.in_features, inner, device=device).uniform_(-bound, bound))
+        # Reference: kaiming took r for the fan-in of (in, r): +-1/sqrt(r), not +-1/sqrt(in).
+        first = torch.empty(base.in_features, inner, device=device).uniform_(-1, 1) / c.rank ** 0.5
+        self.experts_A = nn.Parameter(first)
         self.experts_B = nn.Parameter(torch.zeros(inner, base.out_features, device=device))
-        self.router = nn.Linear(base.in_features if by_token else z_width, c.experts, bias=False, device=device)
+        seen = base.in_features if by_token else z_width
+        self.router = nn.Linear(seen, c.experts, bias=False, device=device)
         self.routing: Routing | None = None              # set by Adapter.serve for one forward
 
     def forward(self, x: Tensor) -> Tensor:              # (B, N, in) or (B, in) -> (..., out)
         c, routing = self.config, self.routing
         if routing is None:
-            raise ValueError(f"{self.name}: no instruction; call the model within `with adapter.serve(txt, pooled):`")
+            raise ValueError(f"{self.name}: no instruction; call the model within adapter.serve()")
         scale = c.alpha / c.rank
-        logits = self.router((x if self.by_token else routing.z).to(self.router.weight.dtype))   # (B, [N,] E)
+        seen = x if self.by_token else routing.z
+        logits = self.router(seen.to(self.router.weight.dtype))              # (B, [N,] E)
         if self.training:
             logits = logits + torch.randn_like(logits) / c.experts
         p, w, kept = route(logits, c.top_k)
@@ -204,6 +211,22 @@ class MoLELinear(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- the adapter
+
+class Serving:
+    """While entered, layers are routed by one Routing. May be entered again and again."""
+
+    def __init__(self, layers: list[MoLELinear], routing: Routing):
+        self.layers, self.routing = layers, routing
+
+    def __enter__(self) -> None:
+        self.before = [layer.routing for layer in self.layers]
+        for layer in self.layers:
+            layer.routing = self.routing
+
+    def __exit__(self, *error: object) -> None:
+        for layer, routing in zip(self.layers, self.before):
+            layer.routing = routing
+
 
 def matches(name: str, targets: tuple[str, ...]) -> bool:
     """Whether a module's dotted name equals a target or ends in "." + it; * is any block index."""
@@ -223,13 +246,15 @@ class Adapter(nn.Module):
         super().__init__()
         c = self.config = config
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
-        if c.mole_targets and not 1 <= c.top_k <= c.experts:
-            raise ValueError(f"top_k must be in 1..{c.experts} (the number of experts), found {c.top_k}")
+        if not 1 <= c.top_k <= c.experts or c.rank < 1 or c.lora_rank < 1:
+            raise ValueError(f"rank {c.rank} and lora_rank {c.lora_rank} must be at least 1, "
+                             f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         for target in (*c.lora_targets, *c.mole_targets, *c.token_targets):
             if not any(matches(name, (target,)) for name in linears):
                 raise ValueError(f"adapter target {target!r} names no linear layer of the model")
         model.requires_grad_(False)
+        self.model = [model]                             # in a list, so that it is no submodule
         for name in linears:
             parent, _, last = name.rpartition(".")
             parent, base = model.get_submodule(parent), model.get_submodule(name)
@@ -243,11 +268,15 @@ class Adapter(nn.Module):
             setattr(parent, last, layer)
             self.layers[name.replace(".", "/")] = layer
         self.mole = [layer for layer in self.layers.values() if isinstance(layer, MoLELinear)]
-        self.instruction = InstructionVector(c, text_width, pooled_width) if self.mole and c.resampler else None
+        self.instruction = None
+        if self.mole and c.resampler:
+            device = self.mole[0].base.weight.device
+            self.instruction = InstructionVector(c, text_width, pooled_width).to(device)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, by name; the frozen model's own weights are not in it."""
-        return {name.removeprefix("layers.").replace("/", "."): p for name, p in self.named_parameters()
+        return {name.removeprefix("layers.").replace("/", "."): p
+                for name, p in self.named_parameters()
                 if not name.startswith("layers.") or name.split(".")[2] != "base"}
 
     @contextmanager
@@ -259,55 +288,59 @@ class Adapter(nn.Module):
         """
         z = pooled.float()
         if self.instruction is not None:
-            z = self.instruction(txt.to(self.instruction.latents.dtype), pooled.to(self.instruction.latents.dtype))
+            own = self.instruction.latents.dtype
+            z = self.instruction(txt.to(own), pooled.to(own))
         routing = Routing(z, losses)
         with self.use(routing):
             yield routing
 
-    @contextmanager
-    def use(self, routing: Routing) -> Iterator[None]:
-        before = [layer.routing for layer in self.mole]
-        for layer in self.mole:
-            layer.routing = routing
-        try:
-            yield
-        finally:
-            for layer, old in zip(self.mole, before):
-                layer.routing = old
+    def use(self, routing: Routing) -> "Serving":
+        return Serving(self.mole, routing)
+
+    def remove(self) -> None:
+        """Take the adapter off: the model has its own layers again."""
+        for name, layer in self.layers.items():
+            parent, _, last = name.replace("/", ".").rpartition(".")
+            setattr(self.model[0].get_submodule(parent), last, layer.base)
 
     def checkpointed(self, routing: Routing) -> Callable:
-        """A `run` for the transformer: keep only each block's inputs, compute the rest again in backward.
+        """A `run` for the transformer: keep each block's inputs only, compute again in backward.
 
         The second computation is routed alike; what it adds to the losses is thrown away.
         """
+        again = self.use(replace(routing, balance=[], orthogonality=[], weights={}))
         def run(block: nn.Module, *args: object) -> object:
-            again = replace(routing, balance=[], orthogonality=[], weights={})
-            return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(again)))
+            return checkpoint(block, *args, use_reentrant=False,
+                              context_fn=lambda: (nullcontext(), again))
         return run
 
 
 def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
     """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
-    save_file(tensors, file, metadata={"format": "pt", "adapter": json.dumps(asdict(adapter.config)), **metadata})
+    config = json.dumps(asdict(adapter.config))
+    save_file(tensors, file, metadata={"format": "pt", "adapter": config, **metadata})
 
 
 def load(model: nn.Module, file: str | Path, text_width: int, pooled_width: int) -> Adapter:
     """Put a saved adapter on a model, frozen and in eval mode.
 
-    Raises: FileNotFoundError; ValueError when the file is no adapter, or one of another model.
+    Raises: FileNotFoundError; ValueError when the file is no adapter, or one of another model,
+    which is then as it was.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such adapter")
     try:
         with safe_open(file, framework="pt") as opened:
-            metadata, found = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+            metadata = opened.metadata() or {}
+            found = {name: opened.get_tensor(name) for name in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     if "adapter" not in metadata:
         raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
     try:
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(metadata["adapter"]).items()}
+        values = {name: tuple(value) if isinstance(value, list) else value
+                  for name, value in json.loads(metadata["adapter"]).items()}
         adapter = Adapter(model, AdapterConfig(**values), text_width, pooled_width)
     except (json.JSONDecodeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: adapter configuration does not fit ({error})") from None
@@ -315,7 +348,9 @@ def load(model: nn.Module, file: str | Path, text_width: int, pooled_width: int)
     wrong = [name for name in sorted(wanted.keys() | found.keys())
              if name not in wanted or name not in found or wanted[name].shape != found[name].shape]
     if wrong:
-        raise ValueError(f"{file}: {len(wrong)} tensors are missing, foreign or of another shape, first {wrong[0]}")
+        adapter.remove()
+        raise ValueError(f"{file}: {len(wrong)} tensors are missing, foreign or of another shape, "
+                         f"first {wrong[0]}")
     with torch.no_grad():
         for name, tensor in found.items():
             wanted[name].copy_(tensor)

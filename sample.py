@@ -8,7 +8,6 @@ R native reference, Q clean condition tokens.
 Run: python sample.py --instruction "make the circle blue" --image tiny/examples/before.png     # 4 seconds
 """
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from tqdm import tqdm
 import dit
 import mole
 import weights
-from data import fit, load_image, to_tensor
+from data import fit, load_image, read_picture, read_rows, row_paths, row_text, to_tensor
 from dit import FluxTransformer, load_dit
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer, load_clip, load_t5
 from vae import AutoEncoder, load_vae
@@ -230,9 +229,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def is_picture(name: str | Path) -> bool:
+    """Whether Pillow knows how to write a file of this name."""
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
+
+
 def check_out(path: Path) -> Path:
     """A picture's path that can be written. Raises: ValueError."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    if not is_picture(path):
         raise ValueError(f"--out {path}: name a picture file, for example out.png")
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"--out {path}: {path.parent if not path.parent.is_dir() else path} is "
@@ -252,32 +256,15 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
     if not file.is_file():
         raise FileNotFoundError(f"--batch {file}: not found")
     jobs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{file} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
-            raise ValueError(f"{where}: needs a non-empty \"instruction\"")
-        name = row.get("out", f"{number:04d}.png")
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix.lower() not in Image.registered_extensions():
+    for where, row in read_rows(file):
+        name, own_seed = row.get("out", f"{where.rpartition(' ')[2]:0>4}.png"), row.get("seed", seed)
+        if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
             raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
-        given = {}
-        for key in ("images", "conds"):
-            paths = row.get(key) or []
-            paths = [paths] if isinstance(paths, str) else paths
-            if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-                raise ValueError(f"{where}: {key!r} must be a path or a list of paths")
-            try:
-                given[key] = [load_image(file.parent / path) for path in paths]
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"{where}: {error}") from None
-        if not isinstance(row.get("seed", seed), int):
-            raise ValueError(f"{where}: \"seed\" must be a whole number")
-        jobs.append(Job(row["instruction"], given["images"], given["conds"], row.get("seed", seed), folder / name))
+        if type(own_seed) is not int or not 0 <= own_seed < 2 ** 63:
+            raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
+        images, conds = ([read_picture(file.parent / path, where) for path in row_paths(row, key, where)]
+                         for key in ("images", "conds"))
+        jobs.append(Job(row_text(row, "instruction", where), images, conds, own_seed, folder / name))
     if len({job.out for job in jobs}) < len(jobs):
         raise ValueError(f"{file}: two lines have the same \"out\"")
     return [job for job in jobs if not job.out.exists()]

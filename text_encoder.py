@@ -39,7 +39,7 @@ class T5Tokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts to token ids, (B, length) int64; what is longer is cut."""
-        return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
+        return encode(self.model, texts)
 
 
 class CLIPTokenizer:
@@ -66,7 +66,13 @@ class CLIPTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts to token ids, (B, length) int64; what is longer is cut."""
-        return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
+        return encode(self.model, texts)
+
+
+def encode(model: tokenizers.Tokenizer, texts: list[str]) -> Tensor:
+    for text in texts:
+        text.encode()                                    # ValueError for lone surrogates: bytes that were no UTF-8
+    return torch.tensor([encoding.ids for encoding in model.encode_batch(texts)])
 
 
 def token_limit(settings: dict, folder: Path) -> int:
@@ -108,7 +114,7 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str, e
     model = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>", fuse_unk=False))
     model.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])

@@ -20,7 +20,7 @@ import weights
 @dataclass(frozen=True)
 class VAEConfig:
     """The entries of vae/config.json that the model depends on."""
-    block_out_channels: tuple                            # widths, from pixels to latents
+    block_out_channels: tuple[int, ...]                  # widths, from pixels to latents
     layers_per_block: int                                # residual blocks per level (decoder: one more)
     latent_channels: int                                 # C
     norm_num_groups: int                                 # of every GroupNorm
@@ -171,6 +171,9 @@ class AutoEncoder(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
+        groups, widths = config.norm_num_groups, config.block_out_channels
+        if groups < 1 or any(width % groups for width in widths):
+            raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {widths}")
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

@@ -33,11 +33,20 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: not found")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:       # no JSON, no UTF-8, endless digits or brackets
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def fits(value: object, kind: type) -> bool:
+    """Whether a config entry is of its field's type: counts are not negative, sizes in a list not zero."""
+    if kind == tuple[int, ...]:
+        return isinstance(value, tuple) and len(value) > 0 and all(fits(v, int) and v > 0 for v in value)
+    if kind is int:
+        return type(value) is int and value >= 0         # True is no count
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def config_from(cls: type[Config], values: dict, where: str | Path) -> Config:
@@ -50,9 +59,9 @@ def config_from(cls: type[Config], values: dict, where: str | Path) -> Config:
         if entry.name in values:
             value = values[entry.name]
             value = tuple(value) if isinstance(value, list) else value
-            kind = getattr(entry.type, "__origin__", entry.type)
-            if kind in (int, float, bool, tuple) and not isinstance(value, (int, float) if kind is float else kind):
-                raise ValueError(f"{where}: {entry.name} should be {kind.__name__}, found {value!r}")
+            if not fits(value, entry.type):
+                kind = entry.type.__name__ if isinstance(entry.type, type) else entry.type
+                raise ValueError(f"{where}: {entry.name} should be {kind}, found {value!r}")
             found[entry.name] = value
         elif entry.default is MISSING:
             raise ValueError(f"{where}: has no entry {entry.name!r}")
@@ -66,8 +75,9 @@ def shards(folder: Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         names = read_json(indices[0]).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-            raise ValueError(f"{indices[0]}: weight_map must name files of the same folder")
+        if not isinstance(names, dict) or not all(
+                isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in names.values()):
+            raise ValueError(f"{indices[0]}: weight_map must name .safetensors files of the same folder")
         return [folder / name for name in sorted(set(names.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
@@ -123,6 +133,9 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> N
     """Give a model its tensors, without copying, after all names and shapes have been checked."""
     check({name: p.shape for name, p in model.state_dict().items()},
           {name: t.shape for name, t in tensors.items()}, where)
+    foreign = [f"{name} ({str(t.dtype).removeprefix('torch.')})" for name, t in tensors.items() if not t.is_floating_point()]
+    if foreign:
+        raise ValueError(f"{where}: {len(foreign)} tensors hold no floating point numbers, such as {foreign[0]}")
     model.load_state_dict(tensors, strict=True, assign=True)
 
 
