@@ -3,13 +3,13 @@
     xt = (1 - t) x0 + t noise,    velocity = noise - x0,    x(t_next) = x(t) + (t_next - t) velocity
 
 Text, target, native references and clean conditions are tokens of one sequence and attend to each
-other without a mask. Native references share the target's stream and its time t; clean conditions use
-the same weights but are modulated as at t = 0, and leave no output.
+other without a mask. Native references share the target's stream and its time t; clean conditions
+use the same weights but are modulated as at t = 0, and leave no output.
 
 Key: B batch; h, w latent grid; C = 16 latent channels; P = 64 packed; T text, I target, R native
 reference, Q clean condition tokens; S all of them; D width; N heads; d head size.
 Module names are the keys of the Hugging Face folder's transformer/.
-Source: FLUX.1-Kontext (arXiv 2506.15742), black-forest-labs/flux, diffusers; conditions: arXiv 2512.21788.
+Source: arXiv 2506.15742 (Kontext) and 2512.21788 (conditions), black-forest-labs/flux, diffusers.
 """
 import math
 from collections.abc import Callable
@@ -28,13 +28,13 @@ import weights
 class DiTConfig:
     """The entries of transformer/config.json that the model depends on."""
     in_channels: int                                     # P: 16 latent channels of 2x2 patches
-    num_layers: int                                      # double blocks: text and image weights apart
+    num_layers: int                                      # double blocks: text, image weights apart
     num_single_layers: int                               # single blocks: one set of weights for all
     attention_head_dim: int                              # d
     num_attention_heads: int                             # N; the width is N d
     joint_attention_dim: int                             # width of the T5 tokens
     pooled_projection_dim: int                           # width of the CLIP vector
-    axes_dims_rope: tuple[int, ...]                      # channels of a head for (index, row, column)
+    axes_dims_rope: tuple[int, ...]                      # head channels for (index, row, column)
     guidance_embeds: bool = False                        # a distilled guidance scale is an input
 
     @property
@@ -47,7 +47,7 @@ class DiTConfig:
 def pack(latents: Tensor) -> Tensor:
     """Latents to tokens of 2x2 patches. (B, C, h, w) -> (B, (h/2)(w/2), 4C), channels slowest."""
     if latents.shape[-1] % 2 or latents.shape[-2] % 2:
-        raise ValueError(f"latents of {latents.shape[-2]}x{latents.shape[-1]}: both sides must be even")
+        raise ValueError(f"latents of {latents.shape[-2]}x{latents.shape[-1]}: sides must be even")
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
@@ -57,7 +57,7 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 
 def position_ids(h: int, w: int, index: int = 0, shift: int = 0) -> Tensor:
-    """(index, row, column + shift) of each 2x2 patch of an (h, w) latent grid. -> ((h/2)(w/2), 3) fp32."""
+    """(index, row, column + shift) of the 2x2 patches of (h, w) latents -> ((h/2)(w/2), 3) fp32."""
     row, column = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2) + shift, indexing="ij")
     return torch.stack([torch.full_like(row, index), row, column], -1).flatten(0, 1).float()
 
@@ -68,13 +68,14 @@ def reference_ids(sizes: list[tuple[int, int]]) -> list[Tensor]:
     Reference i has index i + 1; its columns start where those of the references before it end.
     """
     shifts = [sum(w // 2 for _, w in sizes[:i]) for i in range(len(sizes))]
-    return [position_ids(h, w, i + 1, shift) for i, ((h, w), shift) in enumerate(zip(sizes, shifts))]
+    return [position_ids(h, w, i + 1, shift)
+            for i, ((h, w), shift) in enumerate(zip(sizes, shifts))]
 
 
 def schedule(steps: int, tokens: int) -> Tensor:
     """Times from 1 (noise) to 0, (steps + 1,) fp32: the more target tokens, the longer near 1.
 
-    Eq.: e^mu / (e^mu + 1/t - 1), with mu linear in the number of target tokens, 256 -> 0.5, 4096 -> 1.15.
+    Eq.: e^mu / (e^mu + 1/t - 1), with mu linear in the target tokens, 256 -> 0.5, 4096 -> 1.15.
     Raises: ValueError unless steps >= 1.
     """
     if steps < 1:
@@ -86,7 +87,8 @@ def schedule(steps: int, tokens: int) -> Tensor:
 
 def rope(ids: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> Tensor:
     """Rotation table for position ids (S, 3) -> (2, S, d/2) fp32: cosines, sines."""
-    angles = [ids[:, i, None].cpu().double() * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = [ids[:, i, None].cpu().double()
+              * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
               for i, dim in enumerate(axes)]             # fp64 on the CPU: some devices have none
     angle = torch.cat(angles, dim=1)                     # (S, d/2)
     return torch.stack([angle.cos(), angle.sin()]).float().to(ids.device)
@@ -101,10 +103,10 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 
 def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
     """Embed value * 1000, (B,) -> (B, channels) fp32: cosines, then sines."""
-    # Reference: the frequencies are taken in fp32; in fp64 outputs of the released model move by 5e-5.
+    # Reference: frequencies are taken in fp32; in fp64 outputs of the released model move by 5e-5.
     half = torch.arange(channels // 2, dtype=torch.float32, device=value.device)
     frequency = torch.exp(-math.log(10000) * half / (channels // 2))
-    # Deviation: fp32 throughout. The released code multiplies in bf16, where guidance 2.5 becomes 2.496.
+    # Deviation: fp32 throughout. The released code multiplies in bf16: guidance 2.5 becomes 2.496.
     angle = (value.float() * 1000)[:, None] * frequency  # (B, channels / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -180,8 +182,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}), nn.Identity(),
-                                  nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}),
+                                  nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))
@@ -196,8 +198,10 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
         self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         if double:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-            self.norm_added_q, self.norm_added_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+                nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D))
+            self.norm_added_q, self.norm_added_k = (
+                RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim))
             self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
 
     def split(self, x: Tensor) -> Tensor:                # (B, S, D) -> (B, N, S, d)
@@ -208,7 +212,8 @@ class Attention(nn.Module):
         return self.norm_q(q), self.norm_k(k), v         # each (B, N, S, d)
 
     def text(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self.split(layer(x)) for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        q, k, v = (self.split(layer(x))
+                   for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         return self.norm_added_q(q), self.norm_added_k(k), v
 
 
@@ -222,7 +227,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
 
 class DoubleBlock(nn.Module):
-    """Text and image have their own weights and meet in attention; clean conditions use the image's."""
+    """Text and image have own weights and meet in attention; clean conditions use the image's."""
 
     def __init__(self, c: DiTConfig):
         super().__init__()
@@ -230,11 +235,12 @@ class DoubleBlock(nn.Module):
         self.attn = Attention(c, double=True)
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
-    def forward(self, img: Tensor, txt: Tensor, cond: Tensor | None, vec: Tensor, clean: Tensor | None,
-                pe: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """img (B, I+R, D), txt (B, T, D), cond (B, Q, D) or None -> the three of them, one block on."""
+    def forward(self, img: Tensor, txt: Tensor, cond: Tensor | None, vec: Tensor,
+                clean: Tensor | None, pe: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """img (B, I+R, D), txt (B, T, D), cond (B, Q, D) or None -> the three, one block on."""
         img_mod, txt_mod = self.norm1(vec), self.norm1_context(vec)
-        streams = [self.attn.text(modulate(txt, txt_mod[0])), self.attn.image(modulate(img, img_mod[0]))]
+        streams = [self.attn.text(modulate(txt, txt_mod[0])),
+                   self.attn.image(modulate(img, img_mod[0]))]
         if cond is not None:
             cond_mod = self.norm1(clean)
             streams.append(self.attn.image(modulate(cond, cond_mod[0])))
@@ -266,7 +272,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor | None, vec: Tensor, clean: Tensor | None, pe: Tensor,
                 last: bool) -> tuple[Tensor, Tensor | None]:
-        """x (B, T+I+R, D), cond (B, Q, D) or None -> both, one block on; after the last, no cond."""
+        """x (B, T+I+R, D), cond (B, Q, D) or None -> both, one block on; after the last no cond."""
         mod = self.norm(vec)[0]
         x_in = modulate(x, mod)                          # (B, T+I+R, D)
         q, k, v = self.attn.image(x_in)                  # each (B, N, T+I+R, d)
@@ -276,10 +282,10 @@ class SingleBlock(nn.Module):
             cond_q, cond_k, cond_v = self.attn.image(cond_in)
             k, v = torch.cat([k, cond_k], dim=2), torch.cat([v, cond_v], dim=2)
             q = q if last else torch.cat([q, cond_q], dim=2)
-        out = attend(q, k, v, pe)                        # (B, S, D); in the last block (B, T+I+R, D)
+        out = attend(q, k, v, pe)                        # (B, S, D); in the last (B, T+I+R, D)
         out, cond_out = out[:, :x.shape[1]], out[:, x.shape[1]:]
         x = x + mod.gate * self.rest(x_in, out)
-        if cond is None or last:                         # nothing would read the conditions any more
+        if cond is None or last:                         # nothing reads the conditions any more
             return x, None
         return x, cond + cond_mod.gate * self.rest(cond_in, cond_out)
 
@@ -312,18 +318,20 @@ class FluxTransformer(nn.Module):
         super().__init__()
         axes = config.axes_dims_rope
         if len(axes) != 3 or any(dim % 2 for dim in axes) or sum(axes) != config.attention_head_dim:
-            raise ValueError(f"axes_dims_rope {axes} must be three even numbers that sum to {config.attention_head_dim}")
+            raise ValueError(f"axes_dims_rope {axes} must be three even numbers that sum to "
+                             f"{config.attention_head_dim}")
         self.config = c = config
         self.x_embedder = nn.Linear(c.in_channels, c.width)
         self.context_embedder = nn.Linear(c.joint_attention_dim, c.width)
         self.time_text_embed = ConditioningVector(c)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(c) for _ in range(c.num_layers))
-        self.single_transformer_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.num_single_layers))
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(c) for _ in range(c.num_single_layers))
         self.norm_out = FinalModulation(c.width)
         self.proj_out = nn.Linear(c.width, c.in_channels)
 
-    def forward(self, img: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor, img_ids: Tensor,
-                cond: Tensor | None = None, cond_ids: Tensor | None = None,
+    def forward(self, img: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor,
+                img_ids: Tensor, cond: Tensor | None = None, cond_ids: Tensor | None = None,
                 run: Callable = call) -> Tensor:
         """Velocity of the target (and of the native references, which callers drop).
 
@@ -337,7 +345,8 @@ class FluxTransformer(nn.Module):
         ids = torch.cat([txt_ids, img_ids] if cond is None else [txt_ids, img_ids, cond_ids])
         pe = rope(ids, self.config.axes_dims_rope)       # (2, S, d/2)
         vec = self.time_text_embed(t, guidance, pooled)  # (B, D)
-        clean = None if cond is None else self.time_text_embed(torch.zeros_like(t), guidance, pooled)
+        clean = None if cond is None else self.time_text_embed(
+            torch.zeros_like(t), guidance, pooled)       # (B, D)
         img = self.x_embedder(img)                       # (B, I+R, D)
         txt = self.context_embedder(txt)                 # (B, T, D)
         cond = None if cond is None else self.x_embedder(cond)               # (B, Q, D)
@@ -345,14 +354,15 @@ class FluxTransformer(nn.Module):
             img, txt, cond = run(block, img, txt, cond, vec, clean, pe)
         x = torch.cat([txt, img], dim=1)                 # (B, T+I+R, D)
         for block in self.single_transformer_blocks:
-            x, cond = run(block, x, cond, vec, clean, pe, block is self.single_transformer_blocks[-1])
+            x, cond = run(block, x, cond, vec, clean, pe,
+                          block is self.single_transformer_blocks[-1])
         img = self.norm_out(x[:, txt.shape[1]:], vec)    # (B, I+R, D)
         return self.proj_out(img)                        # (B, I+R, P)
 
 
 def load_dit(folder: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> FluxTransformer:
-    """Read the transformer/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
+    """Read a FLUX Kontext folder's transformer/. Raises: FileNotFoundError, ValueError."""
     def build(config: dict, where: Path) -> FluxTransformer:
         return FluxTransformer(weights.config_from(DiTConfig, config, where))
     return weights.load_part(build, folder, device, dtype)

@@ -1,10 +1,10 @@
-"""The two text encoders of FLUX and their tokenizers: T5 for the tokens, CLIP for the pooled vector.
+"""FLUX's two text encoders and their tokenizers: T5 for the tokens, CLIP for the pooled vector.
 
     txt    = T5(instruction)          # (B, T, D) one vector per token, padding included
     pooled = CLIP(instruction)        # (B, D')   one vector per instruction
 
 Key: B batch; T tokens; D width; N heads; d head size.
-Parameter names are the keys of the Hugging Face folder's text_encoder/ (CLIP) and text_encoder_2/ (T5).
+Parameter names are keys of the Hugging Face folder's text_encoder/ (CLIP) and text_encoder_2/ (T5).
 Source: T5 1.1 (Raffel et al. 2020, arXiv 1910.10683), CLIP (Radford et al. 2021, arXiv 2103.00020).
 """
 import math
@@ -53,14 +53,16 @@ class CLIPTokenizer:
         settings = weights.read_json(folder / "tokenizer_config.json")
         self.length = token_limit(settings, folder)
         vocab = weights.read_json(folder / "vocab.json")
-        start, end, pad = (token_text(settings, name, folder) for name in ("bos_token", "eos_token", "pad_token"))
+        start, end, pad = (token_text(settings, name, folder)
+                           for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
         self.model = clip_bpe(vocab, read_merges(folder / "merges.txt"), start, end)
         normalized = {entry["content"]: entry.get("normalized", False)
                       for entry in settings.get("added_tokens_decoder", {}).values()}
-        self.model.add_special_tokens([AddedToken(token, normalized=normalized.get(token, False), special=True)
-                                       for token in (start, end)])
+        self.model.add_special_tokens([
+            AddedToken(token, normalized=normalized.get(token, False), special=True)
+            for token in (start, end)])
         self.model.enable_truncation(self.length)
         self.model.enable_padding(length=self.length, pad_id=vocab[pad], pad_token=pad)
 
@@ -71,14 +73,15 @@ class CLIPTokenizer:
 
 def encode(model: tokenizers.Tokenizer, texts: list[str]) -> Tensor:
     for text in texts:
-        text.encode()                                    # ValueError for lone surrogates: bytes that were no UTF-8
+        text.encode()                                    # lone surrogates (no UTF-8): ValueError
     return torch.tensor([encoding.ids for encoding in model.encode_batch(texts)])
 
 
 def token_limit(settings: dict, folder: Path) -> int:
     length = settings.get("model_max_length")
     if not isinstance(length, int) or not 2 < length < 100_000:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: model_max_length should be a small number, found {length!r}")
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: "
+                         f"model_max_length should be a small number, found {length!r}")
     return length
 
 
@@ -103,18 +106,22 @@ def read_merges(file: Path) -> list[tuple[str, str]]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found")
     lines = file.read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [tuple(line.split()) for line in lines
+              if line.strip() and not line.startswith("#version")]
     if not all(len(merge) == 2 for merge in merges):
         raise ValueError(f"{file}: each line should hold two pieces")
     return merges
 
 
-def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str, end: str) -> tokenizers.Tokenizer:
-    """CLIP's tokenizer: NFC, one space for many, lower case, its own split pattern, bytes, BPE with </w>."""
-    model = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>", fuse_unk=False))
+def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str,
+             end: str) -> tokenizers.Tokenizer:
+    """CLIP's: NFC, one space for many, lower case, its own split pattern, bytes, BPE with </w>."""
+    model = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>", fuse_unk=False))
     model.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    pattern = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+               r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -148,15 +155,17 @@ class T5LayerNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(self.weight.dtype) * self.weight
+        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(self.weight.dtype)
+                * self.weight)
 
 
 def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
-    """Relative positions (key - query) to bias rows: exact when near, logarithmic when far, both ways."""
+    """Relative positions (key - query) to bias rows: exact near, logarithmic far, both ways."""
     half = buckets // 2
     exact = half // 2
     size = distance.abs()
-    far = exact + (torch.log(size.float().clamp(min=1) / exact) / math.log(longest / exact) * (half - exact)).long()
+    far = exact + (torch.log(size.float().clamp(min=1) / exact) / math.log(longest / exact)
+                   * (half - exact)).long()
     return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
 
 
@@ -169,10 +178,12 @@ class T5Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(c.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, c.d_model, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
+            self.relative_attention_bias = nn.Embedding(
+                c.relative_attention_num_buckets, c.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:    # (B, T, D), (1, N, T, T) -> (B, T, D)
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)     # (B, N, T, d)
         return self.o(out.transpose(1, 2).flatten(2))
 
@@ -192,7 +203,7 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Attention and feed-forward, each after a norm and with a residual. The names are the checkpoint's."""
+    """Attention and feed-forward, each after a norm and with a residual. The checkpoint's names."""
 
     def __init__(self, c: T5Config, has_bias: bool):
         super().__init__()
@@ -228,7 +239,8 @@ class T5Encoder(nn.Module):
         """ids (B, T) int64 -> (B, T, D). Without a mask: padding attends and is attended to."""
         # Reference: FLUX was trained so; masking the padding changes every picture.
         c, steps = self.config, torch.arange(ids.shape[1], device=ids.device)
-        buckets = bucket(steps[None] - steps[:, None], c.relative_attention_num_buckets, c.relative_attention_max_distance)
+        buckets = bucket(steps[None] - steps[:, None], c.relative_attention_num_buckets,
+                         c.relative_attention_max_distance)
         table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
         bias = table(buckets).permute(2, 0, 1)[None]     # (1, N, T, T), shared by all blocks
         x = self.shared(ids)                             # (B, T, D)
@@ -258,7 +270,7 @@ class CLIPAttention(nn.Module):
         self.heads, D = c.num_attention_heads, c.hidden_size
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:              # (B, T, D): each token sees those before it
+    def forward(self, x: Tensor) -> Tensor:              # (B, T, D): a token sees those before it
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)        # (B, N, T, d)
@@ -298,7 +310,8 @@ class CLIPEncoder(nn.Module):
         self.config = c = config
         self.text_model = nn.ModuleDict({
             "embeddings": CLIPEmbeddings(c),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(CLIPLayer(c) for _ in range(c.num_hidden_layers))}),
+            "encoder": nn.ModuleDict({
+                "layers": nn.ModuleList(CLIPLayer(c) for _ in range(c.num_hidden_layers))}),
             "final_layer_norm": nn.LayerNorm(c.hidden_size, c.layer_norm_eps)})
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -307,7 +320,7 @@ class CLIPEncoder(nn.Module):
         for layer in self.text_model["encoder"]["layers"]:
             x = layer(x)                                 # (B, T, D)
         x = self.text_model["final_layer_norm"](x)       # (B, T, D)
-        # Reference: the public file's eos_token_id is 2, a slip; there the largest id marks the end.
+        # Reference: the public file's eos_token_id is 2, a slip: the largest id marks the end.
         end = self.config.eos_token_id
         at = ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)     # (B,)
         return x[torch.arange(len(x), device=x.device), at]                  # (B, D)
@@ -315,20 +328,22 @@ class CLIPEncoder(nn.Module):
 
 # ----------------------------------------------------------------------------------------- loading
 
-def load_t5(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> T5Encoder:
-    """Read the text_encoder_2/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
+def load_t5(folder: str | Path, device: torch.device | str = "cpu",
+            dtype: torch.dtype | None = None) -> T5Encoder:
+    """Read a FLUX Kontext folder's text_encoder_2/. Raises: FileNotFoundError, ValueError."""
     def build(config: dict, where: Path) -> T5Encoder:
         return T5Encoder(weights.config_from(T5Config, config, where))
     model = weights.load_part(build, folder, device, dtype, weights.tidy_t5)
-    if dtype == torch.float16:                           # the second feed-forward matrix overflows fp16
+    if dtype == torch.float16:                           # the second feed-forward matrix overflows
         for name, module in model.named_modules():
             if name.endswith(".wo"):
                 module.float()
     return model
 
 
-def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> CLIPEncoder:
-    """Read the text_encoder/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
+def load_clip(folder: str | Path, device: torch.device | str = "cpu",
+              dtype: torch.dtype | None = None) -> CLIPEncoder:
+    """Read a FLUX Kontext folder's text_encoder/. Raises: FileNotFoundError, ValueError."""
     def build(config: dict, where: Path) -> CLIPEncoder:
         return CLIPEncoder(weights.config_from(CLIPConfig, config, where))
     return weights.load_part(build, folder, device, dtype, weights.tidy_clip)

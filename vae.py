@@ -5,7 +5,7 @@
 
 Key: B batch; H, W pixels; h, w latent grid (H / 8, W / 8); C = 16 latent channels.
 Module names are the keys of the Hugging Face folder's vae/.
-Source: Rombach et al. 2022 (arXiv 2112.10752); weights and sizes of black-forest-labs/FLUX.1-Kontext-dev.
+Source: Rombach et al. 2022, arXiv 2112.10752; sizes, weights: black-forest-labs/FLUX.1-Kontext-dev.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import weights
 class VAEConfig:
     """The entries of vae/config.json that the model depends on."""
     block_out_channels: tuple[int, ...]                  # widths, from pixels to latents
-    layers_per_block: int                                # residual blocks per level (decoder: one more)
+    layers_per_block: int                                # residual blocks a level (decoder: 1 more)
     latent_channels: int                                 # C
     norm_num_groups: int                                 # of every GroupNorm
     scaling_factor: float                                # brings latents to about unit variance
@@ -99,14 +99,16 @@ class Level(nn.Module):
 
     def __init__(self, width_in: int, width: int, blocks: int, groups: int, resize: str | None):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
         if resize == "down":
             self.downsamplers = nn.ModuleList([Downsample(width)])
         elif resize == "up":
             self.upsamplers = nn.ModuleList([Upsample(width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+        for layer in (*self.resnets, *getattr(self, "downsamplers", ()),
+                      *getattr(self, "upsamplers", ())):
             x = layer(x)
         return x
 
@@ -117,7 +119,8 @@ class MidBlock(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(width, groups)])
-        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups), ResnetBlock(width, width, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups),
+                                      ResnetBlock(width, width, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -131,7 +134,8 @@ class Encoder(nn.Module):
         widths, groups = c.block_out_channels, c.norm_num_groups
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block, groups, "down" if i + 1 < len(widths) else None)
+            Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block, groups,
+                  "down" if i + 1 < len(widths) else None)
             for i in range(len(widths)))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -140,7 +144,7 @@ class Encoder(nn.Module):
     def forward(self, img: Tensor) -> Tensor:
         x = self.conv_in(img)                            # (B, width 0, H, W)
         for level in self.down_blocks:
-            x = level(x)                                 # (B, width i, ...), at last (B, width, h, w)
+            x = level(x)                                 # (B, width i, ...) to (B, width, h, w)
         x = self.mid_block(x)                            # (B, width, h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))   # (B, 2C, h, w): mean, log-variance
 
@@ -153,7 +157,8 @@ class Decoder(nn.Module):
         widths, groups = c.block_out_channels[::-1], c.norm_num_groups
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, groups, "up" if i + 1 < len(widths) else None)
+            Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, groups,
+                  "up" if i + 1 < len(widths) else None)
             for i in range(len(widths)))
         self.mid_block = MidBlock(widths[0], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
@@ -162,12 +167,12 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))              # (B, width, h, w)
         for level in self.up_blocks:
-            x = level(x)                                 # (B, width i, ...), at last (B, width 0, H, W)
+            x = level(x)                                 # (B, width i, ...) to (B, width 0, H, W)
         return self.conv_out(F.silu(self.conv_norm_out(x)))   # (B, 3, H, W)
 
 
 class AutoEncoder(nn.Module):
-    """The whole autoencoder. encode and decode speak the transformer's (shifted, scaled) latents."""
+    """The autoencoder. encode and decode speak the transformer's (shifted, scaled) latents."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -187,12 +192,13 @@ class AutoEncoder(nn.Module):
         """Pictures to latents.
 
         Shapes: img (B, 3, H, W), noise (B, C, h, w) -> (B, C, h, w).
-        Units: img in [-1, 1]; latents of about unit variance. noise, standard normal, draws a sample;
-        without it the mean is taken, as references and inference do.
+        Units: img in [-1, 1]; latents of about unit variance. noise, standard normal, draws a
+        sample; without it the mean is taken, as references and inference do.
         Raises: ValueError when H or W is not divisible by config.factor.
         """
         if img.shape[-1] % self.config.factor or img.shape[-2] % self.config.factor:
-            raise ValueError(f"picture of {img.shape[-1]}x{img.shape[-2]}: sides must divide by {self.config.factor}")
+            raise ValueError(f"picture of {img.shape[-1]}x{img.shape[-2]}: "
+                             f"sides must divide by {self.config.factor}")
         mean, logvar = self.moments(img)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise   # (B, C, h, w)
         return self.config.scaling_factor * (z - self.config.shift_factor)
@@ -202,7 +208,8 @@ class AutoEncoder(nn.Module):
         return self.decoder(z / self.config.scaling_factor + self.config.shift_factor)
 
 
-def load_vae(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> AutoEncoder:
+def load_vae(folder: str | Path, device: torch.device | str = "cpu",
+             dtype: torch.dtype | None = None) -> AutoEncoder:
     """Read the vae/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
     def build(config: dict, where: Path) -> AutoEncoder:
         return AutoEncoder(weights.config_from(VAEConfig, config, where))

@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: not found")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:       # no JSON, no UTF-8, endless digits or brackets
+    except (ValueError, RecursionError) as error:        # no JSON, no UTF-8, endless digits or [[[
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -41,9 +41,10 @@ def read_json(path: Path) -> dict:
 
 
 def fits(value: object, kind: type) -> bool:
-    """Whether a config entry is of its field's type: counts are not negative, sizes in a list not zero."""
+    """Whether an entry is of its field's type: counts not negative, sizes in a list not zero."""
     if kind == tuple[int, ...]:
-        return isinstance(value, tuple) and len(value) > 0 and all(fits(v, int) and v > 0 for v in value)
+        return (isinstance(value, tuple) and len(value) > 0
+                and all(fits(v, int) and v > 0 for v in value))
     if kind is int:
         return type(value) is int and value >= 0         # True is no count
     return type(value) in ((int, float) if kind is float else (kind,))
@@ -71,17 +72,21 @@ def config_from(cls: type[Config], values: dict, where: str | Path) -> Config:
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of one component: those its index names, else the only one there."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: not found; a FLUX Kontext folder holds {', '.join(PARTS)}")
+        raise FileNotFoundError(f"{folder}: not found; "
+                                f"a FLUX Kontext folder holds {', '.join(PARTS)}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         names = read_json(indices[0]).get("weight_map")
         if not isinstance(names, dict) or not all(
-                isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in names.values()):
-            raise ValueError(f"{indices[0]}: weight_map must name .safetensors files of the same folder")
+                isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors")
+                for n in names.values()):
+            raise ValueError(f"{indices[0]}: weight_map must name "
+                             ".safetensors files of the same folder")
         return [folder / name for name in sorted(set(names.values()))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise FileNotFoundError(f"{folder}: expected one .safetensors file or an index, found {len(files)} files")
+        raise FileNotFoundError(f"{folder}: expected one .safetensors file or an index, "
+                                f"found {len(files)} files")
     return files
 
 
@@ -120,11 +125,12 @@ def check(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: 
     """Raises: ValueError naming what is missing, foreign or of another shape."""
     def some(names: list[str]) -> str:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    missing, foreign = (sorted(expected.keys() - found.keys()),
+                        sorted(found.keys() - expected.keys()))
     other = [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
              for name, shape in expected.items() if name in found and found[name] != shape]
-    problems = [f"{len(names)} {what}: {some(names)}" for what, names in
-                (("missing", missing), ("unexpected", foreign), ("of another shape", other)) if names]
+    problems = [f"{len(names)} {what}: {some(names)}" for what, names in (("missing", missing),
+                ("unexpected", foreign), ("of another shape", other)) if names]
     if problems:
         raise ValueError(f"{where}: tensors do not match the configuration: {'; '.join(problems)}")
 
@@ -133,21 +139,25 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> N
     """Give a model its tensors, without copying, after all names and shapes have been checked."""
     check({name: p.shape for name, p in model.state_dict().items()},
           {name: t.shape for name, t in tensors.items()}, where)
-    foreign = [f"{name} ({str(t.dtype).removeprefix('torch.')})" for name, t in tensors.items() if not t.is_floating_point()]
+    foreign = [f"{name} ({str(t.dtype).removeprefix('torch.')})"
+               for name, t in tensors.items() if not t.is_floating_point()]
     if foreign:
-        raise ValueError(f"{where}: {len(foreign)} tensors hold no floating point numbers, such as {foreign[0]}")
+        raise ValueError(f"{where}: {len(foreign)} tensors hold no floating point numbers, "
+                         f"such as {foreign[0]}")
     model.load_state_dict(tensors, strict=True, assign=True)
 
 
 def tidy_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP text files: drop what the text encoder does not use, add the prefix where it is absent."""
+    """CLIP text files: drop what the text encoder does not use, add the prefix where absent."""
     kept = {name: t for name, t in tensors.items() if not name.endswith("position_ids")
-            and not name.startswith(("vision_model.", "text_projection", "visual_projection", "logit_scale"))}
-    return {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in kept.items()}
+            and not name.startswith(("vision_model.", "text_projection", "visual_projection",
+                                     "logit_scale"))}
+    return {name if name.startswith("text_model.") else f"text_model.{name}": t
+            for name, t in kept.items()}
 
 
 def tidy_t5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """T5 files: the one embedding may be stored as shared.weight, encoder.embed_tokens.weight, or both."""
+    """T5 files: the embedding is stored as shared.weight, encoder.embed_tokens.weight, or both."""
     kept = dict(tensors)
     embedding = kept.pop("encoder.embed_tokens.weight", None)
     if embedding is not None:
@@ -155,8 +165,8 @@ def tidy_t5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def load_part(build: Callable[[dict, Path], Model], folder: str | Path, device: torch.device | str = "cpu",
-              dtype: torch.dtype | None = None,
+def load_part(build: Callable[[dict, Path], Model], folder: str | Path,
+              device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
               tidy: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> Model:
     """Read one component of a Hugging Face folder: its config.json, then its tensors.
 
@@ -172,7 +182,8 @@ def load_part(build: Callable[[dict, Path], Model], folder: str | Path, device: 
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def save_tensors(tensors: dict[str, Tensor], config: dict, folder: Path, name: str, dtype: torch.dtype) -> None:
+def save_tensors(tensors: dict[str, Tensor], config: dict, folder: Path, name: str,
+                 dtype: torch.dtype) -> None:
     """Write one component, config.json and tensors, the way load_part reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
@@ -184,14 +195,16 @@ def describe(path: Path) -> str:
     """What a file or a folder holds: its parts, tensors, parameters, dtypes."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
-    parts = [path / part for part in PARTS if (path / part / "config.json").is_file()] if path.is_dir() else [path]
+    parts = ([path / part for part in PARTS if (path / part / "config.json").is_file()]
+             if path.is_dir() else [path])
     if not parts:
-        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}) and no safetensors file")
+        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}) or safetensors file")
     lines = []
     for part in parts:
         tensors = read_tensors(shards(part) if part.is_dir() else [part])
         kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
-        lines.append(f"{part}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, {kinds}")
+        lines.append(f"{part}: {len(tensors)} tensors, "
+                     f"{sum(t.numel() for t in tensors.values()):,} parameters, {kinds}")
     return "\n".join(lines)
 
 

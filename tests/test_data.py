@@ -9,7 +9,8 @@ from PIL import Image
 
 import data
 import evaluate
-from data import BASE_TASKS, BIG, COLOURS, EDITS, FIGURES, NEW_TASKS, SHAPES, SMALL, Sample, Scene, Thing
+from data import (BASE_TASKS, BIG, COLOURS, EDITS, FIGURES, NEW_TASKS, SHAPES, SMALL, Sample,
+                  Scene, Thing)
 
 ALL = BASE_TASKS + NEW_TASKS
 
@@ -26,8 +27,10 @@ def test_samples_are_given_what_their_task_says(task):
     for sample in draws(task, 20, False):
         assert (len(sample.images), len(sample.conds), sample.task) == (natives, cleans, task)
         assert np.array_equal(sample.target, data.draw(sample.scene))
-        assert sample.instruction.strip() and "{" not in sample.instruction and "a orange" not in sample.instruction
-        assert all(p.shape == (64, 64, 3) and p.dtype == np.uint8 for p in [sample.target, *sample.images, *sample.conds])
+        assert (sample.instruction.strip() and "{" not in sample.instruction
+                and "a orange" not in sample.instruction)
+        assert all(p.shape == (64, 64, 3) and p.dtype == np.uint8
+                   for p in [sample.target, *sample.images, *sample.conds])
 
 
 @pytest.mark.parametrize("task", ALL)
@@ -49,7 +52,8 @@ def test_edits_hold_out_the_scene_before_too():
         found.append(before.held_out())
         assert sample is None or not sample.scene.held_out()
     assert any(found)                                    # such scenes are drawn, and then refused
-    pictures = {data.draw(b).tobytes() for b, _, _ in (data.edited(rng, "recolour") for _ in range(300)) if b.held_out()}
+    pictures = {data.draw(b).tobytes()
+                for b, _, _ in (data.edited(rng, "recolour") for _ in range(300)) if b.held_out()}
     assert not any(s.images[0].tobytes() in pictures for s in draws("recolour", 300, False))
 
 
@@ -59,17 +63,19 @@ def test_one_scene_in_ten_is_held_out_and_the_hash_is_stable():
     assert 0.08 < share < 0.12
     first, second = Thing("circle", "red", 0), Thing("star", "blue", 5)
     assert Scene("white", (first, second)).held_out() == Scene("white", (second, first)).held_out()
-    assert [Scene(c, (first,)).held_out() for c in ("green", "blue", "yellow", "purple", "orange", "white", "black")] == HELD_OUT
+    assert [Scene(c, (first,)).held_out() for c in (
+        "green", "blue", "yellow", "purple", "orange", "white", "black")] == HELD_OUT
 
 
-HELD_OUT = [False, False, True, False, False, False, False]          # written down once; must never change
+HELD_OUT = [False, False, True, False, False, False, False]          # written down once, for ever
 
 
 def test_test_samples_are_fixed():
     once, again = data.tiny_test("move", 5), data.tiny_test("move", 5)
     assert [s.instruction for s in once] == [s.instruction for s in again]
     assert all(np.array_equal(a.target, b.target) for a, b in zip(once, again))
-    assert [s.instruction for s in data.tiny_test("move", 5, seed=1)] != [s.instruction for s in once]
+    assert [s.instruction for s in data.tiny_test("move", 5, seed=1)] != [
+        s.instruction for s in once]
 
 
 def test_batches_depend_on_seed_and_number_alone():
@@ -88,23 +94,27 @@ def test_a_batch_is_given_the_same_number_of_pictures_and_every_task_occurs():
         assert len({(len(s.images), len(s.conds)) for s in batch}) == 1
         seen.update(s.task for s in batch)
     assert set(seen) == set(ALL)
-    assert {s.task for i in range(30) for s in data.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
+    assert {s.task for i in range(30) for s in
+            data.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
 
 
 # ------------------------------------------------------------------------------------------- score
 
 def scenes() -> list[Scene]:
     """Every shape, small and big, alone and in company, and every figure."""
-    found = [Scene("white", (Thing(s, c, 4, r),)) for s in SHAPES for c in ("yellow", "black") for r in (SMALL, BIG)]
+    found = [Scene("white", (Thing(s, c, 4, r),))
+             for s in SHAPES for c in ("yellow", "black") for r in (SMALL, BIG)]
     found += [Scene("yellow", (Thing(s, "orange", 0), Thing("star", "white", 8))) for s in SHAPES]
-    return found + [Scene("green", (Thing(f, "red", 4, SMALL, pose),)) for f in FIGURES for pose in (0, 9, 17)]
+    return found + [Scene("green", (Thing(f, "red", 4, SMALL, pose),))
+                    for f in FIGURES for pose in (0, 9, 17)]
 
 
 def as_sample(scene: Scene, given: list[np.ndarray]) -> Sample:
     return Sample("", data.draw(scene), given, [], "", scene)
 
 
-@pytest.mark.parametrize("scene", scenes(), ids=lambda s: f"{s.background} {[str(t) for t in s.things]}")
+@pytest.mark.parametrize("scene", scenes(),
+                         ids=lambda s: f"{s.background} {[str(t) for t in s.things]}")
 def test_the_score_takes_the_truth_and_nothing_else(scene):
     sample = as_sample(scene, [])
     assert evaluate.success(sample.target, sample)
@@ -118,9 +128,10 @@ def test_neighbours_change_every_attribute():
     scene = Scene("white", (Thing("cross", "yellow", 4),))
     found = {data.draw(other).tobytes() for other in data.neighbours(scene)}
     thing = scene.things[0]
-    for other in (Scene("white", (replace(thing, colour="red"),)), Scene("white", (replace(thing, shape="star"),)),
-                  Scene("white", (replace(thing, cell=0),)), Scene("white", ()), Scene("red", (thing,)),
-                  Scene("white", (thing, Thing("star", "yellow", 8)))):
+    for other in (Scene("white", (replace(thing, colour="red"),)),
+                  Scene("white", (replace(thing, shape="star"),)),
+                  Scene("white", (replace(thing, cell=0),)), Scene("white", ()),
+                  Scene("red", (thing,)), Scene("white", (thing, Thing("star", "yellow", 8)))):
         assert data.draw(other).tobytes() in found
 
 
@@ -134,9 +145,11 @@ def test_truth_scores_all_and_copies_score_nothing(task):
 
 def test_the_score_forgives_what_the_eye_forgives():
     sample = data.tiny_test("add", 1)[0]
-    noisy = np.clip(sample.target + np.random.default_rng(0).normal(0, 12, sample.target.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(sample.target + np.random.default_rng(0).normal(0, 12, sample.target.shape),
+                    0, 255).astype(np.uint8)
     assert evaluate.success(noisy, sample)
-    far = np.clip(sample.target + np.random.default_rng(0).normal(0, 60, sample.target.shape), 0, 255).astype(np.uint8)
+    far = np.clip(sample.target + np.random.default_rng(0).normal(0, 60, sample.target.shape),
+                  0, 255).astype(np.uint8)
     assert not evaluate.success(far, sample)             # mean squared error above the threshold
 
 
@@ -194,24 +207,28 @@ def folder(path, rows: list) -> data.Folder:
 
 
 def test_a_folder_of_pictures(tmp_path):
-    source = folder(tmp_path, [{"target": "0.png", "instruction": "a", "images": ["1.png"], "conds": "2.png", "task": "x"},
-                               {"file_name": "0.png", "text": "b"}, {"target": "0.png", "instruction": "c"}])
+    source = folder(tmp_path, [
+        {"target": "0.png", "instruction": "a", "images": ["1.png"], "conds": "2.png", "task": "x"},
+        {"file_name": "0.png", "text": "b"}, {"target": "0.png", "instruction": "c"}])
     sizes = Counter()
     for i in range(40):
         batch = source.draw(np.random.default_rng(i), 5)
         assert len({(len(s.images), len(s.conds)) for s in batch}) == 1
         assert len({s.instruction for s in batch}) == len(batch)
         sizes[tuple(sorted(s.instruction for s in batch))] += 1
-    assert set(sizes) == {("a",), ("b", "c")}            # rows with other references never share a batch
-    sample = next(s for i in range(40) for s in source.draw(np.random.default_rng(i), 1) if s.instruction == "a")
-    assert sample.images[0].shape == (32, 48, 3) and sample.conds[0].shape == (32, 64, 3) and sample.task == "x"
+    assert set(sizes) == {("a",), ("b", "c")}            # other references, other batches
+    sample = next(s for i in range(40) for s in source.draw(np.random.default_rng(i), 1)
+                  if s.instruction == "a")
+    assert (sample.images[0].shape == (32, 48, 3) and sample.conds[0].shape == (32, 64, 3)
+            and sample.task == "x")
     small = data.Folder(tmp_path / "metadata.jsonl", (64, 64)).draw(np.random.default_rng(0), 1)[0]
     assert small.target.shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("row, words", [
-    ("{broken", "line 2.*JSON"), ("[1]", "line 2.*object"), ({"instruction": "a"}, "line 2.*target"),
-    ({"target": "0.png"}, "line 2.*instruction"), ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
+    ("{broken", "line 2.*JSON"), ("[1]", "line 2.*object"),
+    ({"instruction": "a"}, "line 2.*target"), ({"target": "0.png"}, "line 2.*instruction"),
+    ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
     ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
     ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images")])
 def test_bad_rows_are_named(tmp_path, row, words):
@@ -228,7 +245,8 @@ def test_missing_or_empty_folders(tmp_path):
 
 def test_sources_and_weights(tmp_path):
     folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
-    assert data.open_source("tiny:2.5")[1] == 2.5 and isinstance(data.open_source("tiny")[0], data.TinyWorld)
+    assert data.open_source("tiny:2.5")[1] == 2.5 and isinstance(
+        data.open_source("tiny")[0], data.TinyWorld)
     assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
         with pytest.raises(ValueError, match="weight"):

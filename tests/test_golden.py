@@ -1,11 +1,11 @@
 """Our model and adapter against numbers that the paper's own code produced on a tiny random model.
 
 The file holds four builds of the adapter: all layers routed by the instruction (igr), all by tokens
-(token), some of each (mixed), and by the pooled vector alone (pooled). Equal tensors are stored once;
-the metadata's `aliases` maps the other names to the stored ones.
+(token), some of each (mixed), and by the pooled vector alone (pooled). Equal tensors are stored
+once; the metadata's `aliases` maps the other names to the stored ones.
 
-Tolerances: both sides are fp32 with sums in different orders, so outputs (of size 1) agree to some 1e-6,
-and gradients to some 1e-6 of their norm. 1e-5 and 1e-4 leave room for other processors; a wrong formula
+Tolerances: both sides are fp32, summed in different orders; outputs (of size 1) agree to some 1e-6,
+gradients to some 1e-6 of their norm. 1e-5 and 1e-4 leave room for other processors; a wrong formula
 misses them by orders of magnitude. Gradients are compared by norm: single entries may be near zero.
 """
 import json
@@ -36,14 +36,15 @@ def golden() -> tuple[dict[str, Tensor], dict[str, dict]]:
 
 
 def part(prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in golden()[0].items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): t for name, t in golden()[0].items()
+            if name.startswith(prefix)}
 
 
 def our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename to ours, and put the experts of a layer side by side: A (in, E r), B (E r, out)."""
-    replace = (("base_layer", "base"), ("linear_layer", "base"), ("lora_A.default.weight", "lora_A"),
-               ("lora_B.default.weight", "lora_B"), ("gate.weight", "router.weight"),
-               ("condition_type_embedder.", "instruction."))
+    replace = (("base_layer", "base"), ("linear_layer", "base"),
+               ("lora_A.default.weight", "lora_A"), ("lora_B.default.weight", "lora_B"),
+               ("gate.weight", "router.weight"), ("condition_type_embedder.", "instruction."))
     ours, experts = {}, {}
     for name, tensor in theirs.items():
         if ".experts." in name:
@@ -84,11 +85,12 @@ def build_config(theirs: dict[str, Tensor]) -> tuple[dit.DiTConfig, mole.Adapter
 
 
 def build(name: str) -> tuple[dit.FluxTransformer, mole.Adapter]:
-    """Model and adapter with the golden weights: every tensor of the file is used, none is missing."""
+    """Model and adapter with the golden weights: every tensor of the file is used, none missing."""
     theirs = part(f"{name}.w.")
     model_config, config = build_config(theirs)
     model = dit.FluxTransformer(model_config)
-    adapter = mole.Adapter(model, config, model_config.joint_attention_dim, model_config.pooled_projection_dim)
+    adapter = mole.Adapter(model, config, model_config.joint_attention_dim,
+                           model_config.pooled_projection_dim)
     weights = our_names(theirs)
     instruction = {name.removeprefix("instruction."): weights.pop(name)
                    for name in list(weights) if name.startswith("instruction.")}
@@ -106,15 +108,17 @@ def forward(model: dit.FluxTransformer, case: str) -> Tensor:
     native, clean = case in ("native", "both"), case in ("cond", "both")
     target = x["target"].shape[1]
     img = torch.cat([x["target"], x["native_ref"]], dim=1) if native else x["target"]
-    out = model(img, x["txt"], x["pooled"], x["timestep"], x["guidance"], x["img_ids"][:img.shape[1]],
-                cond=x["cond"] if clean else None, cond_ids=x["cond_ids"] if clean else None)
+    out = model(img, x["txt"], x["pooled"], x["timestep"], x["guidance"],
+                x["img_ids"][:img.shape[1]], cond=x["cond"] if clean else None,
+                cond_ids=x["cond_ids"] if clean else None)
     return out[:, :target]
 
 
 def test_configurations_are_the_four_builds():
     token = {name: build_config(part(f"{name}.w."))[1].token_targets for name in BUILDS}
     assert not token["igr"] and not token["pooled"] and len(token["token"]) == 5
-    assert set(token["mixed"]) == {"transformer_blocks.1.ff.net.2", "single_transformer_blocks.0.proj_out",
+    assert set(token["mixed"]) == {"transformer_blocks.1.ff.net.2",
+                                   "single_transformer_blocks.0.proj_out",
                                    "single_transformer_blocks.2.proj_out"}
 
 
@@ -143,7 +147,7 @@ def test_loss_and_gradients(name):
     assert wanted.keys() == trained.keys()
     for parameter, theirs in wanted.items():
         ours = trained[parameter].grad
-        ours = torch.zeros_like(theirs) if ours is None else ours            # None: not in the graph
+        ours = torch.zeros_like(theirs) if ours is None else ours            # None: not in graph
         if not theirs.any():
             assert not ours.any(), parameter
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), parameter
@@ -167,6 +171,6 @@ def test_gate():
     gate = part("gate.")
     p, w, kept = mole.route(gate["in"] @ gate["weight"].T, top_k=2)
     assert torch.equal(kept.sum(-1), torch.full((len(w),), 2.0))
-    assert (w.gather(-1, gate["idx"]) - gate["w"]).abs().max() <= 1e-6       # the kept ones, as they are
+    assert (w.gather(-1, gate["idx"]) - gate["w"]).abs().max() <= 1e-6       # the kept, unchanged
     assert (w.sum(-1) - gate["w"].sum(-1)).abs().max() <= 1e-6               # and nothing else
     assert abs(0.1 * mole.balance_loss(p, kept) - gate["aux"]) <= 1e-6       # weight 0.1

@@ -1,8 +1,8 @@
 """The models against diffusers and transformers, on random weights, small and in fp32.
 
-Every peer gets our state dict, strictly, so these tests also say that the names are the released ones.
-Weights are scaled so that outputs are of order 1; then 1e-5 is about a hundred roundings of fp32, which
-two orders of summation may differ by, and far below what a wrong constant or a wrong order would move.
+Every peer gets our state dict, strictly: these tests also say that the names are the released ones.
+Weights are scaled for outputs of order 1; then 1e-5 is about a hundred roundings of fp32, which
+two orders of summation may differ by, and far below what a wrong constant or order would move.
 """
 import json
 import math
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline,
+                       FluxTransformer2DModel)
 from diffusers.models.embeddings import apply_rotary_emb, get_timestep_embedding
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
@@ -30,7 +31,7 @@ TOLERANCE = 1e-5                                         # fp32, outputs of orde
 
 
 def randomize(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
-    """Norm scales near 1, biases near 0, matrices that keep the size of what passes through them."""
+    """Norm scales near 1, biases near 0, matrices that keep the size of what passes through."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -55,9 +56,9 @@ def assert_close(ours: Tensor, peer: Tensor, tolerance: float = TOLERANCE) -> No
 # ----------------------------------------------------------------------------------- transformer
 
 def small_dit(guidance_embeds: bool = True, **changes: object) -> dit.FluxTransformer:
-    config = dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=3,
-                  joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 6, 6),
-                  guidance_embeds=guidance_embeds)
+    config = dict(in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16,
+                  num_attention_heads=3, joint_attention_dim=20, pooled_projection_dim=12,
+                  axes_dims_rope=(4, 6, 6), guidance_embeds=guidance_embeds)
     model = randomize(dit.FluxTransformer(dit.DiTConfig(**(config | changes))))
     model.proj_out.weight.data *= 2                      # brings the velocity to order 1
     return model
@@ -69,19 +70,23 @@ def dit_peer(model: dit.FluxTransformer) -> FluxTransformer2DModel:
     return peer.eval().requires_grad_(False)
 
 
-def dit_inputs(model: dit.FluxTransformer, sizes: list[tuple[int, int]], batch: int = 2, text: int = 5) -> dict:
+def dit_inputs(model: dit.FluxTransformer, sizes: list[tuple[int, int]], batch: int = 2,
+               text: int = 5) -> dict:
     """Random inputs: a target of the first latent size, native references of the others."""
     c = model.config
     ids = torch.cat([dit.position_ids(*sizes[0]), *dit.reference_ids(sizes[1:])])
-    return dict(img=randn(batch, len(ids), c.in_channels), txt=randn(batch, text, c.joint_attention_dim, seed=2),
-                pooled=randn(batch, c.pooled_projection_dim, seed=3), t=torch.linspace(0.9, 0.3, batch),
+    return dict(img=randn(batch, len(ids), c.in_channels),
+                txt=randn(batch, text, c.joint_attention_dim, seed=2),
+                pooled=randn(batch, c.pooled_projection_dim, seed=3),
+                t=torch.linspace(0.9, 0.3, batch),
                 guidance=torch.linspace(2.5, 4, batch), img_ids=ids)
 
 
 def run_peer(peer: FluxTransformer2DModel, x: dict) -> Tensor:
-    return peer(hidden_states=x["img"], encoder_hidden_states=x["txt"], pooled_projections=x["pooled"], timestep=x["t"],
-                guidance=x["guidance"] if peer.config.guidance_embeds else None, img_ids=x["img_ids"],
-                txt_ids=torch.zeros(x["txt"].shape[1], 3), return_dict=False)[0]
+    return peer(
+        hidden_states=x["img"], encoder_hidden_states=x["txt"], pooled_projections=x["pooled"],
+        timestep=x["t"], guidance=x["guidance"] if peer.config.guidance_embeds else None,
+        img_ids=x["img_ids"], txt_ids=torch.zeros(x["txt"].shape[1], 3), return_dict=False)[0]
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
@@ -94,8 +99,10 @@ def test_dit_equals_diffusers(guidance_embeds: bool, batch: int, sizes: list) ->
 
 
 @pytest.mark.parametrize("changes", [
-    dict(num_layers=0), dict(num_single_layers=0), dict(num_layers=1, num_single_layers=3, num_attention_heads=1),
-    dict(attention_head_dim=32, axes_dims_rope=(8, 12, 12), in_channels=64, joint_attention_dim=33)])
+    dict(num_layers=0), dict(num_single_layers=0),
+    dict(num_layers=1, num_single_layers=3, num_attention_heads=1),
+    dict(attention_head_dim=32, axes_dims_rope=(8, 12, 12), in_channels=64,
+         joint_attention_dim=33)])
 def test_dit_equals_diffusers_at_other_shapes(changes: dict) -> None:
     model = small_dit(**changes)
     x = dit_inputs(model, [(6, 8), (4, 6)], text=1)
@@ -119,7 +126,7 @@ def test_final_layer_stores_scale_before_shift() -> None:
 
 
 def test_sinusoid_takes_frequencies_in_fp32() -> None:
-    """Reference: bit for bit as diffusers; with fp64 frequencies the released model's inputs move."""
+    """Reference: bit for bit as diffusers; fp64 frequencies move the released model's inputs."""
     t = torch.tensor([0.0, 0.001, 0.25, 0.7, 0.999, 1.0, 2.5, 3.5])
     peer = get_timestep_embedding(t * 1000, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     assert torch.equal(dit.sinusoid(t), peer)
@@ -133,7 +140,8 @@ def test_sinusoid_multiplies_in_fp32() -> None:
     guidance = torch.tensor([2.5], dtype=torch.bfloat16)
     assert (guidance * 1000).item() == 2496
     assert torch.equal(dit.sinusoid(guidance), dit.sinusoid(guidance.float()))
-    rounded = get_timestep_embedding((guidance * 1000).float(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    rounded = get_timestep_embedding((guidance * 1000).float(), 256, flip_sin_to_cos=True,
+                                     downscale_freq_shift=0)
     assert (dit.sinusoid(guidance) - rounded).abs().max() > 1
 
 
@@ -147,13 +155,15 @@ def test_axes_are_three_even_numbers_that_fill_the_head(axes: tuple) -> None:
 
 def with_condition(model: dit.FluxTransformer) -> dict:
     ids = dit.reference_ids([(4, 6)])[0]
-    return dit_inputs(model, [(6, 8)]) | dict(cond=randn(2, len(ids), model.config.in_channels, seed=4), cond_ids=ids)
+    return dit_inputs(model, [(6, 8)]) | dict(
+        cond=randn(2, len(ids), model.config.in_channels, seed=4), cond_ids=ids)
 
 
 def as_native(x: dict) -> dict:
     """The same inputs with the clean condition's tokens and ids among the native references."""
     rest = {name: value for name, value in x.items() if name not in ("cond", "cond_ids")}
-    return rest | dict(img=torch.cat([x["img"], x["cond"]], dim=1), img_ids=torch.cat([x["img_ids"], x["cond_ids"]]))
+    return rest | dict(img=torch.cat([x["img"], x["cond"]], dim=1),
+                       img_ids=torch.cat([x["img_ids"], x["cond_ids"]]))
 
 
 def test_output_depends_on_condition_but_holds_none_of_it() -> None:
@@ -188,8 +198,9 @@ def per_token(self: dit.Modulation, vec: Tensor) -> list[dit.ModulationOut]:
     return [dit.ModulationOut(*parts[i:i + 3]) for i in range(0, len(parts), 3)]
 
 
-def test_condition_is_a_native_reference_modulated_at_time_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition, at any t: one image stream, whose tokens carry their own modulation vector."""
+def test_condition_is_a_native_reference_modulated_at_time_zero(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition, at any t: one image stream whose tokens carry their own modulation vector."""
     model = small_dit()
     x = with_condition(model)
     texts, targets, conds = (x[name].shape[1] for name in ("txt", "img", "cond"))
@@ -218,7 +229,7 @@ def test_order_of_conditions_and_references_is_free() -> None:
     other = model(**x, cond=torch.cat(tokens[::-1], dim=1), cond_ids=torch.cat([second, first]))
     assert_close(one, other)
     assert (one - model(**x, cond=torch.cat(tokens[::-1], dim=1),
-                        cond_ids=torch.cat([first, second]))).abs().max() > 1e-2      # ids swapped: not the same
+                        cond_ids=torch.cat([first, second]))).abs().max() > 1e-2      # ids swapped
 
     order = torch.randperm(len(x["img_ids"]), generator=torch.Generator().manual_seed(0))
     shuffled = x | dict(img=x["img"][:, order], img_ids=x["img_ids"][order])
@@ -235,7 +246,8 @@ def test_run_sees_every_block_once_and_conditions_ignore_the_time() -> None:
             return block(*args)
         out = model(**(x | dict(t=torch.full((2,), t))), run=run)
         assert torch.equal(out, model(**(x | dict(t=torch.full((2,), t)))))
-        assert [block for block, _ in seen[t]] == [*model.transformer_blocks, *model.single_transformer_blocks]
+        assert [block for block, _ in seen[t]] == [*model.transformer_blocks,
+                                                   *model.single_transformer_blocks]
     (_, late), (_, early) = seen[0.9][0], seen[0.1][0]
     assert torch.equal(late[4], early[4]) and not torch.equal(late[3], early[3])      # clean; vec
 
@@ -256,7 +268,8 @@ def test_packing_equals_diffusers(h: int, w: int) -> None:
     tokens = dit.pack(latents)
     assert torch.equal(tokens, FluxKontextPipeline._pack_latents(latents, 3, 16, h, w))
     assert torch.equal(dit.unpack(tokens, h, w), latents)
-    assert torch.equal(dit.unpack(tokens, h, w), FluxKontextPipeline._unpack_latents(tokens, 8 * h, 8 * w, 8))
+    assert torch.equal(dit.unpack(tokens, h, w),
+                       FluxKontextPipeline._unpack_latents(tokens, 8 * h, 8 * w, 8))
 
 
 @pytest.mark.parametrize("h, w", [(5, 4), (4, 5)])
@@ -293,8 +306,9 @@ def test_positions_beyond_256_stay_exact() -> None:
 
 @pytest.mark.parametrize("axes", [(16, 56, 56), (4, 6, 6)])
 def test_rope_equals_diffusers(axes: tuple) -> None:
-    """Both tables come from fp64 angles, by different but equal formulas: 1e-6 covers one fp32 rounding."""
-    ids = torch.cat([torch.zeros(3, 3), dit.position_ids(20, 600), *dit.reference_ids([(6, 8), (4, 10)])])
+    """Both tables: fp64 angles, different but equal formulas; 1e-6 covers one fp32 rounding."""
+    ids = torch.cat([torch.zeros(3, 3), dit.position_ids(20, 600),
+                     *dit.reference_ids([(6, 8), (4, 10)])])
     cos, sin = FluxPosEmbed(10000, list(axes))(ids)
     pe = dit.rope(ids, axes)
     assert pe.dtype == torch.float32 and pe.shape == (2, len(ids), sum(axes) // 2)
@@ -327,23 +341,27 @@ def test_schedule_needs_a_step() -> None:
 
 # ------------------------------------------------------------------------------------ autoencoder
 
-def small_vae(widths: tuple = (8, 16, 24), layers: int = 1, scaling: float = 0.3611) -> vae.AutoEncoder:
-    config = vae.VAEConfig(block_out_channels=widths, layers_per_block=layers, latent_channels=4, norm_num_groups=4,
-                           scaling_factor=scaling, shift_factor=0.1159)
+def small_vae(widths: tuple = (8, 16, 24), layers: int = 1,
+              scaling: float = 0.3611) -> vae.AutoEncoder:
+    config = vae.VAEConfig(block_out_channels=widths, layers_per_block=layers, latent_channels=4,
+                           norm_num_groups=4, scaling_factor=scaling, shift_factor=0.1159)
     return randomize(vae.AutoEncoder(config))
 
 
 def vae_peer(model: vae.AutoEncoder) -> AutoencoderKL:
     c, levels = model.config, len(model.config.block_out_channels)
     peer = AutoencoderKL(
-        block_out_channels=c.block_out_channels, layers_per_block=c.layers_per_block, latent_channels=c.latent_channels,
-        norm_num_groups=c.norm_num_groups, down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels, use_quant_conv=False, use_post_quant_conv=False)
+        block_out_channels=c.block_out_channels, layers_per_block=c.layers_per_block,
+        latent_channels=c.latent_channels, norm_num_groups=c.norm_num_groups,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        use_quant_conv=False, use_post_quant_conv=False)
     peer.load_state_dict(model.state_dict(), strict=True)
     return peer.eval().requires_grad_(False)
 
 
-VAES = [((8, 16, 24), 1, 24, 40), ((8, 8, 16, 16), 2, 32, 16), ((16, 8), 2, 6, 14), ((12,), 1, 7, 5)]
+VAES = [((8, 16, 24), 1, 24, 40), ((8, 8, 16, 16), 2, 32, 16),
+        ((16, 8), 2, 6, 14), ((12,), 1, 7, 5)]
 
 
 @pytest.mark.parametrize("widths, layers, height, width", VAES)
@@ -365,7 +383,8 @@ def test_vae_equals_diffusers(widths: tuple, layers: int, height: int, width: in
 def test_vae_norms_have_the_epsilon_of_diffusers() -> None:
     """Inputs of order 1 do not feel it; flat skies do."""
     def epsilons(model: nn.Module) -> dict[str, float]:
-        return {name: module.eps for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)}
+        return {name: module.eps for name, module in model.named_modules()
+                if isinstance(module, nn.GroupNorm)}
     model = small_vae()
     assert epsilons(model) == epsilons(vae_peer(model)) and set(epsilons(model).values()) == {1e-6}
 
@@ -410,26 +429,27 @@ def t5_peer(model: text_encoder.T5Encoder) -> T5EncoderModel:
                           is_encoder_decoder=False, use_cache=False)
     peer = T5EncoderModel(config)
     state = model.state_dict()
-    peer.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]}, strict=True)
+    peer.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]},
+                         strict=True)
     return peer.eval().requires_grad_(False)
 
 
 def t5_ids(length: int) -> Tensor:
     ids = torch.randint(2, 40, (2, length), generator=torch.Generator().manual_seed(length))
-    ids[0, length // 2], ids[0, length // 2 + 1:] = 1, 0     # the first text ends early and is padded
+    ids[0, length // 2], ids[0, length // 2 + 1:] = 1, 0     # the first ends early and is padded
     return ids
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 200])
 def test_t5_equals_transformers(length: int) -> None:
-    """Reference: unscaled scores, one bias for all blocks, no mask. 200 tokens reach the last bucket."""
+    """Reference: no scale, one bias for all blocks, no mask. 200 tokens reach the last bucket."""
     model, ids = small_t5(), t5_ids(length)
     assert_close(model(ids), t5_peer(model)(ids).last_hidden_state)
 
 
 def test_t5_equals_transformers_at_other_shapes() -> None:
-    model = small_t5(num_heads=2, d_kv=6, relative_attention_num_buckets=16, relative_attention_max_distance=40,
-                     layer_norm_epsilon=0.05)
+    model = small_t5(num_heads=2, d_kv=6, relative_attention_num_buckets=16,
+                     relative_attention_max_distance=40, layer_norm_epsilon=0.05)
     ids = t5_ids(90)
     assert_close(model(ids), t5_peer(model)(ids).last_hidden_state)
 
@@ -445,7 +465,8 @@ def test_t5_lets_padding_attend() -> None:
 
 
 def test_buckets_are_known_and_equal_transformers() -> None:
-    known = {0: 0, 8: 24, -16: 10, 64: 30, 91: 31, -91: 15, 1: 17, -1: 1, 7: 23, -8: 8, 5000: 31, -5000: 15}
+    known = {0: 0, 8: 24, -16: 10, 64: 30, 91: 31, -91: 15,
+             1: 17, -1: 1, 7: 23, -8: 8, 5000: 31, -5000: 15}
     assert text_encoder.bucket(torch.tensor(list(known)), 32, 128).tolist() == list(known.values())
     distance = torch.arange(-600, 601)
     for buckets, longest in ((32, 128), (16, 40)):
@@ -454,14 +475,17 @@ def test_buckets_are_known_and_equal_transformers() -> None:
 
 
 def test_t5_stays_finite_in_fp16(tmp_path: Path) -> None:
-    """The second feed-forward matrix stays fp32, sums are clamped: no infinities where fp16 ends."""
+    """The second feed-forward matrix stays fp32, sums are clamped: no infinity where fp16 ends."""
     model = small_t5()
     for block in model.encoder["block"]:
         block.layer[1]["DenseReluDense"].wo.weight.data *= 1e5
-    weights.save_tensors(model.state_dict(), vars(model.config), tmp_path, "model.safetensors", torch.float32)
+    weights.save_tensors(model.state_dict(), vars(model.config), tmp_path, "model.safetensors",
+                         torch.float32)
     half = text_encoder.load_t5(tmp_path, dtype=torch.float16)
-    assert {p.dtype for name, p in half.named_parameters() if name.endswith("wo.weight")} == {torch.float32}
-    assert {p.dtype for name, p in half.named_parameters() if not name.endswith("wo.weight")} == {torch.float16}
+    assert {p.dtype for name, p in half.named_parameters()
+            if name.endswith("wo.weight")} == {torch.float32}
+    assert {p.dtype for name, p in half.named_parameters()
+            if not name.endswith("wo.weight")} == {torch.float16}
     out = half(t5_ids(12))
     assert out.dtype == torch.float16 and out.isfinite().all()
 
@@ -470,15 +494,15 @@ def test_t5_stays_finite_in_fp16(tmp_path: Path) -> None:
 
 def small_clip(eos: int, eps: float = 1e-5) -> text_encoder.CLIPEncoder:
     return randomize(text_encoder.CLIPEncoder(text_encoder.CLIPConfig(
-        vocab_size=50, hidden_size=24, intermediate_size=64, num_hidden_layers=3, num_attention_heads=3,
-        max_position_embeddings=16, eos_token_id=eos, layer_norm_eps=eps)))
+        vocab_size=50, hidden_size=24, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=3, max_position_embeddings=16, eos_token_id=eos, layer_norm_eps=eps)))
 
 
 def clip_peer(model: text_encoder.CLIPEncoder) -> CLIPTextModel:
-    peer = CLIPTextModel(CLIPTextConfig(**vars(model.config), hidden_act="quick_gelu", attention_dropout=0.0,
-                                        bos_token_id=0, pad_token_id=1))
+    peer = CLIPTextModel(CLIPTextConfig(**vars(model.config), hidden_act="quick_gelu",
+                                        attention_dropout=0.0, bos_token_id=0, pad_token_id=1))
     state = model.state_dict()
-    if not any(name.startswith("text_model.") for name in peer.state_dict()):        # newer releases drop it
+    if not any(name.startswith("text_model.") for name in peer.state_dict()):  # newer ones drop it
         state = {name.removeprefix("text_model."): p for name, p in state.items()}
     peer.load_state_dict(state, strict=True)
     return peer.eval().requires_grad_(False)
@@ -487,14 +511,14 @@ def clip_peer(model: text_encoder.CLIPEncoder) -> CLIPTextModel:
 def clip_ids(end: int, length: int) -> Tensor:
     ids = torch.randint(3, 40, (3, length), generator=torch.Generator().manual_seed(length))
     for row, at in enumerate((length // 2, length - 1, 1)):
-        ids[row, at:] = end                              # padded with the end token: the first one counts
+        ids[row, at:] = end                              # end tokens as padding: the first counts
     return ids
 
 
 @pytest.mark.parametrize("eos, end", [(2, 49), (49, 49), (20, 20)])
 @pytest.mark.parametrize("length, eps", [(3, 1e-5), (16, 1e-5), (16, 0.05)])
 def test_clip_equals_transformers(eos: int, end: int, length: int, eps: float) -> None:
-    """Reference: with eos_token_id 2, as in the public file, the largest id marks the end; else that id."""
+    """Reference: with eos_token_id 2, as published, the largest id marks the end; else that id."""
     model, ids = small_clip(eos, eps), clip_ids(end, length)
     assert_close(model(ids), clip_peer(model)(ids).pooler_output)
 
@@ -521,5 +545,6 @@ def test_names_and_shapes_of_the_public_model(part: str, config: type, model: ty
     values = weights.read_json(KEYS / f"config_{part}.json")
     with torch.device("meta"):
         state = model(weights.config_from(config, values, part)).state_dict()
-    assert {name: list(p.shape) for name, p in state.items()} == weights.read_json(KEYS / f"{part}.json")
+    assert {name: list(p.shape) for name, p in state.items()} == weights.read_json(
+        KEYS / f"{part}.json")
     assert len(state) == tensors and sum(p.numel() for p in state.values()) == parameters

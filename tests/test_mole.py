@@ -1,6 +1,6 @@
 """The adapter, against its equations written out without tricks, and in a small transformer.
 
-Tolerances: equations are compared in float64, where rounding is near 1e-15, so 1e-10 lets through nothing
+Tolerances: equations are compared in float64 (rounding near 1e-15), so 1e-10 lets through nothing
 but rounding; fp32 results of the same operations in the same order must be equal bit for bit.
 """
 import dataclasses
@@ -19,15 +19,18 @@ import dit
 import mole
 
 PAIRS = [(E, k) for E in range(1, 7) for k in range(1, E + 1)]
-DIT = dit.DiTConfig(in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=8, num_attention_heads=2,
-                    joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=True)
-SMALL = mole.AdapterConfig(lora_rank=3, lora_alpha=6, experts=4, top_k=2, rank=2, alpha=4, resampler_width=16,
-                           resampler_depth=2, resampler_heads=2, resampler_head_dim=4)
+DIT = dit.DiTConfig(in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=8,
+                    num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10,
+                    axes_dims_rope=(2, 2, 4), guidance_embeds=True)
+SMALL = mole.AdapterConfig(lora_rank=3, lora_alpha=6, experts=4, top_k=2, rank=2, alpha=4,
+                           resampler_width=16, resampler_depth=2, resampler_heads=2,
+                           resampler_head_dim=4)
 FIRST = "transformer_blocks.0.ff.net.2"                  # one MoLE layer
 
 
-def adapted(seed: int = 0, blank: bool = False, **changes: object) -> tuple[dit.FluxTransformer, mole.Adapter]:
-    """A small transformer with its adapter, in train mode; unless blank, as if it were trained: B is not 0."""
+def adapted(seed: int = 0, blank: bool = False,
+            **changes: object) -> tuple[dit.FluxTransformer, mole.Adapter]:
+    """A small transformer and adapter, in train mode; unless blank, as if trained: B is not 0."""
     torch.manual_seed(seed)
     model = dit.FluxTransformer(DIT)
     adapter = mole.Adapter(model, dataclasses.replace(SMALL, **changes), DIT.joint_attention_dim,
@@ -46,7 +49,8 @@ def inputs(seed: int = 0, clean: bool = True) -> dict[str, Tensor]:
          "pooled": torch.randn(2, 10, generator=g), "t": torch.rand(2, generator=g),
          "guidance": torch.ones(2), "img_ids": dit.position_ids(4, 6)}
     if clean:
-        x |= {"cond": torch.randn(2, 4, 8, generator=g), "cond_ids": dit.position_ids(4, 4, index=1)}
+        x |= {"cond": torch.randn(2, 4, 8, generator=g),
+              "cond_ids": dit.position_ids(4, 4, index=1)}
     return x
 
 
@@ -67,7 +71,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # ------------------------------------------------------------------------------ dense formulas
 
 def mole_layer(E: int, k: int, by_token: bool = False, **changes: object) -> mole.MoLELinear:
-    """A layer 5 -> 7, routed by vectors of 6 unless by tokens, in float64, without noise, B not 0."""
+    """A layer 5 -> 7, routed by vectors of 6 unless by tokens, in float64, no noise, B not 0."""
     c = dataclasses.replace(SMALL, experts=E, top_k=k, rank=3, alpha=6, balance_weight=0.7,
                             token_balance_weight=0.3, orthogonality_weight=0.9, **changes)
     layer = mole.MoLELinear(nn.Linear(5, 7), c, "some.layer", 6, by_token).double().eval()
@@ -92,8 +96,8 @@ def dense_mole(layer: mole.MoLELinear, x: Tensor, z: Tensor) -> tuple[Tensor, Te
     p = logits.exp() / logits.exp().sum(-1, keepdim=True)
     rank_of = (p[..., None, :] > p[..., None]).sum(-1)   # how many experts are better
     kept = (rank_of < c.top_k).to(p.dtype)
-    outputs = [c.alpha / r * x @ layer.experts_A[:, e * r:(e + 1) * r] @ layer.experts_B[e * r:(e + 1) * r]
-               for e in range(E)]
+    outputs = [c.alpha / r * x @ layer.experts_A[:, e * r:(e + 1) * r]
+               @ layer.experts_B[e * r:(e + 1) * r] for e in range(E)]
     y = x @ layer.base.weight.T + layer.base.bias
     for e, Y in enumerate(outputs):
         w = (p * kept)[..., e]
@@ -120,8 +124,9 @@ def test_mole_layer_is_the_dense_formula(E, k, by_token, shape):
     of = [x, z, layer.experts_A, layer.experts_B, layer.router.weight]
     for a, b in zip(ours, theirs):
         assert (a - b).abs().max() <= 1e-10
-        gradients = [torch.autograd.grad((y * (weigh if y.dim() else 1)).sum(), of, retain_graph=True,
-                                         allow_unused=True, materialize_grads=True) if y.requires_grad
+        gradients = [torch.autograd.grad((y * (weigh if y.dim() else 1)).sum(), of,
+                                         retain_graph=True, allow_unused=True,
+                                         materialize_grads=True) if y.requires_grad
                      else [torch.zeros_like(p) for p in of] for y in (a, b)]
         assert all((g - h).abs().max() <= 1e-10 for g, h in zip(*gradients))
 
@@ -136,8 +141,8 @@ def test_lora_layer_is_the_dense_formula():
 
 
 def dense_layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * norm.weight \
-        + norm.bias
+    return ((x - x.mean(-1, keepdim=True))
+            / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * norm.weight + norm.bias)
 
 
 def dense_instruction(v: mole.InstructionVector, txt: Tensor, heads: int, d: int) -> Tensor:
@@ -147,7 +152,8 @@ def dense_instruction(v: mole.InstructionVector, txt: Tensor, heads: int, d: int
         x = tokens @ v.proj_in.weight.T + v.proj_in.bias                     # (T, width)
         latent = v.latents[0]                                                # (1, width)
         for attention, (norm, wide, _, narrow) in v.layers:
-            x_in, query = dense_layer_norm(x, attention.norm1), dense_layer_norm(latent, attention.norm2)
+            x_in, query = (dense_layer_norm(x, attention.norm1),
+                           dense_layer_norm(latent, attention.norm2))
             q = query @ attention.to_q.weight.T
             k, v_ = (torch.cat([x_in, query]) @ attention.to_kv.weight.T).split(heads * d, dim=1)
             parts = []
@@ -173,11 +179,13 @@ def instruction_vector() -> mole.InstructionVector:
 
 def test_instruction_vector_is_the_dense_formula_plus_pooled():
     vector = instruction_vector().eval()
-    txt, pooled = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
+    txt, pooled = (torch.randn(3, 5, 12, dtype=torch.float64),
+                   torch.randn(3, 10, dtype=torch.float64))
     ours, theirs = vector(txt, pooled), dense_instruction(vector, txt, heads=2, d=4) + pooled
     assert (ours - theirs).abs().max() <= 1e-10
     weigh, of = torch.randn_like(ours), list(vector.parameters())
-    gradients = zip(torch.autograd.grad((ours * weigh).sum(), of), torch.autograd.grad((theirs * weigh).sum(), of))
+    gradients = zip(torch.autograd.grad((ours * weigh).sum(), of),
+                    torch.autograd.grad((theirs * weigh).sum(), of))
     assert all((a - b).abs().max() <= 1e-10 for a, b in gradients)
 
 
@@ -189,14 +197,15 @@ def test_dropout_acts_on_the_resampler_in_training_only():
     dropped = vector.train()(txt, pooled)
     gone = dropped == 0
     assert (dropped - whole / 0.9)[~gone].abs().max() <= 1e-10
-    assert abs(gone.double().mean() - 0.1) < 0.02        # 5,000 draws: a standard deviation is 0.004
+    assert abs(gone.double().mean() - 0.1) < 0.02        # 5,000 draws: standard deviation 0.004
     far = vector(txt, pooled + 100)                      # pooled itself is never dropped
     assert (far - 100).abs().max() < 50
 
 
 def test_without_resampler_z_is_pooled():
     _, adapter = adapted(resampler=False)
-    assert adapter.instruction is None and not any("instruction" in name for name in adapter.tensors())
+    assert adapter.instruction is None and not any(
+        "instruction" in name for name in adapter.tensors())
     x = inputs()
     with adapter.serve(x["txt"], x["pooled"]) as routing:
         assert torch.equal(routing.z, x["pooled"])
@@ -217,7 +226,7 @@ def test_serve_computes_z_once_with_the_resampler():
 
 def test_kept_probabilities_are_not_renormalised():
     p, w, kept = mole.route(torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])), top_k=2)
-    assert torch.allclose(p, torch.tensor([[0.1, 0.4, 0.2, 0.3]]))           # allclose: fp32 log and exp
+    assert torch.allclose(p, torch.tensor([[0.1, 0.4, 0.2, 0.3]]))           # fp32 log and exp
     assert torch.equal(kept, torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
     assert torch.equal(w, p * kept) and abs(w.sum() - 0.7) < 1e-6
 
@@ -231,7 +240,7 @@ def test_balance_loss_values():
     assert mole.balance_loss(even, all_kept) == 4        # even use of all: k
     one = torch.eye(4)[:1].expand(6, -1)
     assert mole.balance_loss(one, one) == 4              # collapse onto one, k = 1: E
-    assert mole.balance_loss(torch.eye(4), torch.eye(4)) == 1                # each sample its own: k
+    assert mole.balance_loss(torch.eye(4), torch.eye(4)) == 1                # each has its own: k
     p = torch.tensor([[0.7, 0.3], [0.4, 0.6]])
     kept = torch.tensor([[1.0, 0.0], [0.0, 1.0]])        # 2 (0.5 0.55 + 0.5 0.45)
     assert abs(mole.balance_loss(p, kept) - 1) < 1e-6    # fp32 rounding
@@ -240,16 +249,16 @@ def test_balance_loss_values():
 
 def test_orthogonality_loss_values():
     same = torch.eye(2).repeat(2, 1)                     # 2 experts of rank 2 with equal B
-    assert mole.orthogonality_loss(torch.eye(4), same, 2) == 0               # each on tokens of its own
-    H = torch.eye(2).repeat(1, 2)                        # both on the same tokens: Y_e is its block of B
-    assert abs(mole.orthogonality_loss(H, same, 2) - 1) < 1e-6               # equal outputs; fp32 rounding
+    assert mole.orthogonality_loss(torch.eye(4), same, 2) == 0               # each on own tokens
+    H = torch.eye(2).repeat(1, 2)                        # on the same tokens: Y_e is its block of B
+    assert abs(mole.orthogonality_loss(H, same, 2) - 1) < 1e-6               # equal; fp32 rounding
     turned = torch.cat([torch.eye(2), torch.tensor([[1.0, 1.0], [-1.0, 1.0]])])
-    assert abs(mole.orthogonality_loss(H, turned, 2) - 0.5) < 1e-6           # by 45 degrees: cos^2 = 1/2
+    assert abs(mole.orthogonality_loss(H, turned, 2) - 0.5) < 1e-6           # 45 deg.: cos^2 = 1/2
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e-14, 0.0])
 def test_orthogonality_of_small_outputs_is_the_dense_clamp(size):
-    """Below a norm of 1e-12 the dense formula divides by 1e-12; so do we, also where one expert is 0."""
+    """Below norm 1e-12 the dense formula divides by 1e-12; so do we, even where an expert is 0."""
     torch.manual_seed(0)
     H = torch.randn(6, 9, dtype=torch.float64, requires_grad=True)
     B = torch.randn(9, 5, dtype=torch.float64)
@@ -294,17 +303,17 @@ def test_one_expert_has_no_orthogonality_loss():
 def test_router_noise(by_token):
     """Train mode adds N(0, 1/E^2) to the logits; the log-ratio of two p is then N(0, 2/E^2)."""
     torch.manual_seed(0)
-    E, rows = 4, 100_000                                 # standard deviations below: 0.0022 and 0.0015
+    E, rows = 4, 100_000                                 # standard deviations 0.0022 and 0.0015
     layer = mole_layer(E, E, by_token).float()
     nn.init.zeros_(layer.router.weight)
     layer.routing = mole.Routing(torch.zeros(rows, 6), losses=False)
     layer(torch.zeros(rows, 5))
-    assert torch.equal(layer.routing.weights["some.layer"], torch.full((rows, E), 1 / E))      # eval: none
+    assert torch.equal(layer.routing.weights["some.layer"], torch.full((rows, E), 1 / E))    # eval
     layer.train()(torch.zeros(rows, 5))
     p = layer.routing.weights["some.layer"]
     noise = (p[:, 0] / p[:, 1]).log() * E / math.sqrt(2)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.01             # normal; uniform noise has 0.65
+    assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.01             # normal; uniform 0.65
 
 
 def test_losses_are_collected_only_on_request_and_weights_always():
@@ -313,7 +322,8 @@ def test_losses_are_collected_only_on_request_and_weights_always():
     with adapter.serve(x["txt"], x["pooled"]) as routing:
         model(**x)
     assert routing.balance == routing.orthogonality == [] and routing.total() == (0, 0)
-    assert set(routing.weights) == {layer.name for layer in adapter.mole} and FIRST in routing.weights
+    assert (set(routing.weights) == {layer.name for layer in adapter.mole}
+            and FIRST in routing.weights)
     for w in routing.weights.values():
         assert w.shape == (2, 4) and ((w > 0).sum(-1) == 2).all() and not w.requires_grad
 
@@ -324,12 +334,14 @@ def test_clean_conditions_are_calls_of_their_own(clean, calls):
     model, adapter = adapted()
     seen, x = [], inputs(clean=clean)
     for layer in adapter.mole:
-        layer.register_forward_pre_hook(lambda layer, args: seen.append((layer.name, args[0].shape[1])))
+        layer.register_forward_pre_hook(
+            lambda layer, args: seen.append((layer.name, args[0].shape[1])))
     with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
         model(**x)
     assert len(routing.balance) == len(routing.orthogonality) == len(seen) == calls
     doubles = [(f"transformer_blocks.{i}.ff.net.2", n) for i in range(2) for n in (6, 4)]
-    singles = [(f"single_transformer_blocks.{i}.proj_out", n) for i in range(3) for n in (9, 4)][:-1]
+    singles = [(f"single_transformer_blocks.{i}.proj_out", n)
+               for i in range(3) for n in (9, 4)][:-1]
     wanted = [call for call in doubles + singles if clean or call[1] != 4]
     assert seen == wanted                                # 9 = text and image together
     total = routing.total()
@@ -348,7 +360,7 @@ def test_nothing_of_the_last_clean_call_is_computed():
     assert sorted(calls) == ["attn.to_k", "attn.to_k", "proj_mlp", "proj_out"]
 
 
-# --------------------------------------------------------------------------------- the adapted model
+# -------------------------------------------------------------------------------- the adapted model
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_the_start_the_model_computes_what_it_did(dtype):
@@ -356,7 +368,7 @@ def test_at_the_start_the_model_computes_what_it_did(dtype):
     model = dit.FluxTransformer(DIT).to(dtype)
     x = {name: t if name.endswith("ids") else t.to(dtype) for name, t in inputs().items()}
     before = model(**x)
-    adapter = mole.Adapter(model, SMALL, 12, 10)         # in train mode: noise changes nothing either
+    adapter = mole.Adapter(model, SMALL, 12, 10)         # train mode: noise changes nothing either
     with adapter.serve(x["txt"], x["pooled"]):
         assert torch.equal(model(**x), before)
 
@@ -377,18 +389,18 @@ def test_at_the_start_orthogonality_is_exactly_zero_with_zero_gradient():
 
 
 def test_initialisation():
-    """Experts A uniform in +-1/sqrt(r), LoRA A ~ N(0, 1/r^2), every B 0, routers as nn.Linear starts."""
+    """Experts A uniform in +-1/sqrt(r), LoRA A ~ N(0, 1/r^2), every B 0, routers like nn.Linear."""
     torch.manual_seed(0)
     c = dataclasses.replace(SMALL, rank=4, experts=8, lora_rank=16)
     layer = mole.MoLELinear(nn.Linear(500, 9), c, "some.layer", 100, False)
     assert layer.experts_A.shape == (500, 32) and layer.experts_B.shape == (32, 9)
     assert 0.495 < layer.experts_A.abs().max() <= 0.5 and not layer.experts_B.any()
-    assert abs(layer.experts_A.std() - 0.5 / math.sqrt(3)) < 0.005           # 16,000 draws: 3 deviations
+    assert abs(layer.experts_A.std() - 0.5 / math.sqrt(3)) < 0.005           # 16,000 draws: 3 sd
     assert layer.router.weight.shape == (8, 100) and layer.router.bias is None
     assert 0.095 < layer.router.weight.abs().max() <= 0.1
     lora = mole.LoRALinear(nn.Linear(500, 9), c)
-    assert abs(lora.lora_A.std() * 16 - 1) < 0.03 and not lora.lora_B.any()  # 8,000 draws: 3.8 deviations
-    query = mole.InstructionVector(mole.AdapterConfig(), 8, 8).latents       # N(0, 1/768), 768 draws
+    assert abs(lora.lora_A.std() * 16 - 1) < 0.03 and not lora.lora_B.any()  # 8,000 draws: 3.8 sd
+    query = mole.InstructionVector(mole.AdapterConfig(), 8, 8).latents       # 768 of N(0, 1/768)
     assert abs(query.std() * 768 ** 0.5 - 1) < 0.1
 
 
@@ -419,9 +431,11 @@ def test_target_matching(name, target, wanted):
 def test_targets_in_the_model():
     """Published targets: exactly these modules are replaced, all others are still plain."""
     model, adapter = adapted()
-    double = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear", "ff.net.0.proj", "ff.net.2"]
+    double = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear",
+              "ff.net.0.proj", "ff.net.2"]
     single = ["attn.to_q", "attn.to_k", "attn.to_v", "norm.linear", "proj_mlp", "proj_out"]
-    wanted = {"x_embedder"} | {f"transformer_blocks.{i}.{n}" for i, n in itertools.product(range(2), double)} \
+    wanted = {"x_embedder"} \
+        | {f"transformer_blocks.{i}.{n}" for i, n in itertools.product(range(2), double)} \
         | {f"single_transformer_blocks.{i}.{n}" for i, n in itertools.product(range(3), single)}
     of = {name: type(module) for name, module in model.named_modules()
           if isinstance(module, (mole.LoRALinear, mole.MoLELinear))}
@@ -447,7 +461,8 @@ def test_only_the_adapter_is_trained():
     trained = {id(p) for p in adapter.tensors().values()}
     frozen = [name for name, p in model.named_parameters() if id(p) not in trained]
     assert len(frozen) == len(list(dit.FluxTransformer(DIT).parameters()))   # the whole base
-    assert {id(p) for p in itertools.chain(model.parameters(), adapter.parameters()) if p.requires_grad} == trained
+    assert {id(p) for p in itertools.chain(model.parameters(), adapter.parameters())
+            if p.requires_grad} == trained
     _, _, gradients = step(model, adapter, inputs())
     assert all(g is not None and g.any() for g in gradients.values())
     parameters = dict(model.named_parameters())
@@ -557,8 +572,10 @@ def test_fp32_adapter_on_a_bf16_base():
             nn.init.normal_(p, std=0.3)
     x = {name: t if name.endswith("ids") else t.bfloat16() for name, t in inputs().items()}
     out, routing, gradients = step(model, adapter, x)
-    assert out.dtype == torch.bfloat16 and all(loss.dtype == torch.float32 for loss in routing.total())
-    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() and g.any() for g in gradients.values())
+    assert out.dtype == torch.bfloat16 and all(
+        loss.dtype == torch.float32 for loss in routing.total())
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() and g.any()
+               for g in gradients.values())
     adapter.eval()
     exact, wide_adapter = adapted()
     exact.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
@@ -569,7 +586,7 @@ def test_fp32_adapter_on_a_bf16_base():
     with torch.no_grad(), wide_adapter.serve(x_wide["txt"], x_wide["pooled"]) as high:
         wide = exact(**x_wide)
     assert same(low.weights, high.weights)               # routing is fp32 in both, bit for bit
-    assert F.mse_loss(out.float(), wide).sqrt() < 0.03 * wide.std()          # bf16 keeps 8 bits: 0.4 % a step
+    assert F.mse_loss(out.float(), wide).sqrt() < 0.03 * wide.std()          # bf16: 0.4 % a step
 
 
 def test_bad_configurations_are_refused_and_leave_the_model_alone():
@@ -577,7 +594,7 @@ def test_bad_configurations_are_refused_and_leave_the_model_alone():
     names = [name for name, _ in model.named_parameters()]
     for changes, message in (({"top_k": 5}, "top_k"), ({"top_k": 0}, "top_k"),
                              ({"lora_targets": ("x_embedder", "attn.to_z")}, "attn.to_z"),
-                             ({"mole_targets": ("ff",)}, "'ff'"),            # a module, but no nn.Linear
+                             ({"mole_targets": ("ff",)}, "'ff'"),            # module, no nn.Linear
                              ({"token_targets": ("nowhere",)}, "nowhere")):
         with pytest.raises(ValueError, match=message):
             mole.Adapter(model, dataclasses.replace(SMALL, **changes), 12, 10)
@@ -597,13 +614,16 @@ def test_lora_alone_needs_no_instruction():
 def test_whole_size_count():
     """The published configuration on the released model, without its memory."""
     with torch.device("meta"):
-        model = dit.FluxTransformer(dit.DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), True))
+        model = dit.FluxTransformer(
+            dit.DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), True))
         adapter = mole.Adapter(model, mole.AdapterConfig(), 4096, 768)
     count = {"lora": 0, "experts": 0, "router": 0, "instruction": 0}
     for name, p in adapter.tensors().items():
         count[next(kind for kind in count if kind in name)] += p.numel()
-    assert count == {"lora": 747_913_216, "experts": 254_017_536, "router": 350_208, "instruction": 17_904_384}
-    trainable = {p for p in itertools.chain(model.parameters(), adapter.parameters()) if p.requires_grad}
+    assert count == {"lora": 747_913_216, "experts": 254_017_536, "router": 350_208,
+                     "instruction": 17_904_384}
+    trainable = {p for p in itertools.chain(model.parameters(), adapter.parameters())
+                 if p.requires_grad}
     assert sum(p.numel() for p in trainable) == 1_020_185_344
 
 
@@ -615,7 +635,7 @@ def test_save_and_load(tmp_path):
     mole.save(adapter, file, base="small")
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata()["base"] == "small"
-        assert not any("base" in name for name in opened.keys())             # the frozen model is not in it
+        assert not any("base" in name for name in opened.keys())             # no frozen weights
         assert all(opened.get_tensor(name).dtype == torch.float32 for name in opened.keys())
     other = dit.FluxTransformer(DIT)
     base = {name.replace(".base.", "."): t for name, t in model.state_dict().items()}
@@ -624,7 +644,7 @@ def test_save_and_load(tmp_path):
     assert loaded.config == adapter.config and same(loaded.tensors(), adapter.tensors())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     x = inputs()
-    adapter.requires_grad_(False).eval()                 # as loaded: F.linear chooses its product by this flag
+    adapter.requires_grad_(False).eval()                 # as loaded: F.linear heeds requires_grad
     with adapter.serve(x["txt"], x["pooled"]), loaded.serve(x["txt"], x["pooled"]):
         assert torch.equal(model(**x), other(**x))
 
@@ -634,7 +654,8 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "adapter.safetensors"
 
 
-def refused(file: Path, model: nn.Module | None = None, text_width: int = 12, pooled_width: int = 10) -> None:
+def refused(file: Path, model: nn.Module | None = None, text_width: int = 12,
+            pooled_width: int = 10) -> None:
     """Loading is a ValueError that names the file."""
     with pytest.raises(ValueError, match=re.escape(str(file))):
         mole.load(model or dit.FluxTransformer(DIT), file, text_width, pooled_width)
@@ -660,14 +681,15 @@ def test_load_foreign_files(tmp_path):
     refused(file)
     for adapter in (None, "no json", "[1]", '"text"', "null", '{"colour": 3}', '{"top_k": 99}',
                     '{"lora_targets": ["nowhere"]}', '{"rank": "eight"}'):
-        save_file({"some.weight": torch.zeros(2)}, file, metadata={"adapter": adapter} if adapter else {"format": "pt"})
+        save_file({"some.weight": torch.zeros(2)}, file,
+                  metadata={"adapter": adapter} if adapter else {"format": "pt"})
         refused(file)
 
 
 def test_load_adapter_of_another_model(tmp_path):
     file = written(tmp_path)
-    refused(file, dit.FluxTransformer(dataclasses.replace(DIT, num_attention_heads=3)))      # wider
-    refused(file, dit.FluxTransformer(dataclasses.replace(DIT, num_single_layers=4)))        # tensors missing
-    refused(file, dit.FluxTransformer(dataclasses.replace(DIT, num_single_layers=2)))        # too many
+    refused(file, dit.FluxTransformer(dataclasses.replace(DIT, num_attention_heads=3)))  # wider
+    refused(file, dit.FluxTransformer(dataclasses.replace(DIT, num_single_layers=4)))    # too few
+    refused(file, dit.FluxTransformer(dataclasses.replace(DIT, num_single_layers=2)))    # too many
     refused(file, text_width=13)                         # other text encoders
     refused(file, pooled_width=11)

@@ -1,4 +1,4 @@
-"""Our tokenizers against those of transformers, on texts that people write and texts that nobody should."""
+"""Our tokenizers against transformers', on texts that people write and texts that nobody should."""
 import json
 import random
 import shutil
@@ -12,23 +12,26 @@ import text_encoder
 import weights
 
 MODEL = Path(weights.__file__).parent / "tiny" / "model"
-WORDS = """the a red Blue cube put on left background it's don't I'm WE'LL you've 's ' make 12 3.5 1,000 # @user
-straße Éclair naïve e\u0301 A\u030a ﬁ Å ① ½ 東京 こんにちは привет سلام नमस्ते ñ é İ ǅ ß ſ \u200b \ufeff \x00 \x7f ▁ _ ▁the Ġ
-😀 👍🏽 👩‍👩‍👧 🏳️‍🌈 ! !!! ?! ... -- <| |> < > | </ <extra_id_ endoftext startoftext </w> \\n
-a/b c-d (e) "f" [g]""".split()
-SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|STARTOFTEXT|>", "<|StartOfText|>", "<|EndOfText|>",
-           "</s>", "</S>", "<s>", "<pad>", "<PAD>", "<unk>", "<extra_id_0>", "<extra_id_3>", "<extra_id_99>",
-           "<extra_id_100>", "<EXTRA_ID_3>"]
+WORDS = """the a red Blue cube put on left background it's don't I'm WE'LL you've 's ' make 12 3.5
+1,000 # @user straße Éclair naïve e\u0301 A\u030a ﬁ Å ① ½ 東京 こんにちは
+привет سلام नमस्ते ñ é İ ǅ ß ſ \u200b \ufeff \x00 \x7f ▁ _ ▁the Ġ
+😀 👍🏽 👩‍👩‍👧 🏳️‍🌈 ! !!! ?! ... -- <| |> < > | </ <extra_id_ endoftext
+startoftext </w> \\n a/b c-d (e) "f" [g]""".split()
+SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "<|STARTOFTEXT|>",
+           "<|StartOfText|>", "<|EndOfText|>", "</s>", "</S>", "<s>", "<pad>", "<PAD>", "<unk>",
+           "<extra_id_0>", "<extra_id_3>", "<extra_id_99>", "<extra_id_100>", "<EXTRA_ID_3>"]
 SPACE = ["", " ", "  ", "     ", "\t", "\n", " \n ", "\r\n", "\u00a0", "\u2003", "\u2028", "\u3000"]
-SENTENCES = ["", " ", "a", "Put the red cube to the left of the blue ball.", "Make  it   snow,\nplease!",
-             "</s>", "<pad>", "<|endoftext|>", "x<|endoftext|>y", "<|ENDOFTEXT|>!!", "a <extra_id_3> b",
-             "word " * 500, "w" * 500, "!" * 300, "😀" * 100, "<|startoftext|>" * 50, "it's" * 40]
-RANGES = [(0x20, 0x7f), (0xa0, 0x250), (0x300, 0x530), (0x590, 0xe00), (0x2000, 0x2c00), (0x3000, 0xa000),
-          (0xac00, 0xd7a4), (0xe000, 0xfffe), (0x10000, 0x11000), (0x1f300, 0x1fb00)]     # no surrogates
+SENTENCES = ["", " ", "a", "Put the red cube to the left of the blue ball.",
+             "Make  it   snow,\nplease!", "</s>", "<pad>", "<|endoftext|>", "x<|endoftext|>y",
+             "<|ENDOFTEXT|>!!", "a <extra_id_3> b", "word " * 500, "w" * 500, "!" * 300,
+             "😀" * 100, "<|startoftext|>" * 50, "it's" * 40]
+RANGES = [(0x20, 0x7f), (0xa0, 0x250), (0x300, 0x530), (0x590, 0xe00), (0x2000, 0x2c00),
+          (0x3000, 0xa000), (0xac00, 0xd7a4), (0xe000, 0xfffe), (0x10000, 0x11000),
+          (0x1f300, 0x1fb00)]                            # no surrogates
 
 
 def texts(count: int) -> list[str]:
-    """The sentences above, then random rows of words, special tokens and spaces, then random characters."""
+    """The sentences above, then random rows of words, special tokens, spaces, or of characters."""
     draw = random.Random(0)
 
     def row() -> str:
@@ -45,43 +48,48 @@ def assert_same(ours: object, peer: object, lines: list[str]) -> None:
     found, expected = ours(lines), torch.tensor(padded.input_ids)
     assert found.shape == expected.shape == (len(lines), ours.length) and found.dtype == torch.int64
     wrong = (found != expected).any(dim=1).nonzero().flatten().tolist()
-    assert not wrong, f"{len(wrong)} differ, the shortest: {min((lines[i] for i in wrong), key=len)!r}"
+    assert not wrong, f"{len(wrong)} differ, shortest: {min((lines[i] for i in wrong), key=len)!r}"
 
 
 def test_t5_equals_transformers() -> None:
     folder = MODEL / "tokenizer_2"
-    assert_same(text_encoder.T5Tokenizer(folder), transformers.T5TokenizerFast.from_pretrained(folder), texts(2200))
+    assert_same(text_encoder.T5Tokenizer(folder),
+                transformers.T5TokenizerFast.from_pretrained(folder), texts(2200))
 
 
 def test_clip_equals_transformers() -> None:
-    """The literal special tokens too: capitals become the same characters, but not the same token."""
+    """Literal special tokens too: capitals become the same characters, but not the same token."""
     folder = MODEL / "tokenizer"
-    assert_same(text_encoder.CLIPTokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder), texts(2200))
+    assert_same(text_encoder.CLIPTokenizer(folder),
+                transformers.CLIPTokenizer.from_pretrained(folder), texts(2200))
 
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_clip_follows_the_settings_of_its_special_tokens(tmp_path: Path, normalized: bool) -> None:
-    """`normalized` in tokenizer_config.json says whether a token is looked for before or after lower-casing."""
+    """`normalized` in tokenizer_config.json: is a token looked for before or after lower-casing?"""
     folder = shutil.copytree(MODEL / "tokenizer", tmp_path / "tokenizer")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     for entry in settings["added_tokens_decoder"].values():
         entry["normalized"] = normalized
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert_same(text_encoder.CLIPTokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder), texts(500))
+    assert_same(text_encoder.CLIPTokenizer(folder),
+                transformers.CLIPTokenizer.from_pretrained(folder), texts(500))
 
 
 @pytest.mark.parametrize("limit", [5, 77])
 def test_length_is_the_one_that_the_folder_states(tmp_path: Path, limit: int) -> None:
-    for name, ours, peer in (("tokenizer", text_encoder.CLIPTokenizer, transformers.CLIPTokenizer),
-                             ("tokenizer_2", text_encoder.T5Tokenizer, transformers.T5TokenizerFast)):
+    for name, ours, peer in (
+            ("tokenizer", text_encoder.CLIPTokenizer, transformers.CLIPTokenizer),
+            ("tokenizer_2", text_encoder.T5Tokenizer, transformers.T5TokenizerFast)):
         folder = shutil.copytree(MODEL / name, tmp_path / name)
-        settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": limit}
+        settings = (json.loads((folder / "tokenizer_config.json").read_text())
+                    | {"model_max_length": limit})
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         assert_same(ours(folder), peer.from_pretrained(folder), texts(200))
 
 
 def test_layout_of_the_ids() -> None:
-    """T5 ends in </s> (1) and is padded with 0; CLIP stands between its two tokens, padded with the second."""
+    """T5 ends in </s> (1), padded with 0; CLIP is between two tokens, padded with the second."""
     t5 = text_encoder.T5Tokenizer(MODEL / "tokenizer_2")
     first = t5(["red"])[0].tolist()
     assert first.count(1) == 1 and set(first[first.index(1) + 1:]) == {0}
@@ -93,22 +101,25 @@ def test_layout_of_the_ids() -> None:
     start, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
     assert clip([""])[0].tolist() == [start] + [end] * (clip.length - 1)
     assert clip(["red " * 500])[0, 0] == start and clip(["red " * 500])[0, -1] == end
-    assert end == max(vocab.values())                    # where a CLIP with eos_token_id 2 looks for the end
+    assert end == max(vocab.values())                    # what a CLIP with eos_token_id 2 looks for
 
 
 def test_what_is_no_text_is_refused() -> None:
     """Bytes of a command line that are no UTF-8 reach Python as lone surrogates."""
-    for tokenizer in (text_encoder.T5Tokenizer(MODEL / "tokenizer_2"), text_encoder.CLIPTokenizer(MODEL / "tokenizer")):
+    for tokenizer in (text_encoder.T5Tokenizer(MODEL / "tokenizer_2"),
+                      text_encoder.CLIPTokenizer(MODEL / "tokenizer")):
         with pytest.raises(ValueError):
             tokenizer(["red", "caf\udce9"])
 
 
-# ------------------------------------------------------------------------------------ broken folders
+# ----------------------------------------------------------------------------------- broken folders
 
 @pytest.mark.parametrize("name, kind, files", [
-    ("tokenizer", text_encoder.CLIPTokenizer, ["tokenizer_config.json", "vocab.json", "merges.txt"]),
+    ("tokenizer", text_encoder.CLIPTokenizer,
+     ["tokenizer_config.json", "vocab.json", "merges.txt"]),
     ("tokenizer_2", text_encoder.T5Tokenizer, ["tokenizer_config.json", "tokenizer.json"])])
-def test_missing_and_broken_files_are_named(tmp_path: Path, name: str, kind: type, files: list) -> None:
+def test_missing_and_broken_files_are_named(tmp_path: Path, name: str, kind: type,
+                                            files: list) -> None:
     for file in files:
         folder = shutil.copytree(MODEL / name, tmp_path / file)
         (folder / file).write_text("{ one two three")
@@ -122,10 +133,12 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, name: str, kind: typ
 @pytest.mark.parametrize("name, kind", [
     ("tokenizer", text_encoder.CLIPTokenizer), ("tokenizer_2", text_encoder.T5Tokenizer)])
 @pytest.mark.parametrize("limit", [None, "77", 1, 10 ** 30])
-def test_lengths_that_are_none_are_refused(tmp_path: Path, name: str, kind: type, limit: object) -> None:
+def test_lengths_that_are_none_are_refused(tmp_path: Path, name: str, kind: type,
+                                           limit: object) -> None:
     """transformers writes 1e30 for "no limit", which cannot be padded to."""
     folder = shutil.copytree(MODEL / name, tmp_path / name)
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"model_max_length": limit}
+    settings = (json.loads((folder / "tokenizer_config.json").read_text())
+                | {"model_max_length": limit})
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="model_max_length"):
         kind(folder)

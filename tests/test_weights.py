@@ -1,4 +1,4 @@
-"""Checkpoints: what is whole loads unchanged and uncopied; what is not is refused, by name, in one line."""
+"""Checkpoints: whole ones load unchanged and uncopied, others are refused, by name, in one line."""
 import json
 import re
 import struct
@@ -21,13 +21,17 @@ ROOT = Path(weights.__file__).parent
 VAE = dict(block_out_channels=[8, 16], layers_per_block=1, latent_channels=4, norm_num_groups=4,
            scaling_factor=0.3611, shift_factor=0.1159)
 T5 = dict(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
-CLIP = dict(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-DIT = dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-           joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=[4, 6, 6], guidance_embeds=True)
+CLIP = dict(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2)
+DIT = dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+           num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
+           axes_dims_rope=[4, 6, 6], guidance_embeds=True)
 PARTS = {"vae": (VAE, vae.VAEConfig, vae.AutoEncoder, vae.load_vae),
          "transformer": (DIT, dit.DiTConfig, dit.FluxTransformer, dit.load_dit),
-         "text_encoder": (CLIP, text_encoder.CLIPConfig, text_encoder.CLIPEncoder, text_encoder.load_clip),
-         "text_encoder_2": (T5, text_encoder.T5Config, text_encoder.T5Encoder, text_encoder.load_t5)}
+         "text_encoder": (CLIP, text_encoder.CLIPConfig, text_encoder.CLIPEncoder,
+                          text_encoder.load_clip),
+         "text_encoder_2": (T5, text_encoder.T5Config, text_encoder.T5Encoder,
+                            text_encoder.load_t5)}
 
 
 def tensors_of(part: str) -> dict[str, Tensor]:
@@ -37,7 +41,7 @@ def tensors_of(part: str) -> dict[str, Tensor]:
 
 
 def write(folder: Path, part: str, change: Callable[[dict], object] = lambda tensors: None) -> Path:
-    """One component as it is published, in a single file, after `change` has had its way with its tensors."""
+    """One component as published, in a single file, after `change` had its way with its tensors."""
     tensors = tensors_of(part)
     change(tensors)
     weights.save_tensors(tensors, PARTS[part][0], folder, "model.safetensors", torch.float32)
@@ -61,7 +65,8 @@ def shard(folder: Path, part: str = "vae") -> dict[str, str]:
     weight_map = {}
     for i, half in enumerate((names[::2], names[1::2])):
         file = f"model-{i + 1:05}-of-00002.safetensors"
-        weights.save_tensors({name: tensors[name] for name in half}, PARTS[part][0], folder, file, torch.float32)
+        weights.save_tensors({name: tensors[name] for name in half}, PARTS[part][0], folder,
+                             file, torch.float32)
         weight_map |= dict.fromkeys(half, file)
     write_index(folder, weight_map)
     return weight_map
@@ -97,8 +102,9 @@ def test_round_trip_of_shards(tmp_path: Path, part: str) -> None:
 
 def test_other_dtypes(tmp_path: Path) -> None:
     weights.save_tensors(tensors_of("vae"), VAE, tmp_path, "model.safetensors", torch.bfloat16)
-    assert {p.dtype for p in vae.load_vae(tmp_path).parameters()} == {torch.bfloat16}       # as in the file
-    assert {p.dtype for p in vae.load_vae(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
+    assert {p.dtype for p in vae.load_vae(tmp_path).parameters()} == {torch.bfloat16}  # the file's
+    assert {p.dtype for p in
+            vae.load_vae(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -120,8 +126,9 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory use from /proc")
 def test_loading_on_the_cpu_copies_nothing(tmp_path: Path) -> None:
-    """A sparse file of 200 MB: a copy would cost 200 MB, the map costs pages only when they are touched."""
-    header = {"weight": {"dtype": "F32", "shape": [50, 1_000_000], "data_offsets": [0, 200_000_000]}}
+    """A sparse file of 200 MB: a copy would cost as much, the map only the pages touched."""
+    header = {"weight": {"dtype": "F32", "shape": [50, 1_000_000],
+                         "data_offsets": [0, 200_000_000]}}
     with raw_file(tmp_path / "model.safetensors", header).open("r+b") as file:
         file.truncate(file.seek(0, 2) + 200_000_000)
     (tmp_path / "config.json").write_text("{}")
@@ -132,7 +139,7 @@ def test_loading_on_the_cpu_copies_nothing(tmp_path: Path) -> None:
     assert model.weight.shape == (50, 1_000_000) and model.weight[49, -1] == 0
 
 
-# ----------------------------------------------------------------- what other tools write into files
+# ---------------------------------------------------------------- what other tools write into files
 
 @pytest.mark.parametrize("kept", [("shared.weight",), ("encoder.embed_tokens.weight",),
                                   ("shared.weight", "encoder.embed_tokens.weight")])
@@ -145,13 +152,15 @@ def test_t5_embedding_under_either_name(tmp_path: Path, kept: tuple) -> None:
 
 def test_t5_without_an_embedding(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 missing: shared\.weight"):
-        load(write(tmp_path, "text_encoder_2", lambda tensors: tensors.pop("shared.weight")), "text_encoder_2")
+        load(write(tmp_path, "text_encoder_2", lambda tensors: tensors.pop("shared.weight")),
+             "text_encoder_2")
 
 
 def test_clip_with_more_than_the_text_encoder(tmp_path: Path) -> None:
     folder = write(tmp_path, "text_encoder")
-    more = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.zeros(2, 2),
-            "logit_scale": torch.tensor(4.6), "vision_model.post_layernorm.weight": torch.zeros(2),
+    more = {"text_model.embeddings.position_ids": torch.arange(77)[None],
+            "text_projection.weight": torch.zeros(2, 2), "logit_scale": torch.tensor(4.6),
+            "vision_model.post_layernorm.weight": torch.zeros(2),
             "visual_projection.weight": torch.zeros(2, 2)}
     save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors")
     assert_same(load(folder, "text_encoder"), "text_encoder")
@@ -165,20 +174,23 @@ def test_clip_without_prefix(tmp_path: Path) -> None:
     assert_same(load(write(tmp_path, "text_encoder", change), "text_encoder"), "text_encoder")
 
 
-# ------------------------------------------------------------------------------------- names, shapes
+# ------------------------------------------------------------------------------------ names, shapes
 
 @pytest.mark.parametrize("part, name", [
     ("vae", "decoder.up_blocks.0.resnets.1.conv2.bias"),
     ("transformer", "single_transformer_blocks.0.attn.norm_q.weight"),
     ("text_encoder", "text_model.final_layer_norm.bias"),
     ("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")])
-def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, part: str, name: str) -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path, part: str,
+                                                            name: str) -> None:
     shape = tuple(tensors_of(part)[name].shape)
-    prefix = "text_model." if part == "text_encoder" else ""                 # absent ones are added there
+    prefix = "text_model." if part == "text_encoder" else ""                 # added where absent
     changes = {f"1 missing: {name}": lambda t: t.pop(name),
                f"1 unexpected: {prefix}surplus": lambda t: t.update(surplus=torch.zeros(1)),
-               f"1 of another shape: {name} (7, 3) instead of {shape}": lambda t: t.update({name: torch.zeros(7, 3)}),
-               f"1 of another shape: {name} {shape + (1,)} instead": lambda t: t.update({name: t[name][..., None]})}
+               f"1 of another shape: {name} (7, 3) instead of {shape}":
+                   lambda t: t.update({name: torch.zeros(7, 3)}),
+               f"1 of another shape: {name} {shape + (1,)} instead":
+                   lambda t: t.update({name: t[name][..., None]})}
     for i, (message, change) in enumerate(changes.items()):
         folder = write(tmp_path / str(i), part, change)
         with pytest.raises(ValueError, match=re.escape(str(folder)) + ".*" + re.escape(message)):
@@ -192,12 +204,14 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         tensors["decoder.conv_in.bias"] = torch.zeros(5)
     with pytest.raises(ValueError) as error:
         load(write(tmp_path, "vae", change), "vae")
-    for part in ("10 missing: encoder.mid_block", "10 unexpected: ema.", "and 7 more", "(5,) instead of (16,)"):
+    for part in ("10 missing: encoder.mid_block", "10 unexpected: ema.", "and 7 more",
+                 "(5,) instead of (16,)"):
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
-def test_tensors_that_are_no_floating_point_numbers_are_named(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_that_are_no_floating_point_numbers_are_named(tmp_path: Path,
+                                                              dtype: torch.dtype) -> None:
     folder = write(tmp_path, "vae")
     tensors = load_file(folder / "model.safetensors")
     tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"].to(dtype)
@@ -206,7 +220,7 @@ def test_tensors_that_are_no_floating_point_numbers_are_named(tmp_path: Path, dt
         load(folder, "vae")
 
 
-# -------------------------------------------------------------------------------------- files, folders
+# ----------------------------------------------------------------------------------- files, folders
 
 def test_what_is_absent_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "vae", "vae")
@@ -218,7 +232,8 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="found 0 files"):
         load(folder, "vae")
-    for read in (lambda file: weights.read_tensors([file]), weights.read_metadata, weights.read_json, weights.describe):
+    for read in (lambda file: weights.read_tensors([file]), weights.read_metadata,
+                 weights.read_json, weights.describe):
         with pytest.raises(FileNotFoundError, match="gone: not found"):
             read(tmp_path / "gone")
 
@@ -234,18 +249,25 @@ ONE = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
 BROKEN = {
     "empty": lambda file: file.write_bytes(b""),
     "garbage": lambda file: file.write_bytes(bytes(range(256)) * 8),
-    "text": lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "text":
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "no JSON": lambda file: raw_file(file, b"{nope"),
-    "header longer than the file": lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
+    "header longer than the file":
+        lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
     "bytes missing": lambda file: raw_file(file, ONE, bytes(8)),
     "bytes to spare": lambda file: raw_file(file, ONE, bytes(24)),
-    "shape larger than its bytes": lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [5]}}, bytes(16)),
+    "shape larger than its bytes":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [5]}}, bytes(16)),
     "negative shape": lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [-4]}}, bytes(16)),
-    "shape that overflows": lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [2 ** 40, 2 ** 40]}}, bytes(16)),
-    "bytes before the first": lambda file: raw_file(file, {"a": ONE["a"] | {"data_offsets": [4, 20]}}, bytes(20)),
+    "shape that overflows":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [2 ** 40, 2 ** 40]}}, bytes(16)),
+    "bytes before the first":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"data_offsets": [4, 20]}}, bytes(20)),
     "bytes used twice": lambda file: raw_file(file, {"a": ONE["a"], "b": ONE["a"]}, bytes(16)),
     "unknown dtype": lambda file: raw_file(file, {"a": ONE["a"] | {"dtype": "Q4"}}, bytes(16)),
-    "unreadable dtype": lambda file: raw_file(file, {"a": ONE["a"] | {"dtype": "F6_E2M3", "shape": [16]}}, bytes(12)),
+    "unreadable dtype":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"dtype": "F6_E2M3", "shape": [16]}},
+                              bytes(12)),
 }
 
 
@@ -267,8 +289,8 @@ def test_truncated_files_are_named(tmp_path: Path, share: float) -> None:
             read()
 
 
-@pytest.mark.parametrize("outside", ["../other.safetensors", "/other.safetensors", "sub/other.safetensors", "..", "",
-                                     "config.json"])
+@pytest.mark.parametrize("outside", ["../other.safetensors", "/other.safetensors",
+                                     "sub/other.safetensors", "..", "", "config.json"])
 def test_index_that_names_other_files_is_refused(tmp_path: Path, outside: str) -> None:
     weight_map = shard(tmp_path / "vae")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -307,24 +329,27 @@ def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         load(tmp_path, "vae")
 
 
-# --------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 @pytest.mark.parametrize("part", PARTS)
 def test_missing_config_entries_are_named(tmp_path: Path, part: str) -> None:
     folder = write(tmp_path, part)
     needed = [name for name in PARTS[part][0] if name != "guidance_embeds"]
     for name in needed:
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in PARTS[part][0].items() if k != name}))
+        (folder / "config.json").write_text(json.dumps(
+            {k: v for k, v in PARTS[part][0].items() if k != name}))
         with pytest.raises(ValueError, match=rf"config\.json: has no entry '{name}'"):
             load(folder, part)
 
 
 @pytest.mark.parametrize("entry, value", [
-    ("layers_per_block", "1"), ("layers_per_block", 1.5), ("layers_per_block", None), ("layers_per_block", True),
-    ("block_out_channels", 8), ("block_out_channels", "8"), ("block_out_channels", ["8", "16"]),
-    ("block_out_channels", []), ("block_out_channels", [8.0, 16.0]), ("block_out_channels", [8, 0]),
+    ("layers_per_block", "1"), ("layers_per_block", 1.5), ("layers_per_block", None),
+    ("layers_per_block", True), ("block_out_channels", 8), ("block_out_channels", "8"),
+    ("block_out_channels", ["8", "16"]), ("block_out_channels", []),
+    ("block_out_channels", [8.0, 16.0]), ("block_out_channels", [8, 0]),
     ("scaling_factor", "0.3611"), ("scaling_factor", []), ("latent_channels", -4)])
-def test_config_entries_of_another_kind_are_named(tmp_path: Path, entry: str, value: object) -> None:
+def test_config_entries_of_another_kind_are_named(tmp_path: Path, entry: str,
+                                                  value: object) -> None:
     folder = write(tmp_path, "vae")
     (folder / "config.json").write_text(json.dumps(VAE | {entry: value}))
     with pytest.raises(ValueError, match=rf"config\.json: {entry} should be"):
@@ -348,7 +373,8 @@ def test_guidance_must_be_true_or_false(tmp_path: Path) -> None:
 
 def test_config_may_hold_whole_numbers_for_floats_and_other_entries(tmp_path: Path) -> None:
     folder = write(tmp_path, "vae")
-    (folder / "config.json").write_text(json.dumps(VAE | {"scaling_factor": 1, "_class_name": "AutoencoderKL"}))
+    (folder / "config.json").write_text(json.dumps(
+        VAE | {"scaling_factor": 1, "_class_name": "AutoencoderKL"}))
     assert load(folder, "vae").config.scaling_factor == 1
 
 
@@ -376,7 +402,8 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     tensors = tensors_of("vae")
-    expected = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, float32"
+    expected = (f"{len(tensors)} tensors, "
+                f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")
     assert [line for line in lines if line.endswith(f"vae: {expected}")]
     assert weights.describe(tmp_path / "vae" / "model.safetensors").endswith(expected)
 

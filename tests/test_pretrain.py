@@ -1,0 +1,32 @@
+"""The embedded model can be made from nothing: every stage, a few steps each, resumed in between."""
+import sys
+
+import pytest
+
+import dit
+import sample
+from tiny import pretrain
+
+STAGES = ["--vae-steps", "2", "--samples", "300", "--decoder-steps", "2", "--no-compile"]
+
+
+def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(dit, "attend", dit.attend)       # the stage exchanges it; put back afterwards
+    def run(*arguments: str) -> None:
+        paths = ["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *STAGES, *paths, *arguments])
+        pretrain.main()
+    run("--steps", "2")
+    written = (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    run("--steps", "2")                                  # finished stages are skipped
+    assert (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes() == written
+    pipe = sample.load_pipeline(tmp_path / "model", None, "cpu", "float32")
+    picture, _ = sample.generate(pipe, ["a star"], [], [], sample.seeded_noise([0], (64, 64)), steps=1)
+    assert picture.shape == (1, 64, 64, 3)
+
+
+def test_a_finished_model_is_not_overwritten(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path), "--work", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="--out"):
+        pretrain.main()
