@@ -190,7 +190,8 @@ def edge_map(scene: Scene) -> np.ndarray:
     """White outlines on black, (H, W, 3): where the frontmost thing changes between pixels."""
     label = np.zeros((SIZE + 1, SIZE + 1), int)
     for i, thing in enumerate(scene.things):
-        label[:SIZE, :SIZE][mask(thing.shape, thing.cell, thing.radius, thing.pose)[..., 0] > .5] = i + 1
+        label[:SIZE, :SIZE][
+            mask(thing.shape, thing.cell, thing.radius, thing.pose)[..., 0] > .5] = i + 1
     label[SIZE], label[:, SIZE] = label[SIZE - 1], label[:, SIZE - 1]
     edge = (label[:-1, :-1] != label[1:, :-1]) | (label[:-1, :-1] != label[:-1, 1:])
     return np.repeat(np.where(edge, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
@@ -225,50 +226,74 @@ def boxed(scene: Scene, thing: Thing) -> np.ndarray:
 # Wordings per task. The last two of each list are used for testing only.
 WORDINGS = {
     "t2i": ["{scene}", "a picture of {scene}", "draw {scene}", "paint {scene}",
-            "make a picture with {scene}", "show {scene}", "an image of {scene}", "please draw {scene}"],
+            "make a picture with {scene}", "show {scene}", "an image of {scene}",
+            "please draw {scene}"],
     "recolour": ["make the {a} {colour}", "paint the {a} {colour}", "recolour the {a} to {colour}",
                  "change the colour of the {a} to {colour}", "the {a} should be {colour}",
-                 "give the {a} the colour {colour}", "change the {a} to {colour}", "please paint the {a} {colour}"],
-    "reshape": ["turn the {a} into a {shape}", "make the {a} a {shape}", "replace the {a} with a {shape}",
-                "change the {a} into a {shape}", "the {a} should be a {shape}",
-                "change the shape of the {a} to a {shape}", "the {a} becomes a {shape}", "please make the {a} a {shape}"],
-    "move": ["move the {a} to the {place}", "put the {a} in the {place}", "the {a} should be in the {place}",
-             "place the {a} at the {place}", "bring the {a} to the {place}",
-             "change the place of the {a} to the {place}", "shift the {a} to the {place}", "please put the {a} in the {place}"],
+                 "give the {a} the colour {colour}", "change the {a} to {colour}",
+                 "please paint the {a} {colour}"],
+    "reshape": ["turn the {a} into a {shape}", "make the {a} a {shape}",
+                "replace the {a} with a {shape}", "change the {a} into a {shape}",
+                "the {a} should be a {shape}", "change the shape of the {a} to a {shape}",
+                "the {a} becomes a {shape}", "please make the {a} a {shape}"],
+    "move": ["move the {a} to the {place}", "put the {a} in the {place}",
+             "the {a} should be in the {place}", "place the {a} at the {place}",
+             "bring the {a} to the {place}", "change the place of the {a} to the {place}",
+             "shift the {a} to the {place}", "please put the {a} in the {place}"],
     "remove": ["remove the {a}", "delete the {a}", "take away the {a}", "erase the {a}",
-               "remove the {a} from the picture", "the {a} should be removed", "take the {a} away", "please remove the {a}"],
+               "remove the {a} from the picture", "the {a} should be removed", "take the {a} away",
+               "please remove the {a}"],
     "add": ["add a {a} in the {place}", "put a {a} in the {place}", "draw a {a} at the {place}",
             "place a {a} in the {place}", "add a {a} to the {place}", "insert a {a} in the {place}",
             "there should be a {a} in the {place}", "please add a {a} at the {place}"],
-    "background": ["make the background {colour}", "paint the background {colour}", "change the background to {colour}",
-                   "the background should be {colour}", "recolour the background to {colour}",
-                   "give the background the colour {colour}", "put it on a {colour} background", "please make the background {colour}"],
-    "canny": ["fill the edges with {things} on a {colour} background", "colour the edges: {things}, background {colour}",
-              "{things} on a {colour} background, along the edges", "paint the edges as {things} on {colour}",
-              "follow the edges: {things} on a {colour} background", "please colour the edges: {things} on {colour}"],
-    "depth": ["fill the depth map with {things} on a {colour} background", "colour the depth map: {things}, background {colour}",
-              "{things} on a {colour} background, from the depth map", "paint the depth map as {things} on {colour}",
-              "follow the depth map: {things} on a {colour} background", "please colour the depth map: {things} on {colour}"],
-    "pose": ["draw a {a} in this pose on a {colour} background", "a {a} on a {colour} background, in this pose",
-             "give this pose to a {a} on {colour}", "follow the pose: a {a} on a {colour} background",
-             "paint a {a} in this pose on {colour}", "please draw a {a} on a {colour} background in this pose"],
+    "background": ["make the background {colour}", "paint the background {colour}",
+                   "change the background to {colour}", "the background should be {colour}",
+                   "recolour the background to {colour}", "give the background the colour {colour}",
+                   "put it on a {colour} background", "please make the background {colour}"],
+    "canny": ["fill the edges with {things} on a {colour} background",
+              "colour the edges: {things}, background {colour}",
+              "{things} on a {colour} background, along the edges",
+              "paint the edges as {things} on {colour}",
+              "follow the edges: {things} on a {colour} background",
+              "please colour the edges: {things} on {colour}"],
+    "depth": ["fill the depth map with {things} on a {colour} background",
+              "colour the depth map: {things}, background {colour}",
+              "{things} on a {colour} background, from the depth map",
+              "paint the depth map as {things} on {colour}",
+              "follow the depth map: {things} on a {colour} background",
+              "please colour the depth map: {things} on {colour}"],
+    "pose": ["draw a {a} in this pose on a {colour} background",
+             "a {a} on a {colour} background, in this pose", "give this pose to a {a} on {colour}",
+             "follow the pose: a {a} on a {colour} background",
+             "paint a {a} in this pose on {colour}",
+             "please draw a {a} on a {colour} background in this pose"],
     "fill": ["fill the box with a {a}", "draw a {a} in the black box", "put a {a} in the box",
-             "there is a {a} in the black box", "paint a {a} in the black box", "please fill the box with a {a}"],
-    "subject": ["put it in the {place} on a {colour} background", "the object in the {place}, background {colour}",
-                "place the object at the {place} on {colour}", "draw this object in the {place} on a {colour} background",
-                "put this object in the {place} on {colour}", "please place it in the {place} on a {colour} background"],
-    "multi": ["put the first object in the {place} and the second in the {place2} on a {colour} background",
+             "there is a {a} in the black box", "paint a {a} in the black box",
+             "please fill the box with a {a}"],
+    "subject": ["put it in the {place} on a {colour} background",
+                "the object in the {place}, background {colour}",
+                "place the object at the {place} on {colour}",
+                "draw this object in the {place} on a {colour} background",
+                "put this object in the {place} on {colour}",
+                "please place it in the {place} on a {colour} background"],
+    "multi": ["put the first object in the {place} and the second in the {place2} "
+              "on a {colour} background",
               "the first object in the {place}, the second in the {place2}, background {colour}",
               "on a {colour} background, the first at the {place} and the second at the {place2}",
               "place the first at the {place}, the second at the {place2}, on {colour}",
               "draw the first object in the {place} and the second in the {place2} on {colour}",
               "please put the first in the {place} and the second in the {place2} on {colour}"],
-    "mixed": ["the object of the {first} picture in the {map} of the {second}{rest} on a {colour} background",
-              "follow the {map} of the {second} picture with the object of the {first}{rest}, background {colour}",
+    "mixed": ["the object of the {first} picture in the {map} of the {second}{rest} "
+              "on a {colour} background",
+              "follow the {map} of the {second} picture with the object of the {first}{rest}, "
+              "background {colour}",
               "{first} picture: object, {second} picture: {map},{rest} on a {colour} background",
-              "put the object of the {first} picture in the {map} of the {second},{rest} on {colour}",
-              "draw the object of the {first} picture in the {map} of the {second},{rest} on {colour}",
-              "please use the object of the {first} picture in the {map} of the {second}{rest} on {colour}"],
+              "put the object of the {first} picture in the {map} of the {second},{rest} "
+              "on {colour}",
+              "draw the object of the {first} picture in the {map} of the {second},{rest} "
+              "on {colour}",
+              "please use the object of the {first} picture in the {map} of the {second}{rest} "
+              "on {colour}"],
 }
 BASE_TASKS = ("t2i", "recolour", "reshape", "move", "remove", "add", "background")
 NEW_TASKS = ("canny", "depth", "pose", "fill", "subject", "multi", "mixed")
@@ -285,7 +310,8 @@ def other(rng: np.random.Generator, options, *taken):
     return pick(rng, [option for option in options if option not in taken])
 
 
-def random_scene(rng: np.random.Generator, things: int, radius: int = SMALL, new_shapes: bool = False) -> Scene:
+def random_scene(rng: np.random.Generator, things: int, radius: int = SMALL,
+                 new_shapes: bool = False) -> Scene:
     """A valid scene: no thing has the background's colour, no two share a cell or a description.
 
     Big things stand on neighbouring cells, so that they overlap; `new_shapes` forbids equal shapes.
@@ -307,7 +333,8 @@ def near(cell: int, to: int) -> bool:
 
 def random_figure(rng: np.random.Generator) -> Scene:
     background = pick(rng, list(COLOURS))
-    figure = Thing(pick(rng, FIGURES), other(rng, COLOURS, background), 4, SMALL, int(rng.integers(len(POSES))))
+    figure = Thing(pick(rng, FIGURES), other(rng, COLOURS, background), 4, SMALL,
+                   int(rng.integers(len(POSES))))
     return Scene(background, (figure,))
 
 
@@ -369,7 +396,8 @@ def tiny_sample(rng: np.random.Generator, task: str, held_out: bool = False) -> 
     if task not in WORDINGS:
         raise ValueError(f"unknown task {task!r}; the tiny world has {', '.join(WORDINGS)}")
     while True:
-        sample = edit_sample(rng, task, held_out) if task in EDITS else new_sample(rng, task, held_out)
+        sample = (edit_sample(rng, task, held_out) if task in EDITS else
+                  new_sample(rng, task, held_out))
         if sample is not None:
             return sample
 
@@ -385,20 +413,24 @@ def edit_sample(rng: np.random.Generator, task: str, held_out: bool) -> Sample |
 def new_sample(rng: np.random.Generator, task: str, held_out: bool) -> Sample | None:
     """A sample of a task without a picture to edit, or None when the scene is on the other side."""
     kind = pick(rng, ("edges", "depth map")) if task == "mixed" else task
-    things = 2 if task in ("depth", "multi") or kind == "depth map" else 1 if task == "subject" else int(rng.integers(1, 3))
+    things = (2 if task in ("depth", "multi") or kind == "depth map" else
+              1 if task == "subject" else int(rng.integers(1, 3)))
     if task == "pose" or (task == "t2i" and not held_out and rng.random() < .1):
         scene = random_figure(rng)                       # a base model has seen people, in any pose
     else:
         big = kind in ("depth", "depth map")
-        scene = random_scene(rng, things, BIG if big else SMALL, new_shapes=task in ("canny", "depth", "mixed"))
+        scene = random_scene(rng, things, BIG if big else SMALL,
+                             new_shapes=task in ("canny", "depth", "mixed"))
     if scene.held_out() != held_out or (task == "fill" and scene.background == "black"):
         return None
     figure = scene.things[0].pose >= 0
-    slots = {"colour": scene.background, "a": str(scene.things[0]), "things": describe(scene, places=False),
+    slots = {"colour": scene.background, "a": str(scene.things[0]),
+             "things": describe(scene, places=False),
              "scene": describe(scene, places=not figure) + f" on a {scene.background} background",
              "place": CELLS[scene.things[0].cell], "place2": CELLS[scene.things[-1].cell]}
-    conds = {"t2i": lambda: [], "canny": lambda: [edge_map(scene)], "depth": lambda: [depth_map(scene)],
-             "pose": lambda: [pose_map(scene)], "fill": lambda: [boxed(scene, scene.things[0])],
+    conds = {"t2i": lambda: [], "canny": lambda: [edge_map(scene)],
+             "depth": lambda: [depth_map(scene)], "pose": lambda: [pose_map(scene)],
+             "fill": lambda: [boxed(scene, scene.things[0])],
              "subject": lambda: [card(rng, scene.things[0])],
              "multi": lambda: [card(rng, thing) for thing in scene.things],
              "mixed": lambda: [card(rng, scene.things[0]),
@@ -406,7 +438,8 @@ def new_sample(rng: np.random.Generator, task: str, held_out: bool) -> Sample | 
     if task == "mixed":
         swap = bool(rng.integers(2))
         conds = conds[::-1] if swap else conds
-        slots |= {"first": "second" if swap else "first", "second": "first" if swap else "second", "map": kind,
+        slots |= {"first": "second" if swap else "first",
+                  "second": "first" if swap else "second", "map": kind,
                   "rest": f" with a {scene.things[1]}" if len(scene.things) == 2 else ""}
     return Sample(words(rng, task, held_out, **slots), draw(scene), [], conds, task, scene)
 
@@ -439,7 +472,8 @@ class TinyWorld:
     """Endless samples of the tiny world, for training. `tasks` may restrict it, e.g. BASE_TASKS."""
 
     def __init__(self, tasks: tuple[str, ...] = BASE_TASKS + NEW_TASKS):
-        self.groups = [group for tasks_of in GROUPS if (group := [t for t in tasks_of if t in tasks])]
+        self.groups = [group for tasks_of in GROUPS
+                       if (group := [t for t in tasks_of if t in tasks])]
         sizes = np.array([len(group) for group in self.groups])
         self.chances = sizes / sizes.sum()
 
@@ -482,7 +516,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def row_text(row: dict, name: str, where: str) -> str:
-    """A row's entry under our name or one that others use. Raises: ValueError when it is no text."""
+    """A row's entry under our name or one that others use. Raises: ValueError if it is no text."""
     text = next((row[other] for other in NAMES[name] if other in row), None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: needs a non-empty text under {name!r}")
@@ -535,9 +569,11 @@ class Folder:
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
         for where, entry in read_rows(self.file):
             here = self.file.parent
-            row = Row(row_text(entry, "instruction", where), here / row_text(entry, "target", where),
+            row = Row(row_text(entry, "instruction", where),
+                      here / row_text(entry, "target", where),
                       [here / p for p in row_paths(entry, "images", where)],
-                      [here / p for p in row_paths(entry, "conds", where)], str(entry.get("task", "")), where)
+                      [here / p for p in row_paths(entry, "conds", where)],
+                      str(entry.get("task", "")), where)
             shapes = tuple(tuple(self.shape(p, where) for p in paths)
                            for paths in ([row.target], row.images, row.conds))
             self.groups.setdefault(shapes, []).append(row)
@@ -545,15 +581,15 @@ class Folder:
             raise ValueError(f"{self.file}: holds no rows")
 
     def shape(self, path: Path, where: str) -> tuple[int, int]:
-        """The size that a picture will have. With a fixed size nothing is read but that it is there."""
+        """The size a picture will have. With a fixed size nothing is read but that it is there."""
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path}: no such picture")
         return self.size or fit(read_picture(path, where)).size
 
     def pictures(self, paths: list[Path], where: str) -> list[np.ndarray]:
         images = [read_picture(path, where) for path in paths]
-        return [np.asarray(image.resize(self.size, Image.Resampling.LANCZOS) if self.size else fit(image))
-                for image in images]
+        return [np.asarray(image.resize(self.size, Image.Resampling.LANCZOS) if self.size
+                           else fit(image)) for image in images]
 
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]:
         """Up to `size` different rows of one group; a group is as likely as it is large."""
@@ -562,11 +598,12 @@ class Folder:
         rows = groups[rng.choice(len(groups), p=weights / weights.sum())]
         chosen = [rows[i] for i in rng.choice(len(rows), min(size, len(rows)), replace=False)]
         return [Sample(row.instruction, self.pictures([row.target], row.where)[0],
-                       self.pictures(row.images, row.where), self.pictures(row.conds, row.where), row.task)
-                for row in chosen]
+                       self.pictures(row.images, row.where), self.pictures(row.conds, row.where),
+                       row.task) for row in chosen]
 
 
-def open_source(text: str, size: tuple[int, int] | None = None) -> tuple["TinyWorld | Folder", float]:
+def open_source(text: str,
+                size: tuple[int, int] | None = None) -> tuple["TinyWorld | Folder", float]:
     """A command line's SOURCE[:weight] -> (source, weight). SOURCE: tiny | FOLDER | FILE.jsonl."""
     name, colon, weight = text.rpartition(":")
     try:

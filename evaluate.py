@@ -3,7 +3,7 @@
 A picture is a success when its mean squared error to the exact drawing is below 0.03 (pixels in
 [-1, 1]) and it is nearer to that drawing than to every picture that was given and to the drawing of
 every scene that differs in one attribute: a colour, a shape, a place, a missing or surplus object,
-the background. PSNR = 10 log10(4 / mse). Beside each score stands that of copying the first picture given.
+the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the first input.
 
 Run: python evaluate.py --bench tiny --number 8          # a minute on a CPU
 """
@@ -31,7 +31,7 @@ class Score:
     number: int
     success: float                                       # share of the pictures, 0..1
     psnr: float                                          # mean over the pictures, dB
-    copy_success: float | None                           # the same for the first picture given; None if none
+    copy_success: float | None                           # of the first picture given; None if none
     copy_psnr: float | None
 
 
@@ -42,9 +42,10 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> float:
 
 @lru_cache(maxsize=2)
 def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Drawings of the neighbouring scenes in [-1, 1], (n, H W 3) float32, and their squared norms (n,)."""
+    """Drawings of neighbouring scenes in [-1, 1], (n, H W 3) float32, and squared norms (n,)."""
     truth = data.draw(scene)
-    others = [picture for picture in map(data.draw, data.neighbours(scene)) if not np.array_equal(picture, truth)]
+    others = [picture for picture in map(data.draw, data.neighbours(scene))
+              if not np.array_equal(picture, truth)]
     flat = np.stack(others).reshape(len(others), -1).astype(np.float32) / 127.5 - 1
     return flat, np.square(flat).sum(1)
 
@@ -52,11 +53,12 @@ def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def success(picture: np.ndarray, sample: Sample) -> bool:
     """Whether a picture (H, W, 3) uint8 is what a tiny-world sample asks for."""
     error = squared_error(picture, sample.target)
-    if error >= THRESHOLD or any(squared_error(picture, p) <= error for p in (*sample.images, *sample.conds)):
+    if error >= THRESHOLD or any(squared_error(picture, p) <= error
+                                 for p in (*sample.images, *sample.conds)):
         return False
     flat, norms = rivals(sample.scene)
     p = picture.reshape(-1).astype(np.float32) / 127.5 - 1
-    distances = (np.square(p).sum() - 2 * flat @ p + norms) / p.size         # |p - rival|^2, per value
+    distances = (np.square(p).sum() - 2 * flat @ p + norms) / p.size         # mean |p - rival|^2
     return bool((distances > error).all())
 
 
@@ -76,15 +78,18 @@ def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Sco
                  float(np.mean([psnr(p, s.target) for p, s in copies])) if copies else None)
 
 
-def make(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float, batch_size: int = 64) -> list[np.ndarray]:
+def make(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
+         batch_size: int = 64) -> list[np.ndarray]:
     """The model's pictures for samples of one task; sample number i starts from seed i."""
     pictures = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
         images = [to_tensor([s.images[i] for s in batch]) for i in range(len(batch[0].images))]
         conds = [to_tensor([s.conds[i] for s in batch]) for i in range(len(batch[0].conds))]
-        noise = seeded_noise(list(range(start, start + len(batch))), (data.SIZE, data.SIZE), pipe.vae.config.latent_channels)
-        pictures += list(generate(pipe, [s.instruction for s in batch], images, conds, noise, steps, guidance)[0])
+        noise = seeded_noise(list(range(start, start + len(batch))), (data.SIZE, data.SIZE),
+                             pipe.vae.config.latent_channels)
+        pictures += list(generate(pipe, [s.instruction for s in batch], images, conds, noise,
+                                  steps, guidance)[0])
     return pictures
 
 
@@ -92,17 +97,24 @@ def table(scores: list[Score]) -> str:
     """A Markdown table, with the means of the edits and of the tasks that the base never saw."""
     def mean(tasks: tuple[str, ...], name: str) -> Score | None:
         rows = [s for s in scores if s.task in tasks]
-        return Score(name, sum(s.number for s in rows), *(float(np.mean([getattr(s, key) for s in rows])) for key in
-                     ("success", "psnr", "copy_success", "copy_psnr"))) if len(rows) == len(tasks) else None
-    rows = scores + [m for m in (mean(EDITS, "mean of edits"), mean(NEW_TASKS, "mean of new tasks")) if m]
-    lines = ["| task | pictures | success | copying the input | PSNR | of the copy |", "|---|---|---|---|---|---|"]
+        return Score(name, sum(s.number for s in rows),
+                     *(float(np.mean([getattr(s, key) for s in rows]))
+                       for key in ("success", "psnr", "copy_success", "copy_psnr"))
+                     ) if len(rows) == len(tasks) else None
+    rows = scores + [m for m in (mean(EDITS, "mean of edits"),
+                                 mean(NEW_TASKS, "mean of new tasks")) if m]
+    lines = ["| task | pictures | success | copying the input | PSNR | of the copy |",
+             "|---|---|---|---|---|---|"]
     for s in rows:
-        copied = ("–", "–") if s.copy_success is None else (f"{s.copy_success:.1%}", f"{s.copy_psnr:.1f} dB")
-        lines.append(f"| {s.task} | {s.number} | {s.success:.1%} | {copied[0]} | {s.psnr:.1f} dB | {copied[1]} |")
+        copied = (("–", "–") if s.copy_success is None else
+                  (f"{s.copy_success:.1%}", f"{s.copy_psnr:.1f} dB"))
+        lines.append(f"| {s.task} | {s.number} | {s.success:.1%} | {copied[0]} "
+                     f"| {s.psnr:.1f} dB | {copied[1]} |")
     return "\n".join(lines)
 
 
-def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]], each: int = 4) -> np.ndarray:
+def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
+                  each: int = 4) -> np.ndarray:
     """Given / result / truth for the first samples of each task; failures have a red frame."""
     cell, text, columns = data.SIZE + 8, 26, 4
     sheet = Image.new("RGB", (each * (columns * cell + 8), len(results) * (cell + text)), "white")
@@ -114,14 +126,17 @@ def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]], eac
             for column, part in zip([*range(len(shown)), 2, 3], [*shown, picture, sample.target]):
                 sheet.paste(Image.fromarray(part), (left + column * cell + 4, top + 4))
             if not success(picture, sample):
-                pen.rectangle([left + 2 * cell + 1, top + 1, left + 3 * cell - 2, top + cell - 2], outline="red", width=3)
+                pen.rectangle([left + 2 * cell + 1, top + 1, left + 3 * cell - 2, top + cell - 2],
+                              outline="red", width=3)
             words = sample.instruction
             cut = words.rfind(" ", 0, 46) if len(words) > 46 else len(words)
-            pen.multiline_text((left + 4, top + cell - 1), words[:cut] + "\n" + words[cut + 1:], fill="black", font_size=10, spacing=1)
+            pen.multiline_text((left + 4, top + cell - 1), words[:cut] + "\n" + words[cut + 1:],
+                               fill="black", font_size=10, spacing=1)
     return np.asarray(sheet)
 
 
-def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidance: float, out: Path) -> list[Score]:
+def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidance: float,
+               out: Path) -> list[Score]:
     """Score every task, and write scores.json, table.md and sheet.png into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     results, scores = {}, []
@@ -140,22 +155,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score a model and an adapter.")
     parser.add_argument("--bench", required=True, choices=["tiny"])
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model")
-    parser.add_argument("--adapter", help="adapter file or folder, or none; by default adapter.safetensors beside the model")
-    parser.add_argument("--tasks", nargs="+", default=list(BASE_TASKS + NEW_TASKS), choices=BASE_TASKS + NEW_TASKS)
+    parser.add_argument("--adapter", help="adapter file or folder, or none; "
+                        "by default adapter.safetensors beside the model")
+    parser.add_argument("--tasks", nargs="+", default=list(BASE_TASKS + NEW_TASKS),
+                        choices=BASE_TASKS + NEW_TASKS)
     parser.add_argument("--number", type=int, default=256, help="samples per task")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args()
     if args.number < 1 or args.steps < 1:
         raise ValueError(f"--number {args.number} --steps {args.steps}: both must be at least 1")
     adapter = None if args.adapter == "none" else args.adapter or default_adapter(args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
     if pipe.vae.config.sample_size != data.SIZE:
-        raise ValueError(f"--bench tiny needs a model for {data.SIZE}x{data.SIZE} pictures; {args.model} is for "
-                         f"{pipe.vae.config.sample_size}")
+        raise ValueError(f"--bench tiny needs a model for {data.SIZE}x{data.SIZE} pictures; "
+                         f"{args.model} is for {pipe.vae.config.sample_size}")
     scores = bench_tiny(pipe, args.tasks, args.number, args.steps, args.guidance, args.out)
     print(f"\n{table(scores)}\n\n{args.out}/sheet.png: given, instruction, result, truth")
 

@@ -2,10 +2,10 @@
 
     x = noise;  for t, t_next in the schedule:  x = x + (t_next - t) * velocity(x, t)
 
-Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; P = 64 packed; T text, I target,
-R native reference, Q clean condition tokens.
+Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; P = 64 packed; T text,
+I target, R native reference, Q clean condition tokens.
 
-Run: python sample.py --instruction "make the circle blue" --image tiny/examples/before.png     # 4 seconds
+Run: python sample.py --instruction "make the circle blue" --image tiny/examples/before.png   # 4 s
 """
 import argparse
 import os
@@ -29,9 +29,9 @@ from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer, loa
 from vae import AutoEncoder, load_vae
 
 # Sizes of about one megapixel that the released model was trained on: width, height.
-PREFERRED = [(672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
-             (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
-             (1568, 672)]
+PREFERRED = [(672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248),
+             (880, 1184), (944, 1104), (1024, 1024), (1104, 944), (1184, 880), (1248, 832),
+             (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)]
 
 
 @dataclass
@@ -64,17 +64,18 @@ class Given:
 def choose_device(name: str) -> torch.device:
     """auto: an accelerator where there is one. Raises: ValueError for what this machine has not."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"--device {name}: unusable here ({str(error).splitlines()[0]})") from None
     return device
 
 
 def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
-    """auto: bf16 on an accelerator; on a CPU fp32 where the model then fits in half the memory, else bf16."""
+    """auto: bf16 on an accelerator; on a CPU fp32 if that fits in half the memory, else bf16."""
     if name != "auto":
         return getattr(torch, name)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -84,45 +85,52 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
 
 def load_pipeline(folder: str | Path, adapter: str | Path | None = None, device: str = "auto",
                   dtype: str = "auto") -> Pipeline:
-    """Read a FLUX Kontext folder and, when given, an adapter file. Raises: FileNotFoundError, ValueError."""
+    """Read a FLUX Kontext folder and any adapter given. Raises: FileNotFoundError, ValueError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such model folder; the embedded one is tiny/model")
     where = choose_device(device)
     kind = choose_dtype(dtype, where, folder)
-    pipe = Pipeline(load_dit(folder / "transformer", where, kind), load_vae(folder / "vae", where, kind),
-                    load_t5(folder / "text_encoder_2", where, kind), load_clip(folder / "text_encoder", where, kind),
-                    T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer"), None, where, kind)
+    pipe = Pipeline(
+        load_dit(folder / "transformer", where, kind), load_vae(folder / "vae", where, kind),
+        load_t5(folder / "text_encoder_2", where, kind),
+        load_clip(folder / "text_encoder", where, kind),
+        T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer"), None, where, kind)
     if adapter is not None:
         file = Path(adapter) / "adapter.safetensors" if Path(adapter).is_dir() else Path(adapter)
         c = pipe.dit.config
-        pipe.adapter = mole.load(pipe.dit, file, c.joint_attention_dim, c.pooled_projection_dim).to(where)
+        pipe.adapter = mole.load(pipe.dit, file, c.joint_attention_dim,
+                                 c.pooled_projection_dim).to(where)
     return pipe
 
 
 # --------------------------------------------------------------------------------- what is given
 
-def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor], conds: list[Tensor]) -> Given:
+def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
+              conds: list[Tensor]) -> Given:
     """Encode instructions and pictures, once for all steps.
 
-    Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native references
-    and clean conditions, any number of each. Units: pictures in [-1, 1].
+    Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
+    references and clean conditions, any number of each. Units: pictures in [-1, 1].
     """
     with torch.no_grad():
         txt = pipe.t5(pipe.t5_tokens(instructions).to(pipe.device))          # (B, T, D)
         pooled = pipe.clip(pipe.clip_tokens(instructions).to(pipe.device))   # (B, D')
-        latents = [pipe.vae.encode(p.to(pipe.device, pipe.dtype)) for p in (*images, *conds)]    # each (B, C, h, w)
+        latents = [pipe.vae.encode(p.to(pipe.device, pipe.dtype))            # each (B, C, h, w)
+                   for p in (*images, *conds)]
     ids = [i.to(pipe.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
     tokens, n = [dit.pack(z) for z in latents], len(images)                  # each (B, hw/4, P)
-    return Given(txt, pooled, torch.cat(tokens[:n], 1) if images else None, torch.cat(ids[:n]) if images else None,
-                 torch.cat(tokens[n:], 1) if conds else None, torch.cat(ids[n:]) if conds else None)
+    return Given(
+        txt, pooled,
+        torch.cat(tokens[:n], 1) if images else None, torch.cat(ids[:n]) if images else None,
+        torch.cat(tokens[n:], 1) if conds else None, torch.cat(ids[n:]) if conds else None)
 
 
-def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, given: Given, h: int, w: int,
-             run: Callable = dit.call) -> Tensor:
-    """Velocity of the target alone: xt (B, I, P), t and guidance (B,), latent grid h x w -> (B, I, P)."""
+def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, given: Given,
+             h: int, w: int, run: Callable = dit.call) -> Tensor:
+    """Velocity of the target alone: xt (B, I, P); t, guidance (B,); grid h x w -> (B, I, P)."""
     ids = dit.position_ids(h, w).to(xt.device)           # (I, 3)
-    img = xt if given.ref is None else torch.cat([xt, given.ref.to(xt.dtype)], dim=1)        # (B, I+R, P)
+    img = xt if given.ref is None else torch.cat([xt, given.ref.to(xt.dtype)], dim=1)  # (B, I+R, P)
     ids = ids if given.ref is None else torch.cat([ids, given.ref_ids])      # (I+R, 3)
     v = model(img, given.txt, given.pooled, t, guidance, ids, given.cond, given.cond_ids, run=run)
     return v[:, :xt.shape[1]]                            # the references' velocities mean nothing
@@ -130,11 +138,12 @@ def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, gi
 
 # ---------------------------------------------------------------------------------------- sampling
 
-def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int, guidance: float) -> Iterator[Tensor]:
+def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int,
+            guidance: float) -> Iterator[Tensor]:
     """Euler steps from noise to latents, in fp32; yields the latents after each step.
 
-    Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. Call within `with pipe.adapter.serve(...)`
-    when there is an adapter.
+    Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. When there is an adapter, call within
+    `with pipe.adapter.serve(...)`.
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)
@@ -149,13 +158,15 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int, guidance: f
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:
-    """Standard normal (B, C, H / 8, W / 8), drawn on the CPU, so that a seed means the same everywhere."""
+    """Standard normal (B, C, H / 8, W / 8), drawn on the CPU: a seed means the same everywhere."""
     shape = (1, channels, size[1] // 8, size[0] // 8)
-    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                      for seed in seeds])
 
 
-def generate(pipe: Pipeline, instructions: list[str], images: list[Tensor], conds: list[Tensor], noise: Tensor,
-             steps: int = 28, guidance: float = 2.5, bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
+def generate(pipe: Pipeline, instructions: list[str], images: list[Tensor], conds: list[Tensor],
+             noise: Tensor, steps: int = 28, guidance: float = 2.5,
+             bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Pictures for a batch of instructions, and the routing weights of each adapted layer.
 
     Shapes: as condition(); noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
@@ -169,8 +180,8 @@ def generate(pipe: Pipeline, instructions: list[str], images: list[Tensor], cond
             latents = last(denoise(pipe, noise, given, steps, guidance), steps, bar)
             chosen = routing.weights
     with torch.no_grad():
-        img = pipe.vae.decode(latents.to(pipe.dtype)).float()                # (B, 3, H, W) in [-1, 1]
-    img = ((img.clamp(-1, 1) + 1) * 127.5).round().byte()                    # rounded, not truncated
+        img = pipe.vae.decode(latents.to(pipe.dtype)).float()            # (B, 3, H, W) in [-1, 1]
+    img = ((img.clamp(-1, 1) + 1) * 127.5).round().byte()                # rounded, not truncated
     return img.permute(0, 2, 3, 1).cpu().numpy(), chosen
 
 
@@ -182,29 +193,34 @@ def last(latents: Iterator[Tensor], steps: int, bar: bool) -> Tensor:
 
 # ------------------------------------------------------------------------------------------- sizes
 
-def output_size(pipe: Pipeline, images: list[Image.Image], wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """(W, H) of the result: as wanted, else the preferred size nearest in aspect to the picture to edit."""
+def output_size(pipe: Pipeline, images: list[Image.Image],
+                wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """(W, H): as wanted, else the preferred size nearest in aspect to the picture to edit."""
     if wanted is not None:
         return wanted
     side = pipe.vae.config.sample_size
     sizes = PREFERRED if side >= 512 else [(side, side)]
     if not images:
         return min(sizes, key=lambda size: abs(size[0] - size[1]))
-    return min(sizes, key=lambda size: abs(np.log(size[0] / size[1] * images[0].height / images[0].width)))
+    return min(sizes, key=lambda size:
+               abs(np.log(size[0] / size[1] * images[0].height / images[0].width)))
 
 
 def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
             size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
     """Resize what is given, to (1, 3, H, W) tensors in [-1, 1].
 
-    The picture to edit takes the output's size, so that the two grids coincide. Conditions keep their
-    aspect, the longer side at most 512, as in training; a model for small squares takes squares only.
+    The picture to edit takes the output's size, so that the grids coincide. Conditions keep their
+    aspect, the longer side at most 512, as in training; a model for small squares takes only those.
     """
     side = pipe.vae.config.sample_size
     def tensor(image: Image.Image, to: tuple[int, int]) -> Tensor:
-        return to_tensor([np.asarray(image if image.size == to else image.resize(to, Image.Resampling.LANCZOS))])
-    refs = [tensor(image, size if i == 0 else output_size(pipe, [image], None)) for i, image in enumerate(images)]
-    return refs, [tensor(image, fit(image).size if side >= 512 else (side, side)) for image in conds]
+        return to_tensor([np.asarray(
+            image if image.size == to else image.resize(to, Image.Resampling.LANCZOS))])
+    refs = [tensor(image, size if i == 0 else output_size(pipe, [image], None))
+            for i, image in enumerate(images)]
+    return refs, [tensor(image, fit(image).size if side >= 512 else (side, side))
+                  for image in conds]
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -225,7 +241,8 @@ def parse_size(text: str) -> tuple[int, int]:
         raise ValueError(f"--size {text}: write it as WIDTHxHEIGHT, for example 1024x768")
     if int(width) % 16 or int(height) % 16 or not int(width) or not int(height):
         raise ValueError(f"--size {text}: both sides must be positive multiples of 16, for example "
-                         f"{max(16, round(int(width) / 16) * 16)}x{max(16, round(int(height) / 16) * 16)}")
+                         f"{max(16, round(int(width) / 16) * 16)}"
+                         f"x{max(16, round(int(height) / 16) * 16)}")
     return int(width), int(height)
 
 
@@ -249,7 +266,7 @@ def numbered(path: Path, i: int, number: int) -> Path:
 
 
 def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
-    """Jobs of a .jsonl file: instruction, and optionally images, conds (paths), seed, out (file name).
+    """Jobs of a .jsonl file: instruction, optionally images, conds (paths), seed, out (file name).
 
     Everything is checked before anything is made; what is in the folder already is skipped.
     """
@@ -257,14 +274,16 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
         raise FileNotFoundError(f"--batch {file}: not found")
     jobs = []
     for where, row in read_rows(file):
-        name, own_seed = row.get("out", f"{where.rpartition(' ')[2]:0>4}.png"), row.get("seed", seed)
+        name, own_seed = (row.get("out", f"{where.rpartition(' ')[2]:0>4}.png"),
+                          row.get("seed", seed))
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
             raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
         if type(own_seed) is not int or not 0 <= own_seed < 2 ** 63:
             raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
-        images, conds = ([read_picture(file.parent / path, where) for path in row_paths(row, key, where)]
-                         for key in ("images", "conds"))
-        jobs.append(Job(row_text(row, "instruction", where), images, conds, own_seed, folder / name))
+        images, conds = ([read_picture(file.parent / path, where)
+                          for path in row_paths(row, key, where)] for key in ("images", "conds"))
+        jobs.append(Job(row_text(row, "instruction", where), images, conds, own_seed,
+                        folder / name))
     if len({job.out for job in jobs}) < len(jobs):
         raise ValueError(f"{file}: two lines have the same \"out\"")
     return [job for job in jobs if not job.out.exists()]
@@ -284,7 +303,8 @@ def experts_line(chosen: dict[str, Tensor]) -> str:
         return ""
     mean = torch.stack(routed).mean(0)
     top = mean.argsort(descending=True)[:4].tolist()
-    return f"; experts (mean weight over {len(routed)} layers) " + ", ".join(f"{e}: {mean[e]:.2f}" for e in top)
+    return (f"; experts (mean weight over {len(routed)} layers) "
+            + ", ".join(f"{e}: {mean[e]:.2f}" for e in top))
 
 
 def default_adapter(model: Path) -> Path | None:
@@ -295,20 +315,26 @@ def default_adapter(model: Path) -> Path | None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit or make a picture by instruction.")
     parser.add_argument("--instruction", help="what to do, in words")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="picture to edit; may be repeated")
+    parser.add_argument("--image", type=Path, action="append", default=[],
+                        help="picture to edit; may be repeated")
     parser.add_argument("--cond", type=Path, action="append", default=[],
                         help="further condition (edges, depth, pose, subject); may be repeated")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model", help="FLUX Kontext folder")
-    parser.add_argument("--adapter", help="adapter file or folder, or none; by default adapter.safetensors beside the model")
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="picture, or with --batch a folder")
-    parser.add_argument("--batch", type=Path, help="a .jsonl file: one instruction, with images and conds, per line")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
+                        help="FLUX Kontext folder")
+    parser.add_argument("--adapter", help="adapter file or folder, or none; "
+                        "by default adapter.safetensors beside the model")
+    parser.add_argument("--out", type=Path, default=Path("out.png"),
+                        help="picture, or with --batch a folder")
+    parser.add_argument("--batch", type=Path,
+                        help="a .jsonl file: one instruction, with images and conds, per line")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--size", help="WIDTHxHEIGHT; by default that of the picture to edit, at the model's scale")
-    parser.add_argument("--num", type=int, default=1, help="pictures to make, with seeds --seed, --seed + 1, ...")
+    parser.add_argument("--size", help="WIDTHxHEIGHT; else that of --image, at the model's scale")
+    parser.add_argument("--num", type=int, default=1, help="pictures, with --seed, --seed + 1, ...")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16"])
     return parser.parse_args()
 
 
@@ -328,10 +354,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
             raise ValueError(f"--out {args.out}: with --batch this must be a folder")
         return jobs
     if not args.instruction.strip():
-        raise ValueError("--instruction is empty: say what the picture should show, or what to change")
+        raise ValueError("--instruction is empty: say what to show, or what to change")
     images, conds = ([load_image(path) for path in paths] for paths in (args.image, args.cond))
     check_out(args.out)
-    return [Job(args.instruction, images, conds, args.seed + i, numbered(args.out, i, args.num)) for i in range(args.num)]
+    return [Job(args.instruction, images, conds, args.seed + i, numbered(args.out, i, args.num))
+            for i in range(args.num)]
 
 
 def main() -> None:
@@ -346,10 +373,11 @@ def main() -> None:
         width, height = output_size(pipe, job.images, size)
         images, conds = prepare(pipe, job.images, job.conds, (width, height))
         noise = seeded_noise([job.seed], (width, height), pipe.vae.config.latent_channels)
-        pictures, chosen = generate(pipe, [job.instruction], images, conds, noise, args.steps, args.guidance, bar=True)
+        pictures, chosen = generate(pipe, [job.instruction], images, conds, noise, args.steps,
+                                    args.guidance, bar=True)
         save_picture(pictures[0], job.out)
-        print(f"{job.out}: {width}x{height}, {args.steps} steps, seed {job.seed}, {time.time() - start:.1f} s"
-              f"{experts_line(chosen)}")
+        print(f"{job.out}: {width}x{height}, {args.steps} steps, seed {job.seed}, "
+              f"{time.time() - start:.1f} s{experts_line(chosen)}")
         start = time.time()
 
 

@@ -1,10 +1,10 @@
 """Train an adapter (InstructMoLE, plain LoRA, ...) on a frozen FLUX Kontext model.
 
-    loss = mean((velocity - (noise - x0))^2) + c(step) * (sum of balance + sum of orthogonality losses)
+    loss = mean((velocity - (noise - x0))^2) + c(step) * sum(balance + orthogonality losses)
 
-c falls from 1 to 1e-5 along a cosine over the run. Everything random in a micro-batch (samples, noise,
-times, dropout, router noise) is a function of the seed and the micro-batch's number alone: the same
-command gives the same file, and a resumed run goes on as if it had not stopped.
+c falls from 1 to 1e-5 along a cosine over the run. Everything random in a micro-batch (samples,
+noise, times, dropout, router noise) is a function of the seed and the micro-batch's number alone:
+the same command gives the same file, and a resumed run goes on as if it had not stopped.
 
 Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; I target tokens; P = 64 packed.
 
@@ -31,10 +31,11 @@ import mole
 import weights
 from data import Sample, to_tensor
 from mole import AdapterConfig
-from sample import Pipeline, condition, generate, load_pipeline, save_picture, seeded_noise, velocity
+from sample import (Pipeline, condition, generate, load_pipeline, save_picture, seeded_noise,
+                    velocity)
 
-INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty instructions
-CONDITION_DROPOUT = 0.05                                 # chance that one clean condition is left out
+INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
+CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
 GUIDANCE = 1.0                                           # what the model is told while training
 
 
@@ -44,7 +45,7 @@ def auxiliary_factor(step: int, steps: int) -> float:
 
 
 def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
-    """The configuration of an adapter kind: that of the file (else the published one), with its routing.
+    """An adapter kind's configuration: that of the file (else the published one), with its routing.
 
     Raises: FileNotFoundError, ValueError.
     """
@@ -63,7 +64,8 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
 
 # -------------------------------------------------------------------------------------- one step
 
-def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: bool = False) -> dict[str, Tensor]:
+def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
+              checkpointing: bool = False) -> dict[str, Tensor]:
     """Flow matching and auxiliary losses of one micro-batch; sets torch's random state.
 
     -> {"flow", "balance", "orthogonality"}, scalars with gradients to the adapter.
@@ -73,13 +75,14 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: b
     instructions = ["" if drop[0] < INSTRUCTION_DROPOUT else s.instruction for s in samples]
     images = [to_tensor([s.images[i] for s in samples]) for i in range(len(samples[0].images))]
     conds = [to_tensor([s.conds[i] for s in samples]) for i in range(len(samples[0].conds))
-             if drop[1 + i] >= CONDITION_DROPOUT]        # tokens and position ids are dropped together
+             if drop[1 + i] >= CONDITION_DROPOUT]        # tokens and position ids go together
     target = to_tensor([s.target for s in samples])      # (B, 3, H, W)
     given = condition(pipe, instructions, images, conds)
     h, w = (side // pipe.vae.config.factor for side in target.shape[-2:])
     with torch.no_grad():
         shape = (len(samples), pipe.vae.config.latent_channels, h, w)
-        x0 = pipe.vae.encode(target.to(pipe.device, pipe.dtype), torch.randn(shape).to(pipe.device, pipe.dtype))
+        x0 = pipe.vae.encode(target.to(pipe.device, pipe.dtype),
+                             torch.randn(shape).to(pipe.device, pipe.dtype))
     x0 = dit.pack(x0.float())                            # (B, I, P)
     noise = torch.randn(x0.shape).to(pipe.device)        # drawn on the CPU: the same everywhere
     t = torch.rand(len(x0)).to(pipe.device)              # (B,), 1 = pure noise
@@ -88,14 +91,15 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: b
         run = pipe.adapter.checkpointed(routing) if checkpointing else dit.call
         v = velocity(pipe.dit, xt.to(pipe.dtype), t, torch.full_like(t, GUIDANCE), given, h, w, run)
     balance, orthogonality = routing.total()
-    return {"flow": F.mse_loss(v.float(), noise - x0), "balance": balance, "orthogonality": orthogonality}
+    return {"flow": F.mse_loss(v.float(), noise - x0), "balance": balance,
+            "orthogonality": orthogonality}
 
 
 def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], factor: float,
                checkpointing: bool = False) -> dict[str, float]:
     """Add the gradients of the sum of the micro-batches' losses; -> the mean of each part.
 
-    micro_batches: (seed, samples) each. The auxiliary losses belong to the micro-batch they come from.
+    micro_batches: (seed, samples) each. Auxiliary losses belong to the micro-batch they come from.
     """
     totals: dict[str, float] = {}
     for seed, samples in micro_batches:
@@ -111,31 +115,35 @@ def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.
     """AdamW; the routers have their own rate. All its states are fp32, as the adapter is."""
     routers = [p for name, p in adapter.tensors().items() if name.endswith("router.weight")]
     others = [p for name, p in adapter.tensors().items() if not name.endswith("router.weight")]
-    groups = [{"params": others, "lr": lr}] + ([{"params": routers, "lr": router_lr}] if routers else [])
+    groups = [{"params": others, "lr": lr}] + (
+        [{"params": routers, "lr": router_lr}] if routers else [])
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ files
 
-def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer, step: int, settings: dict) -> None:
-    """adapter.safetensors for use and checkpoint.pt to go on from, each written aside and renamed."""
+def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer, step: int,
+                    settings: dict) -> None:
+    """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed."""
     mole.save(adapter, out / "adapter.new", step=str(step), settings=json.dumps(settings))
     torch.save({"step": step, "settings": json.dumps(settings), "optimizer": optimizer.state_dict(),
-                "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}, out / "checkpoint.new")
+                "adapter": {name: p.detach() for name, p in adapter.tensors().items()}},
+               out / "checkpoint.new")
     os.replace(out / "checkpoint.new", out / "checkpoint.pt")
     os.replace(out / "adapter.new", out / "adapter.safetensors")
 
 
-def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer, settings: dict) -> int:
-    """Take up the run in `out`; -> the step to go on with. Raises: ValueError when it was another run."""
+def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer,
+                    settings: dict) -> int:
+    """Take up the run in `out`; -> the next step. Raises: ValueError when it was another run."""
     try:
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         before = json.loads(state["settings"])
     except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{out / 'checkpoint.pt'}: cannot be read ({error}); start a new run") from None
+        raise ValueError(f"{out / 'checkpoint.pt'}: cannot be read ({error}); start anew") from None
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
-        raise ValueError(f"--resume: {out} was started with {changed[0]} = {before.get(changed[0])!r}, "
+        raise ValueError(f"--resume: {out} began with {changed[0]} = {before.get(changed[0])!r}, "
                          f"not {settings[changed[0]]!r}")
     with torch.no_grad():
         for name, p in adapter.tensors().items():
@@ -143,7 +151,7 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
     optimizer.load_state_dict(state["optimizer"])
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
-    log.write_text("".join(line + "\n" for line in lines[:state["step"]]))   # what came after is done again
+    log.write_text("".join(line + "\n" for line in lines[:state["step"]]))   # the rest is done anew
     return state["step"]
 
 
@@ -153,15 +161,17 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
     rows = []
     for sample in samples:
         height, width = sample.target.shape[:2]
-        images, conds = ([to_tensor([p]) for p in pictures] for pictures in (sample.images, sample.conds))
+        images, conds = ([to_tensor([p]) for p in pictures]
+                         for pictures in (sample.images, sample.conds))
         noise = seeded_noise([0], (width, height), pipe.vae.config.latent_channels)
         result, _ = generate(pipe, [sample.instruction], images, conds, noise, steps=12)
         rows.append([*sample.images, *sample.conds, result[0], sample.target])
     pipe.adapter.train()
-    cell, columns = max(side for row in rows for p in row for side in p.shape[:2]), max(map(len, rows))
+    cell, columns = (max(side for row in rows for p in row for side in p.shape[:2]),
+                     max(map(len, rows)))
     sheet = np.full((len(rows) * cell, columns * cell, 3), 128, np.uint8)
     for i, row in enumerate(rows):
-        for j, picture in zip(range(columns - len(row), columns), row):      # results and targets line up
+        for j, picture in zip(range(columns - len(row), columns), row):      # aligned at the right
             height, width = picture.shape[:2]
             sheet[i * cell:i * cell + height, j * cell:j * cell + width] = picture
     save_picture(sheet, file)
@@ -171,35 +181,41 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
 
 def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dict) -> None:
     adapter, out = pipe.adapter.train(), args.out
-    optimizer = make_optimizer(adapter, args.lr, args.lr / 2 if args.router_lr is None else args.router_lr)
+    optimizer = make_optimizer(adapter, args.lr,
+                               args.lr / 2 if args.router_lr is None else args.router_lr)
     rates = [group["lr"] for group in optimizer.param_groups]
     resumed = args.resume and (out / "checkpoint.pt").is_file()
     start = load_checkpoint(out, adapter, optimizer, settings) if resumed else 0
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0]
                for i, (source, _) in enumerate(sources * -(-8 // len(sources)))][:8]
     batches = data.batches(sources, args.batch_size, args.seed, start * args.accumulate)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter, mininterval=2)
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
+               mininterval=2)
     with (out / "log.jsonl").open("a") as log:
         for step in bar:
             began = time.time()
             number = step * args.accumulate              # of the step's first micro-batch
-            micro = [(args.seed * 2 ** 32 + number + i, next(batches)) for i in range(args.accumulate)]
+            micro = [(args.seed * 2 ** 32 + number + i, next(batches))
+                     for i in range(args.accumulate)]
             losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.checkpoint)
             for p in adapter.tensors().values():
                 if p.grad is not None:
                     p.grad /= args.accumulate
             norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
             if not math.isfinite(losses["loss"] + norm):
-                raise ValueError(f"step {step}: the loss is no number any more; the last checkpoint is in {out}. "
-                                 f"Try a smaller --lr")
-            decay = 0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.schedule == "cosine" else 1.0
+                raise ValueError(f"step {step}: the loss is no number any more; "
+                                 f"the last checkpoint is in {out}. Try a smaller --lr")
+            decay = (0.5 * (1 + math.cos(math.pi * step / args.steps))
+                     if args.schedule == "cosine" else 1.0)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * decay
             optimizer.step()
             optimizer.zero_grad()
             tasks = sorted({s.task for _, samples in micro for s in samples})
-            log.write(json.dumps({"step": step, **{name: round(value, 6) for name, value in losses.items()},
-                                  "norm": round(norm, 4), "tasks": tasks, "seconds": round(time.time() - began, 3)}) + "\n")
+            log.write(json.dumps({
+                "step": step, **{name: round(value, 6) for name, value in losses.items()},
+                "norm": round(norm, 4), "tasks": tasks,
+                "seconds": round(time.time() - began, 3)}) + "\n")
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 log.flush()
@@ -210,23 +226,30 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an adapter on a frozen model.")
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
-                        help="tiny, a folder with metadata.jsonl, or a .jsonl file; one is drawn per batch")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model", help="FLUX Kontext folder")
-    parser.add_argument("--adapter", default="instructmole", choices=["instructmole", "lora", "token"])
-    parser.add_argument("--config", type=Path, help="JSON of adapter sizes; by default adapter.json beside the model, if any")
+                        help="tiny, a folder (metadata.jsonl) or .jsonl file; one drawn per batch")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
+                        help="FLUX Kontext folder")
+    parser.add_argument("--adapter", default="instructmole",
+                        choices=["instructmole", "lora", "token"])
+    parser.add_argument("--config", type=Path, help="JSON of adapter sizes; "
+                        "by default adapter.json beside the model, if any")
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--router-lr", type=float, help="by default half of --lr")
-    parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"], help="of the learning rates")
-    parser.add_argument("--checkpoint", action="store_true", help="recompute each block in backward: less memory, same gradients")
+    parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
+                        help="of the learning rates")
+    parser.add_argument("--checkpoint", action="store_true",
+                        help="recompute each block in backward: less memory, same gradients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--out", type=Path, help="by default runs/ADAPTER")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the last checkpoint in --out, if there is one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16"],
                         help="of the frozen model; the adapter is fp32")
     return parser.parse_args()
 
@@ -242,7 +265,7 @@ def main() -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
     if (args.out / "log.jsonl").exists() and not args.resume:
-        raise ValueError(f"{args.out} holds a run; add --resume to go on with it, or name another --out")
+        raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
     side = weights.read_json(args.model / "vae" / "config.json").get("sample_size", 1024)
@@ -250,12 +273,15 @@ def main() -> None:
     torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe = load_pipeline(args.model, None, args.device, args.dtype)
     c = pipe.dit.config
-    pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim, c.pooled_projection_dim).to(pipe.device)
+    pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
+                                c.pooled_projection_dim).to(pipe.device)
     settings = {name: str(getattr(args, name)) for name in
-                ("data", "model", "adapter", "config", "steps", "batch_size", "accumulate", "lr", "router_lr", "schedule", "seed")}
+                ("data", "model", "adapter", "config", "steps", "batch_size", "accumulate", "lr",
+                 "router_lr", "schedule", "seed")}
     args.out.mkdir(parents=True, exist_ok=True)
     train(args, pipe, sources, settings)
-    print(f"{args.out / 'adapter.safetensors'}: {sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
+    print(f"{args.out / 'adapter.safetensors'}: "
+          f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
           f"{args.steps} steps")
 
 

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-FILES = ["mole.py", "dit.py", "vae.py", "text_encoder.py", "weights.py", "data.py", "train.py", "sample.py", "evaluate.py"]
+FILES = ["mole.py", "dit.py", "vae.py", "text_encoder.py", "weights.py", "data.py", "train.py",
+         "sample.py", "evaluate.py"]
 
 
 def blocks(language: str = "sh") -> list[str]:
@@ -29,17 +30,20 @@ def test_quick_start_has_two_commands_that_install_what_they_need():
     assert "-r tests/requirements.txt" in found[1] and "pytest" in found[1]
 
 
-@pytest.mark.parametrize("line", sorted({line for block in blocks() for line in block.splitlines()
-                                         if re.search(r"python (sample|train|evaluate|weights)\.py", line)}))
+@pytest.mark.parametrize("line", sorted({
+    line for block in blocks() for line in block.splitlines()
+    if re.search(r"python (sample|train|evaluate|weights)\.py", line)}))
 def test_commands_in_the_readme_use_options_that_exist(line):
     script = re.search(r"python (\w+\.py)", line)[1]
-    known = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    known = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True,
+                           text=True).stdout
     for option in re.findall(r"(--[a-z-]+)", line):
         assert option in known, f"{script} has no {option}"
 
 
 def test_files_that_the_readme_shows_exist():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README) + re.findall(r"(tiny/[\w/.]+\.\w+)", README):
+    for path in (re.findall(r"!\[.*?\]\((.*?)\)", README)
+                 + re.findall(r"(tiny/[\w/.]+\.\w+)", README)):
         assert (ROOT / path).exists(), path
 
 
@@ -50,8 +54,8 @@ def test_committed_weights_stay_small():
 
 def test_no_imports_against_the_arrows():
     """Models know weights alone; mole and data know no other file of the project."""
-    allowed = {"weights.py": set(), "mole.py": set(), "data.py": set(), "dit.py": {"weights"}, "vae.py": {"weights"},
-               "text_encoder.py": {"weights"}}
+    allowed = {"weights.py": set(), "mole.py": set(), "data.py": set(), "dit.py": {"weights"},
+               "vae.py": {"weights"}, "text_encoder.py": {"weights"}}
     ours = {Path(file).stem for file in FILES}
     for file, may in allowed.items():
         found = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / file).read_text(), re.M)) & ours

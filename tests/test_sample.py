@@ -31,7 +31,7 @@ def adapted():
 
 
 def test_the_same_picture_as_diffusers(base):
-    """FluxKontextPipeline on tiny/model, same noise, fp32: within 1/255 per pixel (rounding of 8-bit values)."""
+    """FluxKontextPipeline, same noise, fp32: within 1/255 per pixel (rounding of 8-bit values)."""
     from diffusers import FluxKontextPipeline
     from dit import pack
     warnings.filterwarnings("ignore")
@@ -40,9 +40,11 @@ def test_the_same_picture_as_diffusers(base):
     for task in ("recolour", "t2i", "move"):
         test = data.tiny_test(task, 1)[0]
         noise = seeded_noise([1], (64, 64))
-        ours, _ = generate(base, [test.instruction], [data.to_tensor([p]) for p in test.images], [], noise, steps=6)
-        theirs = peer(image=Image.fromarray(test.images[0]) if test.images else None, prompt=test.instruction,
-                      height=64, width=64, max_area=64 * 64, _auto_resize=False, latents=pack(noise),
+        ours, _ = generate(base, [test.instruction], [data.to_tensor([p]) for p in test.images], [],
+                           noise, steps=6)
+        theirs = peer(image=Image.fromarray(test.images[0]) if test.images else None,
+                      prompt=test.instruction, height=64, width=64, max_area=64 * 64,
+                      _auto_resize=False, latents=pack(noise),
                       num_inference_steps=6, guidance_scale=2.5, output_type="np",
                       max_sequence_length=base.t5_tokens.length).images[0]
         assert np.abs(ours[0] / 255 - theirs).max() <= 1 / 255 + 1e-6, task
@@ -50,8 +52,8 @@ def test_the_same_picture_as_diffusers(base):
 
 
 def test_equal_calls_are_equal_and_seeds_differ(adapted):
-    make = lambda seed: generate(adapted, ["a red circle in the top left on a white background"], [], [],
-                                 seeded_noise([seed], (64, 64)), steps=3)[0]
+    make = lambda seed: generate(adapted, ["a red circle in the top left on a white background"],
+                                 [], [], seeded_noise([seed], (64, 64)), steps=3)[0]
     assert np.array_equal(make(1), make(1)) and not np.array_equal(make(1), make(2))
 
 
@@ -59,16 +61,19 @@ def test_a_batch_gives_what_single_calls_give(adapted):
     """Rounding may move an 8-bit value by one step."""
     tests = data.tiny_test("move", 2)
     images = [data.to_tensor([t.images[0] for t in tests])]
-    both, chosen = generate(adapted, [t.instruction for t in tests], images, [], seeded_noise([0, 1], (64, 64)), steps=4)
+    both, chosen = generate(adapted, [t.instruction for t in tests], images, [],
+                            seeded_noise([0, 1], (64, 64)), steps=4)
     for i, test in enumerate(tests):
-        one, _ = generate(adapted, [test.instruction], [images[0][i:i + 1]], [], seeded_noise([i], (64, 64)), steps=4)
+        one, _ = generate(adapted, [test.instruction], [images[0][i:i + 1]], [],
+                          seeded_noise([i], (64, 64)), steps=4)
         assert np.abs(both[i].astype(int) - one[0].astype(int)).max() <= 1
     assert all(w.shape == (2, 8) and ((w > 0).sum(1) == 4).all() for w in chosen.values())
 
 
 def test_conditions_and_references_of_any_number(adapted):
     pictures = [data.to_tensor([data.tiny_test("t2i", 1)[0].target])] * 3
-    results = [generate(adapted, ["a star"], pictures[:n], pictures[:m], seeded_noise([0], (64, 64)), steps=2)[0]
+    results = [generate(adapted, ["a star"], pictures[:n], pictures[:m],
+                        seeded_noise([0], (64, 64)), steps=2)[0]
                for n, m in ((0, 0), (1, 0), (0, 1), (2, 3))]
     assert all(not np.array_equal(a, b) for i, a in enumerate(results) for b in results[:i])
 
@@ -77,11 +82,12 @@ def test_a_seed_means_the_same_everywhere():
     noise = seeded_noise([7, 8], (64, 48))
     assert noise.shape == (2, 16, 6, 8)
     assert torch.equal(noise[1:], seeded_noise([8], (64, 48)))
-    assert torch.equal(noise[:1], torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(noise[:1],
+                       torch.randn(1, 16, 6, 8, generator=torch.Generator().manual_seed(7)))
 
 
 def test_sizes(base):
-    class Big:                                           # stands for the released model's autoencoder
+    class Big:                                           # stands for the released autoencoder
         class vae:
             class config:
                 sample_size = 1024
@@ -89,11 +95,13 @@ def test_sizes(base):
         return output_size(Big, [Image.new("RGB", (w, h))], None)
     assert len(PREFERRED) == 17 and all(w % 16 == h % 16 == 0 for w, h in PREFERRED)
     assert {(h, w) for w, h in PREFERRED} == set(PREFERRED)
-    assert size(500, 500) == (1024, 1024) and size(4000, 3000) == (1184, 880) and size(1080, 1920) == (752, 1392)
+    assert (size(500, 500) == (1024, 1024) and size(4000, 3000) == (1184, 880)
+            and size(1080, 1920) == (752, 1392))
     assert size(10, 10_000) == (672, 1568) and output_size(Big, [], None) == (1024, 1024)
     assert output_size(Big, [Image.new("RGB", (9, 9))], (512, 768)) == (512, 768)
-    images, conds = prepare(Big, [Image.new("RGB", (400, 300))] * 2, [Image.new("RGB", (1000, 500))], (512, 768))
-    assert [tuple(t.shape[-2:]) for t in images] == [(768, 512), (880, 1184)]    # the picture to edit: the output's grid
+    images, conds = prepare(Big, [Image.new("RGB", (400, 300))] * 2,
+                            [Image.new("RGB", (1000, 500))], (512, 768))
+    assert [tuple(t.shape[-2:]) for t in images] == [(768, 512), (880, 1184)]  # first: the output's
     assert tuple(conds[0].shape[-2:]) == (256, 512)
     assert output_size(base, [Image.new("RGB", (400, 300))], None) == (64, 64)
 
@@ -101,7 +109,7 @@ def test_sizes(base):
 # -------------------------------------------------------------------------------------- the command
 
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    """Run sample.py's command in this process -> exit code, stdout, stderr without the progress bar."""
+    """Run sample.py's command in this process -> exit code, stdout, stderr without progress bar."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     code = 0
     try:
@@ -114,25 +122,31 @@ def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 
 def test_the_command_makes_a_picture_and_says_what_it_did(tmp_path):
     out = tmp_path / "new.png"
-    done = subprocess.run([sys.executable, "sample.py", "--instruction", "make the circle blue", "--image", str(PICTURE),
-                           "--steps", "3", "--seed", "5", "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "sample.py", "--instruction", "make the circle blue",
+                           "--image", str(PICTURE), "--steps", "3", "--seed", "5",
+                           "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Image.open(out).size == (64, 64)
     line = done.stdout.strip()
-    assert all(part in line for part in (str(out), "64x64", "3 steps", "seed 5", " s", "experts", ": 0."))
+    assert all(part in line for part in
+               (str(out), "64x64", "3 steps", "seed 5", " s", "experts", ": 0."))
     assert len(line.splitlines()) == 1 and [p.name for p in tmp_path.iterdir()] == ["new.png"]
 
 
 def test_several_pictures_have_the_seeds_that_follow(tmp_path, monkeypatch, capsys):
     arguments = ("--instruction", "a red star", "--steps", 2, "--adapter", "none")
-    assert command(monkeypatch, capsys, *arguments, "--num", 2, "--seed", 3, "--out", tmp_path / "a.png")[0] == 0
-    assert command(monkeypatch, capsys, *arguments, "--seed", 4, "--out", tmp_path / "b.png")[0] == 0
-    assert (tmp_path / "a_1.png").read_bytes() == (tmp_path / "b.png").read_bytes() != (tmp_path / "a_0.png").read_bytes()
+    assert command(monkeypatch, capsys, *arguments, "--num", 2, "--seed", 3,
+                   "--out", tmp_path / "a.png")[0] == 0
+    assert command(monkeypatch, capsys, *arguments, "--seed", 4,
+                   "--out", tmp_path / "b.png")[0] == 0
+    assert ((tmp_path / "a_1.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+            != (tmp_path / "a_0.png").read_bytes())
 
 
 def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
     Image.open(PICTURE).save(tmp_path / "in.png")
-    rows = [{"instruction": "make the circle red", "images": ["in.png"]}, {"instruction": "a star", "out": "star.png", "seed": 9},
+    rows = [{"instruction": "make the circle red", "images": ["in.png"]},
+            {"instruction": "a star", "out": "star.png", "seed": 9},
             {"instruction": "along the edges", "conds": "in.png"}]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out"
@@ -142,7 +156,8 @@ def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
     (out / "star.png").unlink()
     first = (out / "0001.png").stat().st_mtime_ns
     code, printed, _ = command(monkeypatch, capsys, *arguments)
-    assert code == 0 and len(printed.splitlines()) == 1 and (out / "0001.png").stat().st_mtime_ns == first
+    assert (code == 0 and len(printed.splitlines()) == 1
+            and (out / "0001.png").stat().st_mtime_ns == first)
 
 
 def wrong_model(path: Path, part: str, change) -> Path:
@@ -156,23 +171,32 @@ def wrong_model(path: Path, part: str, change) -> Path:
 
 @pytest.mark.parametrize("arguments, words", [
     (["--instruction", ""], "empty"), (["--instruction", "  "], "empty"), ([], "--instruction"),
-    (["--instruction", "a", "--image", "gone.png"], "gone.png"), (["--instruction", "a", "--image", __file__], "test_sample.py"),
-    (["--instruction", "a", "--cond", "gone.png"], "gone.png"), (["--instruction", "a", "--size", "100x64"], "96x64"),
-    (["--instruction", "a", "--size", "big"], "WIDTHxHEIGHT"), (["--instruction", "a", "--size", "0x64"], "--size"),
-    (["--instruction", "a", "--steps", "0"], "--steps"), (["--instruction", "a", "--guidance", "nan"], "--guidance"),
-    (["--instruction", "a", "--seed", "-1"], "--seed"), (["--instruction", "a", "--num", "0"], "--num"),
-    (["--instruction", "a", "--model", "gone"], "gone"), (["--instruction", "a", "--adapter", "gone"], "gone"),
-    (["--instruction", "a", "--adapter", str(PICTURE)], "before.png"), (["--instruction", "a", "--device", "cuda:99"], "--device"),
+    (["--instruction", "a", "--image", "gone.png"], "gone.png"),
+    (["--instruction", "a", "--image", __file__], "test_sample.py"),
+    (["--instruction", "a", "--cond", "gone.png"], "gone.png"),
+    (["--instruction", "a", "--size", "100x64"], "96x64"),
+    (["--instruction", "a", "--size", "big"], "WIDTHxHEIGHT"),
+    (["--instruction", "a", "--size", "0x64"], "--size"),
+    (["--instruction", "a", "--steps", "0"], "--steps"),
+    (["--instruction", "a", "--guidance", "nan"], "--guidance"),
+    (["--instruction", "a", "--seed", "-1"], "--seed"),
+    (["--instruction", "a", "--num", "0"], "--num"),
+    (["--instruction", "a", "--model", "gone"], "gone"),
+    (["--instruction", "a", "--adapter", "gone"], "gone"),
+    (["--instruction", "a", "--adapter", str(PICTURE)], "before.png"),
+    (["--instruction", "a", "--device", "cuda:99"], "--device"),
     (["--batch", "gone.jsonl"], "gone.jsonl")])
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     out = tmp_path / "out.png"
     out.write_bytes(b"was here")
     code, printed, err = command(monkeypatch, capsys, "--out", out, *arguments)
-    assert code == 2 and words in err and len(err.splitlines()) == 1 and "Traceback" not in err and not printed
+    assert (code == 2 and words in err and len(err.splitlines()) == 1
+            and "Traceback" not in err and not printed)
     assert out.read_bytes() == b"was here" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
-@pytest.mark.parametrize("out, words", [("gone/out.png", "gone"), ("out", "picture file"), (".", "--out")])
+@pytest.mark.parametrize("out, words", [
+    ("gone/out.png", "gone"), ("out", "picture file"), (".", "--out")])
 def test_bad_outputs_are_found_before_the_work(tmp_path, monkeypatch, capsys, out, words):
     code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", tmp_path / out)
     assert code == 2 and words in err and not list(tmp_path.iterdir())
@@ -181,31 +205,40 @@ def test_bad_outputs_are_found_before_the_work(tmp_path, monkeypatch, capsys, ou
 @pytest.mark.parametrize("part, change, words", [
     ("vae/config.json", lambda f: f.unlink(), "config.json"),
     ("vae/diffusion_pytorch_model.safetensors", lambda f: f.unlink(), "vae"),
-    ("transformer/diffusion_pytorch_model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "transformer"),
+    ("transformer/diffusion_pytorch_model.safetensors",
+     lambda f: f.write_bytes(f.read_bytes()[:-9]), "transformer"),
     ("text_encoder/model.safetensors", lambda f: f.write_bytes(b"x" * 99), "text_encoder"),
-    ("text_encoder_2/model.safetensors", lambda f: f.write_bytes((MODEL / "text_encoder/model.safetensors").read_bytes()), "missing"),
-    ("transformer/config.json", lambda f: f.write_text(f.read_text().replace('"num_layers": 3', '"num_layers": 4')), "missing"),
+    ("text_encoder_2/model.safetensors",
+     lambda f: f.write_bytes((MODEL / "text_encoder/model.safetensors").read_bytes()), "missing"),
+    ("transformer/config.json", lambda f: f.write_text(
+        f.read_text().replace('"num_layers": 3', '"num_layers": 4')), "missing"),
     ("tokenizer/merges.txt", lambda f: f.unlink(), "merges.txt"),
     ("tokenizer_2/tokenizer.json", lambda f: f.write_text("{}"), "tokenizer.json")])
 def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, words):
     folder = wrong_model(tmp_path, part, change)
-    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--model", folder, "--out", tmp_path / "out.png")
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--model", folder,
+                           "--out", tmp_path / "out.png")
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out.png").exists()
 
 
 @pytest.mark.parametrize("row, words", [
-    ("{", "JSON"), ("[]", "instruction"), ('{"instruction": ""}', "instruction"), ('{"instruction": "a", "images": ["gone.png"]}', "gone.png"),
-    ('{"instruction": "a", "out": "../x.png"}', "out"), ('{"instruction": "a", "images": 3}', "images")])
-def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch, capsys, row, words):
+    ("{", "JSON"), ("[]", "instruction"), ('{"instruction": ""}', "instruction"),
+    ('{"instruction": "a", "images": ["gone.png"]}', "gone.png"),
+    ('{"instruction": "a", "out": "../x.png"}', "out"),
+    ('{"instruction": "a", "images": 3}', "images")])
+def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch, capsys, row,
+                                                          words):
     (tmp_path / "jobs.jsonl").write_text('{"instruction": "a star"}\n' + row)
-    code, _, err = command(monkeypatch, capsys, "--batch", tmp_path / "jobs.jsonl", "--out", tmp_path / "out")
+    code, _, err = command(monkeypatch, capsys, "--batch", tmp_path / "jobs.jsonl",
+                           "--out", tmp_path / "out")
     assert code == 2 and words in err and "line 2" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_odd_pictures_are_edited_too(tmp_path, monkeypatch, capsys):
     Image.new("RGBA", (300, 1), (255, 0, 0, 90)).save(tmp_path / "odd.png")
-    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--image", tmp_path / "odd.png", "--steps", 1,
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a",
+                           "--image", tmp_path / "odd.png", "--steps", 1,
                            "--out", tmp_path / "out.png")
     assert code == 0 and (tmp_path / "out.png").exists()

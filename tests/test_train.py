@@ -23,15 +23,17 @@ def make_pipeline(kind: str = "instructmole", seed: int = 0):
     pipe = load_pipeline(MODEL, None, "cpu", "float32")
     config = train.adapter_config(kind, ROOT / "tiny/adapter.json")
     c = pipe.dit.config
-    pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim, c.pooled_projection_dim).train()
-    with torch.no_grad():                                # away from zero, so that every gradient is alive
+    pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
+                                c.pooled_projection_dim).train()
+    with torch.no_grad():                                # not zero, so that every gradient is alive
         for p in pipe.adapter.tensors().values():
             p.add_(0.02 * torch.randn_like(p))
     return pipe
 
 
 def gradients(pipe) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in pipe.adapter.tensors().items() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in pipe.adapter.tensors().items()
+             if p.grad is not None}
     pipe.adapter.zero_grad()
     return found
 
@@ -49,10 +51,12 @@ def test_accumulation_is_the_gradient_of_the_sum(task):
         single.append(gradients(pipe))
     losses = train.accumulate(pipe, batches, 0.7)
     both = gradients(pipe)
-    assert losses["loss"] == pytest.approx(losses["flow"] + 0.7 * (losses["balance"] + losses["orthogonality"]), rel=1e-6)
-    for name, gradient in both.items():                  # adding in another order: fp32 rounding of a sum of two
+    assert losses["loss"] == pytest.approx(
+        losses["flow"] + 0.7 * (losses["balance"] + losses["orthogonality"]), rel=1e-6)
+    for name, gradient in both.items():                  # another order: fp32 rounding of two terms
         wanted = single[0].get(name, 0) + single[1].get(name, 0)
-        assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-7 * float(wanted.norm()) + 1e-12), name
+        assert torch.allclose(gradient, wanted, rtol=1e-5,
+                              atol=1e-7 * float(wanted.norm()) + 1e-12), name
 
 
 def test_checkpointing_leaves_losses_and_gradients_exact():
@@ -69,7 +73,8 @@ def test_only_the_adapter_is_trained_and_in_fp32():
     names = pipe.adapter.tensors()
     assert all(p.grad is not None and p.dtype == torch.float32 for p in names.values())
     trained = {id(p) for p in names.values()}
-    frozen = [p for m in (pipe.dit, pipe.vae, pipe.t5, pipe.clip) for p in m.parameters() if id(p) not in trained]
+    frozen = [p for m in (pipe.dit, pipe.vae, pipe.t5, pipe.clip) for p in m.parameters()
+              if id(p) not in trained]
     assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
 
 
@@ -92,32 +97,36 @@ def test_dropped_conditions_lose_tokens_and_ids(monkeypatch):
     pipe, seen = make_pipeline(), []
     real = train.velocity
     def watch(model, xt, t, guidance, given, h, w, run):
-        seen.append((None if given.cond is None else given.cond.shape[1], None if given.cond_ids is None else len(given.cond_ids)))
+        seen.append((None if given.cond is None else given.cond.shape[1],
+                     None if given.cond_ids is None else len(given.cond_ids)))
         return real(model, xt, t, guidance, given, h, w, run)
     monkeypatch.setattr(train, "velocity", watch)
     monkeypatch.setattr(train, "CONDITION_DROPOUT", 0.5)
     for seed in range(12):
         train.flow_loss(pipe, samples("multi", 1), seed)
-    assert {count for count, _ in seen} == {None, 16, 32}                    # none, one or both are left
+    assert {count for count, _ in seen} == {None, 16, 32}                    # none, one, both left
     assert all(tokens == ids for tokens, ids in seen)
 
 
 def test_instructions_are_dropped_with_their_chance(monkeypatch):
     pipe, seen = make_pipeline(), []
     real = train.condition
-    monkeypatch.setattr(train, "condition", lambda pipe, texts, *rest: seen.append(texts) or real(pipe, texts, *rest))
+    monkeypatch.setattr(train, "condition", lambda pipe, texts, *rest:
+                        seen.append(texts) or real(pipe, texts, *rest))
     monkeypatch.setattr(train, "INSTRUCTION_DROPOUT", 0.5)
     for seed in range(12):
         train.flow_loss(pipe, samples("t2i"), seed)
-    assert all(len(set(map(bool, texts))) == 1 for texts in seen)            # the whole batch or none of it
+    assert all(len(set(map(bool, texts))) == 1 for texts in seen)            # a whole batch or none
     assert 0 < sum(not texts[0] for texts in seen) < 12
 
 
 def test_kinds_of_adapter():
     file = ROOT / "tiny/adapter.json"
-    whole, lora, token = (train.adapter_config(kind, file) for kind in ("instructmole", "lora", "token"))
+    whole, lora, token = (train.adapter_config(kind, file)
+                          for kind in ("instructmole", "lora", "token"))
     assert whole == replace(mole.AdapterConfig(), **json.loads(file.read_text()))
-    assert not lora.mole_targets and set(lora.lora_targets) == {*whole.lora_targets, *whole.mole_targets}
+    assert (not lora.mole_targets
+            and set(lora.lora_targets) == {*whole.lora_targets, *whole.mole_targets})
     assert token.token_targets == whole.mole_targets and not token.mole_targets
     assert train.adapter_config("instructmole", None) == mole.AdapterConfig()
 
@@ -125,12 +134,14 @@ def test_kinds_of_adapter():
 # --------------------------------------------------------------------------------- the command
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "train.py", *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("kind", ["instructmole", "token"])
 def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
-    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2", "--lr", "1e-3", "--adapter", kind]
+    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2",
+              "--lr", "1e-3", "--adapter", kind]
     def command(*rest: object) -> None:
         monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
         train.main()
@@ -139,13 +150,16 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
     calls = iter([True, False, False])
     def stop() -> None:
         if next(calls):
-            raise KeyboardInterrupt                      # killed right after the checkpoint of step 2
+            raise KeyboardInterrupt                      # killed right after step 2's checkpoint
     with pytest.raises(KeyboardInterrupt):
         command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken")
     command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken", "--resume")
-    whole, broken = (mole_tensors(tmp_path / name / "adapter.safetensors") for name in ("whole", "broken"))
-    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
+    whole, broken = (mole_tensors(tmp_path / name / "adapter.safetensors")
+                     for name in ("whole", "broken"))
+    assert (whole.keys() == broken.keys()
+            and all(torch.equal(whole[name], broken[name]) for name in whole))
+    steps = [json.loads(line)["step"]
+             for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
 
 
@@ -156,23 +170,30 @@ def mole_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
     out = tmp_path / "run"
-    done = run("--data", "tiny", "--steps", 2, "--batch-size", 2, "--save-every", 2, "--out", out, "--adapter", "lora")
+    done = run("--data", "tiny", "--steps", 2, "--batch-size", 2, "--save-every", 2,
+               "--out", out, "--adapter", "lora")
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "log.jsonl", "samples_000002.png"}
+    assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "log.jsonl",
+                                               "samples_000002.png"}
     entry = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "flow", "balance", "orthogonality", "tasks", "seconds"} <= entry.keys()
     before = (out / "adapter.safetensors").read_bytes()
     again = run("--data", "tiny", "--steps", 2, "--out", out)
-    assert again.returncode == 2 and "--resume" in again.stderr and len(again.stderr.splitlines()) == 1
-    other = run("--data", "tiny", "--steps", 3, "--batch-size", 2, "--out", out, "--adapter", "lora", "--resume")
+    assert (again.returncode == 2 and "--resume" in again.stderr
+            and len(again.stderr.splitlines()) == 1)
+    other = run("--data", "tiny", "--steps", 3, "--batch-size", 2, "--out", out,
+                "--adapter", "lora", "--resume")
     assert other.returncode == 2 and "steps" in other.stderr
     assert (out / "adapter.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--data", "gone"], "gone"), (["--data", "tiny:0"], "weight"), (["--data", "tiny", "--steps", "0"], "--steps"),
-    (["--data", "tiny", "--model", "gone"], "gone"), (["--data", "tiny", "--config", "gone.json"], "gone.json"),
-    (["--data", "tiny", "--lr", "nan"], "--lr"), (["--data", "tiny", "--device", "cuda:99"], "--device")])
+    (["--data", "gone"], "gone"), (["--data", "tiny:0"], "weight"),
+    (["--data", "tiny", "--steps", "0"], "--steps"),
+    (["--data", "tiny", "--model", "gone"], "gone"),
+    (["--data", "tiny", "--config", "gone.json"], "gone.json"),
+    (["--data", "tiny", "--lr", "nan"], "--lr"),
+    (["--data", "tiny", "--device", "cuda:99"], "--device")])
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypatch, capsys):
     import weights
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *arguments])
@@ -194,6 +215,8 @@ def test_training_on_a_folder(tmp_path):
     from PIL import Image
     for i in range(2):
         Image.fromarray(np.full((70, 50, 3), 100 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"target": "0.png", "instruction": "dark", "images": ["1.png"]}))
-    done = run("--data", tmp_path, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run", "--checkpoint")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(
+        {"target": "0.png", "instruction": "dark", "images": ["1.png"]}))
+    done = run("--data", tmp_path, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run",
+               "--checkpoint")
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,8 @@
-"""Make the embedded base model from nothing: tokenizers, autoencoder, then transformer and text encoders.
+"""Make the embedded base model from nothing: tokenizers, autoencoder, transformer, text encoders.
 
-Every stage may be interrupted and started again: it goes on from its last checkpoint in --work, and a
-finished stage is skipped. The base learns text to image and edits with a native reference only; what
-else the tiny world holds is left for adapters. The autoencoder sees all of its pictures.
+Every stage may be interrupted and started again: it goes on from its last checkpoint in --work,
+and a finished stage is skipped. The base learns text to image and edits with a native reference
+only; what else the tiny world holds is left for adapters. The autoencoder sees all its pictures.
 
 Run: python -m tiny.pretrain                             # about four hours on two cores
      python -m tiny.pretrain --vae-steps 2 --steps 2 --work /tmp/w --out /tmp/m      # a minute
@@ -25,40 +25,51 @@ import data
 import dit
 import weights
 from dit import DiTConfig, FluxTransformer
-from text_encoder import CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer, clip_bpe
+from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
+                          clip_bpe)
 from vae import AutoEncoder, VAEConfig, load_vae
 
-LENGTH = 28                                              # text tokens; the longest instruction has 25
+LENGTH = 28                                              # tokens; the longest instruction has 25
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64, 64],
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-       "force_upcast": True, "in_channels": 3, "out_channels": 3, "latent_channels": 16, "latents_mean": None,
-       "latents_std": None, "layers_per_block": 1, "mid_block_add_attention": True, "norm_num_groups": 4,
-       "sample_size": 64, "scaling_factor": 1.0, "shift_factor": 0.0, "use_post_quant_conv": False,
+       "force_upcast": True, "in_channels": 3, "out_channels": 3, "latent_channels": 16,
+       "latents_mean": None, "latents_std": None, "layers_per_block": 1,
+       "mid_block_add_attention": True, "norm_num_groups": 4, "sample_size": 64,
+       "scaling_factor": 1.0, "shift_factor": 0.0, "use_post_quant_conv": False,
        "use_quant_conv": False}
 
-DIT = {"_class_name": "FluxTransformer2DModel", "attention_head_dim": 32, "axes_dims_rope": [8, 12, 12],
-       "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 128, "num_attention_heads": 4,
-       "num_layers": 3, "num_single_layers": 6, "out_channels": None, "patch_size": 1, "pooled_projection_dim": 128}
-T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 128, "d_ff": 256, "d_kv": 32, "num_heads": 4,
-      "num_layers": 3, "num_decoder_layers": 3, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu",
-      "is_gated_act": True, "is_encoder_decoder": True, "dropout_rate": 0.0, "layer_norm_epsilon": 1e-06,
-      "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "eos_token_id": 1,
-      "pad_token_id": 0, "decoder_start_token_id": 0, "tie_word_embeddings": False, "use_cache": True}
+DIT = {"_class_name": "FluxTransformer2DModel", "attention_head_dim": 32,
+       "axes_dims_rope": [8, 12, 12], "guidance_embeds": True, "in_channels": 64,
+       "joint_attention_dim": 128, "num_attention_heads": 4, "num_layers": 3,
+       "num_single_layers": 6, "out_channels": None, "patch_size": 1, "pooled_projection_dim": 128}
+T5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 128, "d_ff": 256,
+      "d_kv": 32, "num_heads": 4, "num_layers": 3, "num_decoder_layers": 3,
+      "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu", "is_gated_act": True,
+      "is_encoder_decoder": True, "dropout_rate": 0.0, "layer_norm_epsilon": 1e-06,
+      "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
+      "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0,
+      "tie_word_embeddings": False, "use_cache": True}
 CLIP = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 128,
-        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-05, "max_position_embeddings": LENGTH, "attention_dropout": 0.0, "dropout": 0.0,
-        "projection_dim": 128, "bos_token_id": 0, "pad_token_id": 1}
-PIPELINE = {"_class_name": "FluxKontextPipeline", "_diffusers_version": "0.34.0", "feature_extractor": [None, None],
-            "image_encoder": [None, None], "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
-            "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
-             "invert_sigmas": False, "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000,
-             "shift": 3.0, "shift_terminal": None, "stochastic_sampling": False, "time_shift_type": "exponential",
-             "use_beta_sigmas": False, "use_dynamic_shifting": True, "use_exponential_sigmas": False,
-             "use_karras_sigmas": False}
+        "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_act": "quick_gelu", "layer_norm_eps": 1e-05, "max_position_embeddings": LENGTH,
+        "attention_dropout": 0.0, "dropout": 0.0, "projection_dim": 128, "bos_token_id": 0,
+        "pad_token_id": 1}
+PIPELINE = {"_class_name": "FluxKontextPipeline", "_diffusers_version": "0.34.0",
+            "feature_extractor": [None, None], "image_encoder": [None, None],
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"]}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256,
+             "base_shift": 0.5, "invert_sigmas": False, "max_image_seq_len": 4096,
+             "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0, "shift_terminal": None,
+             "stochastic_sampling": False, "time_shift_type": "exponential",
+             "use_beta_sigmas": False, "use_dynamic_shifting": True,
+             "use_exponential_sigmas": False, "use_karras_sigmas": False}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -87,7 +98,8 @@ def load_state(path: Path) -> dict:
 def texts(number: int) -> list[str]:
     """Instructions of all tasks."""
     rng = np.random.default_rng(2)
-    return [data.tiny_sample(rng, task).instruction for _ in range(number // len(data.WORDINGS)) for task in data.WORDINGS]
+    return [data.tiny_sample(rng, task).instruction for _ in range(number // len(data.WORDINGS))
+            for task in data.WORDINGS]
 
 
 def make_tokenizers(out: Path) -> None:
@@ -101,26 +113,31 @@ def make_tokenizers(out: Path) -> None:
     folder = out / "tokenizer_2"                         # T5: sentencepiece
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus + once * 20), model_prefix=str(folder / "spiece"), vocab_size=420, hard_vocab_limit=False,
-        model_type="unigram", character_coverage=1.0, required_chars=ascii_letters, normalization_rule_name="identity",
+        sentence_iterator=iter(corpus + once * 20), model_prefix=str(folder / "spiece"),
+        vocab_size=420, hard_vocab_limit=False, model_type="unigram", character_coverage=1.0,
+        required_chars=ascii_letters, normalization_rule_name="identity",
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
     (folder / "spiece.vocab").unlink()
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-    extra = [f"<extra_id_{i}>" for i in range(100)]      # T5 counts these from the end of its vocabulary
-    model = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab + [(piece, 0.0) for piece in extra[::-1]], unk_id=2))
+    extra = [f"<extra_id_{i}>" for i in range(100)]      # T5 counts these from its vocabulary's end
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram(
+        vocab + [(piece, 0.0) for piece in extra[::-1]], unk_id=2))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.WhitespaceSplit(),
         tokenizers.pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")])
     model.decoder = tokenizers.decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
-    model.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
     model.add_special_tokens(["<pad>", "</s>", "<unk>", *extra])
     model.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "eos_token": "</s>", "unk_token": "<unk>",
-        "pad_token": "<pad>", "extra_ids": 100, "additional_special_tokens": extra})
+        "tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "eos_token": "</s>",
+        "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 100,
+        "additional_special_tokens": extra})
     write_json(folder / "special_tokens_map.json", {
-        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": extra})
+        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+        "additional_special_tokens": extra})
 
     folder = out / "tokenizer"                           # CLIP: byte-level BPE
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +145,8 @@ def make_tokenizers(out: Path) -> None:
     seed = {letter: i for i, letter in enumerate(letters + [letter + "</w>" for letter in letters])}
     start, end = "<|startoftext|>", "<|endoftext|>"
     model = clip_bpe(seed | {start: 512, end: 513}, [], start, end)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512 + 250, initial_alphabet=letters, end_of_word_suffix="</w>",
-                                             show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=512 + 250, initial_alphabet=letters,
+                                             end_of_word_suffix="</w>", show_progress=False)
     model.train_from_iterator(corpus, trainer)
     merges = [tuple(merge) for merge in json.loads(model.to_str())["model"]["merges"]]
     vocab = seed | {left + right: 512 + i for i, (left, right) in enumerate(merges)}
@@ -137,15 +154,19 @@ def make_tokenizers(out: Path) -> None:
     write_json(folder / "vocab.json", vocab)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {str(vocab[token]): {"content": token, "lstrip": False, "normalized": token == start, "rstrip": False,
-                                   "single_word": False, "special": True} for token in (start, end)}
+    special = {str(vocab[token]): {"content": token, "lstrip": False, "normalized": token == start,
+                                   "rstrip": False, "single_word": False, "special": True}
+               for token in (start, end)}
     write_json(folder / "tokenizer_config.json", {
-        "add_prefix_space": False, "added_tokens_decoder": special, "bos_token": start, "eos_token": end,
-        "unk_token": end, "pad_token": end, "clean_up_tokenization_spaces": True, "do_lower_case": True,
-        "errors": "replace", "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"})
-    write_json(folder / "special_tokens_map.json", {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end})
+        "add_prefix_space": False, "added_tokens_decoder": special, "bos_token": start,
+        "eos_token": end, "unk_token": end, "pad_token": end, "clean_up_tokenization_spaces": True,
+        "do_lower_case": True, "errors": "replace", "model_max_length": LENGTH,
+        "tokenizer_class": "CLIPTokenizer"})
+    write_json(folder / "special_tokens_map.json", {
+        "bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end})
     lengths = T5Tokenizer(out / "tokenizer_2")(corpus).ne(0).sum(1)
-    print(f"tokenizers: T5 {len(pieces)} pieces, CLIP {len(vocab)}; longest instruction {lengths.max()} tokens")
+    print(f"tokenizers: T5 {len(pieces)} pieces, CLIP {len(vocab)}; "
+          f"longest instruction {lengths.max()} tokens")
 
 
 # -------------------------------------------------------------------------------------- autoencoder
@@ -158,19 +179,21 @@ def vae_pictures(step: int, size: int) -> Tensor:
 
 
 def train_vae(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 3e-3) -> None:
-    """L1 + MSE + 1e-4 KL; at the end the shift and scale that bring latents to zero mean, unit variance."""
+    """L1 + MSE + 1e-4 KL; then the shift and scale for latents of zero mean, unit variance."""
     if (out / "vae" / "config.json").is_file():
         return
     torch.manual_seed(0)
     model = AutoEncoder(weights.config_from(VAEConfig, VAE, "pretrain"))
     with torch.no_grad():
-        model.encoder.conv_out.bias[VAE["latent_channels"]:] -= 6            # begin almost without noise
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+        model.encoder.conv_out.bias[VAE["latent_channels"]:] -= 6            # almost no noise yet
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
+                                  fused=True)
     state = load_state(work / "vae.pt")
     if state["step"]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    bar = trange(state["step"], steps, initial=state["step"], total=steps, desc="vae", mininterval=10)
+    bar = trange(state["step"], steps, initial=state["step"], total=steps, desc="vae",
+                 mininterval=10)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
         img = vae_pictures(step, batch)                  # (B, 3, H, W)
@@ -186,13 +209,17 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 3e
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.1f} dB", kl=f"{kl.item():.2f}", refresh=False)
+        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.1f} dB",
+                        kl=f"{kl.item():.2f}", refresh=False)
         if step % 250 == 249 or step + 1 == steps:
-            save_state(work / "vae.pt", step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+            save_state(work / "vae.pt", step=step + 1, model=model.state_dict(),
+                       optimizer=optimizer.state_dict())
     with torch.no_grad():
         latents = torch.cat([model.encode(vae_pictures(10**6 + i, 64)) for i in range(8)])
-    config = VAE | {"scaling_factor": round(1 / latents.std().item(), 4), "shift_factor": round(latents.mean().item(), 4)}
-    weights.save_tensors(model.state_dict(), config, out / "vae", "diffusion_pytorch_model.safetensors", torch.bfloat16)
+    config = VAE | {"scaling_factor": round(1 / latents.std().item(), 4),
+                    "shift_factor": round(latents.mean().item(), 4)}
+    weights.save_tensors(model.state_dict(), config, out / "vae",
+                         "diffusion_pytorch_model.safetensors", torch.bfloat16)
     report_vae(out)
 
 
@@ -203,18 +230,20 @@ def refine_decoder(out: Path, work: Path, steps: int, batch: int = 16, lr: float
         return
     model = load_vae(out / "vae", dtype=torch.float32)
     model.decoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=lr, betas=(0.9, 0.99),
+                                  weight_decay=1e-4, fused=True)
     if state["step"]:
         model.decoder.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    bar = trange(state["step"], steps, initial=state["step"], total=steps, desc="decoder", mininterval=10)
+    bar = trange(state["step"], steps, initial=state["step"], total=steps, desc="decoder",
+                 mininterval=10)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
         img, generator = vae_pictures(10**8 + step, batch), torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                z = model.encode(img)                    # (B, C, h, w), and a little noise as samplers leave it
-                z = z + 0.05 * torch.randn(z.shape, generator=generator)
+                z = model.encode(img)                    # (B, C, h, w)
+                z = z + 0.05 * torch.randn(z.shape, generator=generator)     # as samplers leave it
             out_img = model.decode(z).float()
         error = F.mse_loss(out_img, img)
         optimizer.zero_grad()
@@ -223,9 +252,11 @@ def refine_decoder(out: Path, work: Path, steps: int, batch: int = 16, lr: float
         optimizer.step()
         bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.1f} dB", refresh=False)
         if step % 250 == 249 or step + 1 == steps:
-            save_state(work / "decoder.pt", step=step + 1, model=model.decoder.state_dict(), optimizer=optimizer.state_dict())
+            save_state(work / "decoder.pt", step=step + 1, model=model.decoder.state_dict(),
+                       optimizer=optimizer.state_dict())
     config = weights.read_json(out / "vae" / "config.json")
-    weights.save_tensors(model.state_dict(), config, out / "vae", "diffusion_pytorch_model.safetensors", torch.bfloat16)
+    weights.save_tensors(model.state_dict(), config, out / "vae",
+                         "diffusion_pytorch_model.safetensors", torch.bfloat16)
     report_vae(out)
 
 
@@ -241,7 +272,7 @@ def report_vae(out: Path) -> None:
 # ------------------------------------------------------------------- transformer and text encoders
 
 def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
-    """Latents and token ids of many samples, encoded once: a third text to image, the rest edits."""
+    """Latents and token ids of many samples, made once: a third text to image, the rest edits."""
     file = work / "latents.safetensors"
     if file.is_file():
         return weights.read_tensors([file])
@@ -250,12 +281,15 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
         group = "t2i" if i % 3 == 0 else "edit"
-        samples = [data.tiny_sample(rng, "t2i" if group == "t2i" else data.pick(rng, data.EDITS)) for _ in range(100)]
+        samples = [data.tiny_sample(rng, "t2i" if group == "t2i" else data.pick(rng, data.EDITS))
+                   for _ in range(100)]
         text = [sample.instruction for sample in samples]
         parts = {"t5": t5(text).short(), "clip": clip(text).short()}
-        pictures = {"target": [s.target for s in samples]} | ({"ref": [s.images[0] for s in samples]} if group == "edit" else {})
+        pictures = {"target": [s.target for s in samples]} | (
+            {"ref": [s.images[0] for s in samples]} if group == "edit" else {})
         with torch.no_grad():
-            parts |= {name: vae.encode(data.to_tensor(p).bfloat16()) for name, p in pictures.items()}
+            parts |= {name: vae.encode(data.to_tensor(p).bfloat16())
+                      for name, p in pictures.items()}
         for name, tensor in parts.items():
             found.setdefault(f"{group}.{name}", []).append(tensor)
     tensors = {name: torch.cat(parts) for name, parts in found.items()}
@@ -264,7 +298,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
 
 
 def build_models(out: Path) -> nn.ModuleDict:
-    """Transformer and text encoders with their first weights; gates and the last layer start at zero."""
+    """Transformer and text encoders with first weights; gates and the last layer start at zero."""
     torch.manual_seed(0)
     clip_vocab = weights.read_json(out / "tokenizer" / "vocab.json")
     sizes = T5Tokenizer(out / "tokenizer_2").model.get_vocab_size()
@@ -289,13 +323,14 @@ def build_models(out: Path) -> nn.ModuleDict:
 
 
 def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """dit.attend for training in bf16 on a CPU, where the bf16 backward of attention is ten times slower."""
-    out = F.scaled_dot_product_attention(dit.rotate(q.float(), pe[:, :q.shape[2]]), dit.rotate(k.float(), pe), v.float())
+    """dit.attend to train in bf16 on a CPU, where attention's bf16 backward is ten times slower."""
+    out = F.scaled_dot_product_attention(dit.rotate(q.float(), pe[:, :q.shape[2]]),
+                                         dit.rotate(k.float(), pe), v.float())
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
 def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    """mean((velocity - (noise - x0))^2), with t drawn where pictures take shape and guidance from [1, 4]."""
+    """mean((velocity - (noise - x0))^2); t from where pictures take shape, guidance from [1, 4]."""
     x0 = dit.pack(batch["target"].float())               # (B, I, P)
     noise = torch.randn(x0.shape, generator=generator)
     t = torch.sigmoid(0.5 + torch.randn(len(x0), generator=generator))       # (B,)
@@ -303,20 +338,22 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
     img, ids = xt, [dit.position_ids(8, 8)]
     if "ref" in batch:
-        img, ids = torch.cat([xt, dit.pack(batch["ref"].float())], dim=1), ids + dit.reference_ids([(8, 8)])
+        img, ids = (torch.cat([xt, dit.pack(batch["ref"].float())], dim=1),
+                    ids + dit.reference_ids([(8, 8)]))
     txt, pooled = model["t5"](batch["t5"].long()), model["clip"](batch["clip"].long())
     half = model["dit"].proj_out.weight.dtype
     v = model["dit"](img.to(half), txt.to(half), pooled.to(half), t, guidance, torch.cat(ids))
     return F.mse_loss(v[:, :x0.shape[1]].float(), noise - x0)
 
 
-def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_size: int = 64, lr: float = 1e-3,
-                      decay: int = 1500, compiled: bool = True) -> None:
-    """bf16 forward and backward on copies, fp32 weights, optimizer and average; constant rate, then a decay."""
+def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_size: int = 64,
+                      lr: float = 1e-3, decay: int = 1500, compiled: bool = True) -> None:
+    """bf16 passes on copies; fp32 weights, optimizer, average; constant rate, then a decay."""
     if (out / "transformer" / "config.json").is_file():
         return
     cache = cache_latents(out, work, samples)
-    groups = {group: {name.split(".")[1]: t for name, t in cache.items() if name.startswith(group)} for group in ("t2i", "edit")}
+    groups = {group: {name.split(".")[1]: t for name, t in cache.items() if name.startswith(group)}
+              for group in ("t2i", "edit")}
     model = build_models(out)
     master = [p.detach().clone() for p in model.parameters()]
     average = [p.clone() for p in master]
@@ -324,7 +361,8 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
     state = load_state(work / "transformer.pt")
     if state["step"]:
         master, average = (state[name] for name in ("master", "average"))
-        optimizer = torch.optim.AdamW(master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        optimizer = torch.optim.AdamW(master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                      fused=True)
         optimizer.load_state_dict(state["optimizer"])
     model["dit"].bfloat16()
     dit.attend = attend_in_fp32
@@ -332,9 +370,10 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
         if compiled:
             block.compile(dynamic=False)
     parameters = list(model.parameters())
-    copies = [p.data for p in parameters]                # what forward and backward see, bf16 in the transformer
+    copies = [p.data for p in parameters]                # what both passes see, bf16 in the DiT
     torch._foreach_copy_(copies, master)
-    bar, smooth = trange(state["step"], steps, initial=state["step"], total=steps, desc="transformer", mininterval=10), {}
+    bar, smooth = trange(state["step"], steps, initial=state["step"], total=steps,
+                         desc="transformer", mininterval=10), {}
     for step in bar:
         rng, generator = np.random.default_rng([4, step]), torch.Generator().manual_seed(step)
         group = "t2i" if step % 5 < 2 else "edit"
@@ -351,17 +390,20 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
         smooth[group] = 0.98 * smooth.get(group, loss.item()) + 0.02 * loss.item()
         bar.set_postfix(**{name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
         if step % 250 == 249 or step + 1 == steps:
-            save_state(work / "transformer.pt", step=step + 1, master=master, average=average, optimizer=optimizer.state_dict())
+            save_state(work / "transformer.pt", step=step + 1, master=master, average=average,
+                       optimizer=optimizer.state_dict())
             save_models(model, average, out if step + 1 == steps else work / "model")
 
 
 def save_models(model: nn.ModuleDict, average: list[Tensor], out: Path) -> None:
     """Write transformer, text encoders and the pipeline's own files, with averaged weights."""
     named = dict(zip((name for name, _ in model.named_parameters()), average))
-    for part, folder, config, name in (("dit", "transformer", DIT, "diffusion_pytorch_model.safetensors"),
-                                       ("t5", "text_encoder_2", T5, "model.safetensors"),
-                                       ("clip", "text_encoder", CLIP, "model.safetensors")):
-        tensors = {key.removeprefix(part + "."): t for key, t in named.items() if key.startswith(part + ".")}
+    for part, folder, config, name in (
+            ("dit", "transformer", DIT, "diffusion_pytorch_model.safetensors"),
+            ("t5", "text_encoder_2", T5, "model.safetensors"),
+            ("clip", "text_encoder", CLIP, "model.safetensors")):
+        tensors = {key.removeprefix(part + "."): t for key, t in named.items()
+                   if key.startswith(part + ".")}
         weights.save_tensors(tensors, config, out / folder, name, torch.bfloat16)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", PIPELINE)
@@ -373,9 +415,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--decoder-steps", type=int, default=2500)
-    parser.add_argument("--samples", type=int, default=72_000, help="latents to encode for the transformer")
-    parser.add_argument("--steps", type=int, default=8000, help="of the transformer and text encoders")
-    parser.add_argument("--no-compile", action="store_true", help="for a short try: compiling takes minutes")
+    parser.add_argument("--samples", type=int, default=72_000, help="latents for the transformer")
+    parser.add_argument("--steps", type=int, default=8000, help="of transformer and text encoders")
+    parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():
         raise ValueError(f"{args.out} holds a model already; name another --out")
