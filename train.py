@@ -278,6 +278,7 @@ def main() -> None:
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "model", "adapter", "config", "steps", "batch_size", "accumulate", "lr",
                  "router_lr", "schedule", "seed")}
+    settings["model"] = args.model.resolve().name        # not where it lies on this machine
     args.out.mkdir(parents=True, exist_ok=True)
     train(args, pipe, sources, settings)
     print(f"{args.out / 'adapter.safetensors'}: "

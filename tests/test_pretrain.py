@@ -7,7 +7,7 @@ import dit
 import sample
 from tiny import pretrain
 
-STAGES = ["--vae-steps", "2", "--samples", "300", "--decoder-steps", "2", "--no-compile"]
+STAGES = ["--vae-steps", "2", "--samples", "300", "--no-compile"]
 
 
 def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
        "force_upcast": True, "in_channels": 3, "out_channels": 3, "latent_channels": 16,
        "latents_mean": None, "latents_std": None, "layers_per_block": 1,
-       "mid_block_add_attention": True, "norm_num_groups": 4, "sample_size": 64,
+       "mid_block_add_attention": True, "norm_num_groups": 2, "sample_size": 64,
        "scaling_factor": 1.0, "shift_factor": 0.0, "use_post_quant_conv": False,
        "use_quant_conv": False}
 
@@ -178,14 +178,33 @@ def vae_pictures(step: int, size: int) -> Tensor:
     return data.to_tensor([data.pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
 
 
-def train_vae(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 3e-3) -> None:
+def build_vae() -> AutoEncoder:
+    """First weights: residual branches start at zero, latents almost without noise."""
+    torch.manual_seed(0)
+    model = AutoEncoder(weights.config_from(VAEConfig, VAE, "pretrain"))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+            if name.endswith("conv2"):
+                nn.init.zeros_(module.weight)
+    nn.init.constant_(model.encoder.conv_out.bias[VAE["latent_channels"]:], -6)  # log-variances
+    return model
+
+
+def crops(step: int, number: int, side: int = 32) -> Tensor:
+    """(number, 3, side, side) windows, two of each picture: a quarter of the work per picture."""
+    rng, pictures = np.random.default_rng([5, step]), vae_pictures(step, number // 2)
+    corners = rng.integers(0, data.SIZE - side + 1, (number, 2))
+    return torch.stack([pictures[i // 2, :, y:y + side, x:x + side]
+                        for i, (y, x) in enumerate(corners)])
+
+
+def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e-3) -> None:
     """L1 + MSE + 1e-4 KL; then the shift and scale for latents of zero mean, unit variance."""
     if (out / "vae" / "config.json").is_file():
         return
-    torch.manual_seed(0)
-    model = AutoEncoder(weights.config_from(VAEConfig, VAE, "pretrain"))
-    with torch.no_grad():
-        model.encoder.conv_out.bias[VAE["latent_channels"]:] -= 6            # almost no noise yet
+    model = build_vae()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4,
                                   fused=True)
     state = load_state(work / "vae.pt")
@@ -196,7 +215,7 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 3e
                  mininterval=10)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
-        img = vae_pictures(step, batch)                  # (B, 3, H, W)
+        img = crops(step, batch)                         # (B, 3, H / 2, W / 2)
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = (part.float() for part in model.moments(img))
@@ -218,43 +237,6 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 3e
         latents = torch.cat([model.encode(vae_pictures(10**6 + i, 64)) for i in range(8)])
     config = VAE | {"scaling_factor": round(1 / latents.std().item(), 4),
                     "shift_factor": round(latents.mean().item(), 4)}
-    weights.save_tensors(model.state_dict(), config, out / "vae",
-                         "diffusion_pytorch_model.safetensors", torch.bfloat16)
-    report_vae(out)
-
-
-def refine_decoder(out: Path, work: Path, steps: int, batch: int = 16, lr: float = 2e-3) -> None:
-    """Train the decoder on, with the encoder frozen: sharper pictures from the same latents."""
-    state = load_state(work / "decoder.pt")
-    if state["step"] >= steps:
-        return
-    model = load_vae(out / "vae", dtype=torch.float32)
-    model.decoder.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=lr, betas=(0.9, 0.99),
-                                  weight_decay=1e-4, fused=True)
-    if state["step"]:
-        model.decoder.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    bar = trange(state["step"], steps, initial=state["step"], total=steps, desc="decoder",
-                 mininterval=10)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
-        img, generator = vae_pictures(10**8 + step, batch), torch.Generator().manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                z = model.encode(img)                    # (B, C, h, w)
-                z = z + 0.05 * torch.randn(z.shape, generator=generator)     # as samplers leave it
-            out_img = model.decode(z).float()
-        error = F.mse_loss(out_img, img)
-        optimizer.zero_grad()
-        (F.l1_loss(out_img, img) + error).backward()
-        nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
-        optimizer.step()
-        bar.set_postfix(psnr=f"{10 * math.log10(4 / error.item()):.1f} dB", refresh=False)
-        if step % 250 == 249 or step + 1 == steps:
-            save_state(work / "decoder.pt", step=step + 1, model=model.decoder.state_dict(),
-                       optimizer=optimizer.state_dict())
-    config = weights.read_json(out / "vae" / "config.json")
     weights.save_tensors(model.state_dict(), config, out / "vae",
                          "diffusion_pytorch_model.safetensors", torch.bfloat16)
     report_vae(out)
@@ -413,8 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("tiny/model"))
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
-    parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--decoder-steps", type=int, default=2500)
+    parser.add_argument("--vae-steps", type=int, default=6000)
     parser.add_argument("--samples", type=int, default=72_000, help="latents for the transformer")
     parser.add_argument("--steps", type=int, default=8000, help="of transformer and text encoders")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
@@ -424,7 +405,6 @@ def main() -> None:
     make_tokenizers(args.out)
     train_vae(args.out, args.work, args.vae_steps)
     train_transformer(args.out, args.work, args.steps, args.samples, compiled=not args.no_compile)
-    refine_decoder(args.out, args.work, args.decoder_steps)
 
 
 if __name__ == "__main__":
