@@ -201,7 +201,7 @@ def crops(step: int, number: int, side: int = 32) -> Tensor:
 
 
 def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e-3) -> None:
-    """L1 + MSE + 1e-4 KL; then the shift and scale for latents of zero mean, unit variance."""
+    """L1 + MSE + 1e-3 KL; then the shift and scale for latents of zero mean, unit variance."""
     if (out / "vae" / "config.json").is_file():
         return
     model = build_vae()
@@ -223,7 +223,7 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
             out_img = model.decoder(mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = F.mse_loss(out_img, img)
-        loss = F.l1_loss(out_img, img) + error + 1e-4 * kl
+        loss = F.l1_loss(out_img, img) + error + 1e-3 * kl
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
