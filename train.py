@@ -8,7 +8,7 @@ the same command gives the same file, and a resumed run goes on as if it had not
 
 Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; I target tokens; P = 64 packed.
 
-Run: python train.py --data tiny --steps 20 --out runs/try        # half a minute on a CPU
+Run: python train.py --data tiny --steps 20 --out runs/try
 """
 import argparse
 import json

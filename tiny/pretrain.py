@@ -1,11 +1,12 @@
-"""Make the embedded base model from nothing: tokenizers, autoencoder, transformer, text encoders.
+r"""Make the embedded base model from nothing: tokenizers, autoencoder, transformer, text encoders.
 
 Every stage may be interrupted and started again: it goes on from its last checkpoint in --work,
 and a finished stage is skipped. The base learns text to image and edits with a native reference
 only; what else the tiny world holds is left for adapters. The autoencoder sees all its pictures.
 
-Run: python -m tiny.pretrain                             # about four hours on two cores
-     python -m tiny.pretrain --vae-steps 2 --steps 2 --work /tmp/w --out /tmp/m      # a minute
+Run: python -m tiny.pretrain
+     python -m tiny.pretrain --vae-steps 2 --samples 300 --steps 2 --no-compile --out runs/m \
+         --work runs/w                                   # all stages in 25 seconds on two cores
 """
 import argparse
 import json
