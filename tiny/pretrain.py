@@ -396,7 +396,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("tiny/model"))
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
-    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--vae-steps", type=int, default=3600)
     parser.add_argument("--samples", type=int, default=72_000, help="latents for the transformer")
     parser.add_argument("--steps", type=int, default=8000, help="of transformer and text encoders")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
