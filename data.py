@@ -13,7 +13,7 @@ Run: python data.py        # writes one sample of every task to tiny_world.png
 """
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
@@ -40,6 +40,11 @@ def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
     """Stack pictures of one size. (H, W, 3) uint8 in 0..255 -> (B, 3, H, W) float32 in [-1, 1]."""
     batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)     # (B, 3, H, W)
     return batch.float().contiguous() / 127.5 - 1
+
+
+def stack(given: Iterable[list[np.ndarray]]) -> list[torch.Tensor]:
+    """Each sample's list of pictures -> one batch per place in the list, each (B, 3, H, W)."""
+    return [to_tensor(list(pictures)) for pictures in zip(*given, strict=True)]
 
 
 # ------------------------------------------------------------------------------ reading pictures

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 
 import data
 import weights
-from data import BASE_TASKS, EDITS, NEW_TASKS, Sample, Scene, to_tensor
-from sample import Pipeline, default_adapter, generate, load_pipeline, save_picture, seeded_noise
+from data import BASE_TASKS, EDITS, NEW_TASKS, Sample, Scene, stack
+from sample import Pipeline, choose_adapter, generate, load_pipeline, save_picture, seeded_noise
 
 THRESHOLD = 0.03                                         # of the mean squared error
 
@@ -84,8 +84,7 @@ def make(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
     pictures = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
-        images = [to_tensor([s.images[i] for s in batch]) for i in range(len(batch[0].images))]
-        conds = [to_tensor([s.conds[i] for s in batch]) for i in range(len(batch[0].conds))]
+        images, conds = stack(s.images for s in batch), stack(s.conds for s in batch)
         noise = seeded_noise(list(range(start, start + len(batch))), (data.SIZE, data.SIZE),
                              pipe.vae.config.latent_channels)
         pictures += list(generate(pipe, [s.instruction for s in batch], images, conds, noise,
@@ -169,7 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.number < 1 or args.steps < 1:
         raise ValueError(f"--number {args.number} --steps {args.steps}: both must be at least 1")
-    adapter = None if args.adapter == "none" else args.adapter or default_adapter(args.model)
+    adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
     if pipe.vae.config.sample_size != data.SIZE:
         raise ValueError(f"--bench tiny needs a model for {data.SIZE}x{data.SIZE} pictures; "

@@ -251,14 +251,14 @@ def is_picture(name: str | Path) -> bool:
     return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
 
 
-def check_out(path: Path) -> Path:
-    """A picture's path that can be written. Raises: ValueError."""
+def check_out(path: Path) -> None:
+    """Raises: ValueError unless a picture can be written there."""
     if not is_picture(path):
         raise ValueError(f"--out {path}: name a picture file, for example out.png")
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"--out {path}: {path.parent if not path.parent.is_dir() else path} is "
-                         f"{'no folder' if not path.parent.is_dir() else 'a folder'}")
-    return path
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: {path.parent} is no folder")
+    if path.is_dir():
+        raise ValueError(f"--out {path}: {path} is a folder")
 
 
 def numbered(path: Path, i: int, number: int) -> Path:
@@ -307,7 +307,10 @@ def experts_line(chosen: dict[str, Tensor]) -> str:
             + ", ".join(f"{e}: {mean[e]:.2f}" for e in top))
 
 
-def default_adapter(model: Path) -> Path | None:
+def choose_adapter(name: str | None, model: Path) -> Path | None:
+    """As named, where "none" means none; unnamed, adapter.safetensors beside the model, if any."""
+    if name:
+        return None if name == "none" else Path(name)
     beside = model.parent / "adapter.safetensors"
     return beside if beside.is_file() else None
 
@@ -365,7 +368,7 @@ def main() -> None:
     args, start = parse(), time.time()
     size = parse_size(args.size) if args.size else None
     jobs = plan(args)
-    adapter = None if args.adapter == "none" else args.adapter or default_adapter(args.model)
+    adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
     if args.batch is not None:
         args.out.mkdir(parents=True, exist_ok=True)

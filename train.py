@@ -29,7 +29,7 @@ import data
 import dit
 import mole
 import weights
-from data import Sample, to_tensor
+from data import Sample, stack, to_tensor
 from mole import AdapterConfig
 from sample import (Pipeline, condition, generate, load_pipeline, save_picture, seeded_noise,
                     velocity)
@@ -73,9 +73,9 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
     torch.manual_seed(seed)
     drop = torch.rand(1 + len(samples[0].conds))
     instructions = ["" if drop[0] < INSTRUCTION_DROPOUT else s.instruction for s in samples]
-    images = [to_tensor([s.images[i] for s in samples]) for i in range(len(samples[0].images))]
-    conds = [to_tensor([s.conds[i] for s in samples]) for i in range(len(samples[0].conds))
-             if drop[1 + i] >= CONDITION_DROPOUT]        # tokens and position ids go together
+    images = stack(s.images for s in samples)            # each (B, 3, H, W)
+    conds = [cond for cond, chance in zip(stack(s.conds for s in samples), drop[1:])
+             if chance >= CONDITION_DROPOUT]             # tokens and position ids go together
     target = to_tensor([s.target for s in samples])      # (B, 3, H, W)
     given = condition(pipe, instructions, images, conds)
     h, w = (side // pipe.vae.config.factor for side in target.shape[-2:])
@@ -161,10 +161,9 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
     rows = []
     for sample in samples:
         height, width = sample.target.shape[:2]
-        images, conds = ([to_tensor([p]) for p in pictures]
-                         for pictures in (sample.images, sample.conds))
         noise = seeded_noise([0], (width, height), pipe.vae.config.latent_channels)
-        result, _ = generate(pipe, [sample.instruction], images, conds, noise, steps=12)
+        result, _ = generate(pipe, [sample.instruction], stack([sample.images]),
+                             stack([sample.conds]), noise, steps=12)
         rows.append([*sample.images, *sample.conds, result[0], sample.target])
     pipe.adapter.train()
     cell, columns = (max(side for row in rows for p in row for side in p.shape[:2]),

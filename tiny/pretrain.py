@@ -340,12 +340,11 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
     model = build_models(out)
     master = [p.detach().clone() for p in model.parameters()]
     average = [p.clone() for p in master]
-    optimizer = torch.optim.AdamW(master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state = load_state(work / "transformer.pt")
     if state["step"]:
-        master, average = (state[name] for name in ("master", "average"))
-        optimizer = torch.optim.AdamW(master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01,
-                                      fused=True)
+        master, average = state["master"], state["average"]
+    optimizer = torch.optim.AdamW(master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
     model["dit"].bfloat16()
     dit.attend = attend_in_fp32
