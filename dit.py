@@ -363,6 +363,4 @@ class FluxTransformer(nn.Module):
 def load_dit(folder: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> FluxTransformer:
     """Read a FLUX Kontext folder's transformer/. Raises: FileNotFoundError, ValueError."""
-    def build(config: dict, where: Path) -> FluxTransformer:
-        return FluxTransformer(weights.config_from(DiTConfig, config, where))
-    return weights.load_part(build, folder, device, dtype)
+    return weights.load_part(FluxTransformer, DiTConfig, folder, device, dtype)

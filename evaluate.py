@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 import data
 import weights
 from data import BASE_TASKS, EDITS, NEW_TASKS, Sample, Scene, stack
-from sample import Pipeline, choose_adapter, generate, load_pipeline, save_picture, seeded_noise
+from sample import (Pipeline, choose_adapter, condition, generate, load_pipeline, save_picture,
+                    seeded_noise)
 
 THRESHOLD = 0.03                                         # of the mean squared error
 
@@ -84,11 +85,11 @@ def make(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
     pictures = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
-        images, conds = stack(s.images for s in batch), stack(s.conds for s in batch)
+        given = condition(pipe, [s.instruction for s in batch], stack(s.images for s in batch),
+                          stack(s.conds for s in batch))
         noise = seeded_noise(list(range(start, start + len(batch))), (data.SIZE, data.SIZE),
                              pipe.vae.config.latent_channels)
-        pictures += list(generate(pipe, [s.instruction for s in batch], images, conds, noise,
-                                  steps, guidance)[0])
+        pictures += list(generate(pipe, given, noise, steps, guidance)[0])
     return pictures
 
 

@@ -1,11 +1,11 @@
 """InstructMoLE: a mixture of low-rank experts, routed once per image by the whole instruction.
 
     z = instruction vector                                              one per image
-    p = softmax(G z + noise),   noise ~ N(0, 1/E^2) in training        one router G per layer
-    y = W x + b + sum over e in top-k(p) of  p_e * s * (x A_e) B_e     W, b frozen; s = alpha / r
+    p = softmax(G z + noise),   noise ~ N(0, 1/E^2) in training         one router G per layer
+    y = W x + b + sum over e in top-k(p) of  p_e * s * (x A_e) B_e      W, b frozen; s = alpha / r
 
-    L_balance       = E * sum_e f_e P_e                                f: share kept, P: mean p
-    L_orthogonality = sum_{i != j} cos(Y_i, Y_j)^2 / (E (E - 1)),      Y_e = s X A_e B_e
+    L_balance       = E * sum_e f_e P_e                                 f: share kept, P: mean p
+    L_orthogonality = sum_{i != j} cos(Y_i, Y_j)^2 / (E (E - 1)),       Y_e = s X A_e B_e
 
 All of it happens in rank space: H = X A holds every expert's r inner channels at once, the mixture
 is (H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
@@ -15,17 +15,15 @@ Source: arXiv 2512.21788 and its public code. This file knows nn.Linear and modu
 """
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,7 @@ class AdapterConfig:
 # ---------------------------------------------------------------------------------- the equations
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (..., E) -> p, weights w, kept; all (..., E).
-
-    w is p on the k largest entries, *not* renormalised, and 0 elsewhere; kept is 1 where w is p.
-    """
+    """logits (..., E) -> p, weights w = p on the k largest (*not* renormalised), kept 0 or 1."""
     p = logits.softmax(dim=-1)
     kept = torch.zeros_like(p).scatter(-1, p.topk(top_k, dim=-1).indices, 1.0)
     return p, p * kept, kept
@@ -74,7 +69,7 @@ def balance_loss(p: Tensor, kept: Tensor) -> Tensor:
 def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
     """Mean squared cosine between the outputs of any two experts, chosen or not, on all tokens.
 
-    Shapes: H (..., E r) = X A, B (E r, out). Exactly the loss on the E flattened outputs, because
+    Shapes: H = X A (..., E r), B (E r, out). Exactly the loss on the E flattened outputs, because
     <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab.
     The Gram matrices are in fp32 or wider. Zero outputs give exactly zero loss and gradient.
     """
@@ -84,8 +79,7 @@ def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -
     H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
     with torch.autocast(H.device.type, enabled=False):
         gram = (H.T @ H) * (B @ B.T) * scale ** 2        # (E r, E r)
-    gram = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1))      # (E, r, E, r)
-    inner = gram.sum((1, 3))                             # (E, E): <Y_i, Y_j>
+    inner = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1)).sum((1, 3))     # (E, E)
     norm = inner.diagonal().clamp(min=1e-24).sqrt()      # clamped first: at 0 the root is too steep
     cosine = inner / (norm[:, None] * norm)              # (E, E)
     return 2 * cosine.triu(1).square().sum() / (experts * (experts - 1))
@@ -140,7 +134,7 @@ class InstructionVector(nn.Module):
         return self.dropout(self.norm_out(self.proj_out(latents)))[:, 0] + pooled
 
 
-# -------------------------------------------------------------------------------- adapted layers
+# --------------------------------------------------------------------------------- adapted layers
 
 @dataclass
 class Routing:
@@ -185,7 +179,7 @@ class MoLELinear(nn.Module):
         self.experts_B = nn.Parameter(torch.zeros(inner, base.out_features, device=device))
         seen = base.in_features if by_token else z_width
         self.router = nn.Linear(seen, c.experts, bias=False, device=device)
-        self.routing: Routing | None = None              # set by Adapter.serve for one forward
+        self.routing: Routing | None = None              # set by Adapter.use for one forward
 
     def forward(self, x: Tensor) -> Tensor:              # (B, N, in) or (B, in) -> (..., out)
         c, routing = self.config, self.routing
@@ -210,25 +204,9 @@ class MoLELinear(nn.Module):
         return self.base(x) + mixed @ self.experts_B.to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------- the adapter
+# ------------------------------------------------------------------------------------ the adapter
 
-class Serving:
-    """While entered, layers are routed by one Routing. May be entered again and again."""
-
-    def __init__(self, layers: list[MoLELinear], routing: Routing):
-        self.layers, self.routing = layers, routing
-
-    def __enter__(self) -> None:
-        self.before = [layer.routing for layer in self.layers]
-        for layer in self.layers:
-            layer.routing = self.routing
-
-    def __exit__(self, *error: object) -> None:
-        for layer, routing in zip(self.layers, self.before):
-            layer.routing = routing
-
-
-def matches(name: str, targets: tuple[str, ...]) -> bool:
+def matches(name: str, *targets: str) -> bool:
     """Whether a module's dotted name equals a target or ends in "." + it; * is any block index."""
     patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
     return any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in patterns)
@@ -245,39 +223,35 @@ class Adapter(nn.Module):
     def __init__(self, model: nn.Module, config: AdapterConfig, text_width: int, pooled_width: int):
         super().__init__()
         c = self.config = config
-        self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         if not 1 <= c.top_k <= c.experts or c.rank < 1 or c.lora_rank < 1:
             raise ValueError(f"rank {c.rank} and lora_rank {c.lora_rank} must be at least 1, "
                              f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         for target in (*c.lora_targets, *c.mole_targets, *c.token_targets):
-            if not any(matches(name, (target,)) for name in linears):
+            if not any(matches(name, target) for name in linears):
                 raise ValueError(f"adapter target {target!r} names no linear layer of the model")
-        model.requires_grad_(False)
-        self.model = [model]                             # in a list, so that it is no submodule
-        for name in linears:
-            parent, _, last = name.rpartition(".")
-            parent, base = model.get_submodule(parent), model.get_submodule(name)
-            by_token = matches(name, c.token_targets)
-            if by_token or matches(name, c.mole_targets):
+        self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
+        for name, base in linears.items():
+            by_token = matches(name, *c.token_targets)
+            if by_token or matches(name, *c.mole_targets):
                 layer = MoLELinear(base, c, name, pooled_width, by_token)
-            elif matches(name, c.lora_targets):
+            elif matches(name, *c.lora_targets):
                 layer = LoRALinear(base, c)
             else:
                 continue
-            setattr(parent, last, layer)
             self.layers[name.replace(".", "/")] = layer
         self.mole = [layer for layer in self.layers.values() if isinstance(layer, MoLELinear)]
         self.instruction = None
         if self.mole and c.resampler:
-            device = self.mole[0].base.weight.device
-            self.instruction = InstructionVector(c, text_width, pooled_width).to(device)
+            self.instruction = InstructionVector(c, text_width, pooled_width).to(
+                self.mole[0].base.weight.device)
+        self.model = [model.requires_grad_(False)]       # in a list, so that it is no submodule
+        self.place(self.layers)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, by name; the frozen model's own weights are not in it."""
         return {name.removeprefix("layers.").replace("/", "."): p
-                for name, p in self.named_parameters()
-                if not name.startswith("layers.") or name.split(".")[2] != "base"}
+                for name, p in self.named_parameters() if ".base." not in name}
 
     @contextmanager
     def serve(self, txt: Tensor, pooled: Tensor, losses: bool = False) -> Iterator[Routing]:
@@ -290,29 +264,28 @@ class Adapter(nn.Module):
         if self.instruction is not None:
             own = self.instruction.latents.dtype
             z = self.instruction(txt.to(own), pooled.to(own))
-        routing = Routing(z, losses)
-        with self.use(routing):
+        with self.use(Routing(z, losses)) as routing:
             yield routing
 
-    def use(self, routing: Routing) -> "Serving":
-        return Serving(self.mole, routing)
+    @contextmanager
+    def use(self, routing: Routing) -> Iterator[Routing]:
+        """Let every layer follow `routing` within the `with`."""
+        before = [layer.routing for layer in self.mole]
+        try:
+            for layer in self.mole:
+                layer.routing = routing
+            yield routing
+        finally:
+            for layer, own in zip(self.mole, before):
+                layer.routing = own
+
+    def place(self, layers: dict[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            self.model[0].set_submodule(name.replace("/", "."), layer)
 
     def remove(self) -> None:
         """Take the adapter off: the model has its own layers again."""
-        for name, layer in self.layers.items():
-            parent, _, last = name.replace("/", ".").rpartition(".")
-            setattr(self.model[0].get_submodule(parent), last, layer.base)
-
-    def checkpointed(self, routing: Routing) -> Callable:
-        """A `run` for the transformer: keep each block's inputs only, compute again in backward.
-
-        The second computation is routed alike; what it adds to the losses is thrown away.
-        """
-        again = self.use(replace(routing, balance=[], orthogonality=[], weights={}))
-        def run(block: nn.Module, *args: object) -> object:
-            return checkpoint(block, *args, use_reentrant=False,
-                              context_fn=lambda: (nullcontext(), again))
-        return run
+        self.place({name: layer.base for name, layer in self.layers.items()})
 
 
 def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
@@ -322,36 +295,27 @@ def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
     save_file(tensors, file, metadata={"format": "pt", "adapter": config, **metadata})
 
 
-def load(model: nn.Module, file: str | Path, text_width: int, pooled_width: int) -> Adapter:
+def load(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str], text_width: int,
+         pooled_width: int) -> Adapter:
     """Put a saved adapter on a model, frozen and in eval mode.
 
-    Raises: FileNotFoundError; ValueError when the file is no adapter, or one of another model,
-    which is then as it was.
+    Raises: ValueError when this is no adapter, or another model's; the model is then as it was.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: no such adapter")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            found = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
     if "adapter" not in metadata:
-        raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
+        raise ValueError("holds no adapter configuration; it was not written by train.py")
     try:
         values = {name: tuple(value) if isinstance(value, list) else value
                   for name, value in json.loads(metadata["adapter"]).items()}
         adapter = Adapter(model, AdapterConfig(**values), text_width, pooled_width)
-    except (json.JSONDecodeError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file}: adapter configuration does not fit ({error})") from None
-    wanted = adapter.tensors()
-    wrong = [name for name in sorted(wanted.keys() | found.keys())
-             if name not in wanted or name not in found or wanted[name].shape != found[name].shape]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"adapter configuration does not fit ({error})") from None
+    own = {name: p.data for name, p in adapter.tensors().items()}
+    wrong = [name for name in sorted(own.keys() | tensors.keys())
+             if name not in own or name not in tensors or own[name].shape != tensors[name].shape]
     if wrong:
         adapter.remove()
-        raise ValueError(f"{file}: {len(wrong)} tensors are missing, foreign or of another shape, "
+        raise ValueError(f"{len(wrong)} tensors are missing, foreign or of another shape, "
                          f"first {wrong[0]}")
-    with torch.no_grad():
-        for name, tensor in found.items():
-            wanted[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
     return adapter.requires_grad_(False).eval()

@@ -11,6 +11,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,10 +99,17 @@ def load_pipeline(folder: str | Path, adapter: str | Path | None = None, device:
         T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer"), None, where, kind)
     if adapter is not None:
         file = Path(adapter) / "adapter.safetensors" if Path(adapter).is_dir() else Path(adapter)
-        c = pipe.dit.config
-        pipe.adapter = mole.load(pipe.dit, file, c.joint_attention_dim,
-                                 c.pooled_projection_dim).to(where)
+        pipe.adapter = load_adapter(pipe.dit, file).to(where)
     return pipe
+
+
+def load_adapter(model: FluxTransformer, file: Path) -> mole.Adapter:
+    """Put a saved adapter on the transformer. Raises: FileNotFoundError, ValueError."""
+    c, tensors, metadata = model.config, weights.read_tensors([file]), weights.read_metadata(file)
+    try:
+        return mole.load(model, tensors, metadata, c.joint_attention_dim, c.pooled_projection_dim)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 # --------------------------------------------------------------------------------- what is given
@@ -164,31 +172,20 @@ def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) ->
                       for seed in seeds])
 
 
-def generate(pipe: Pipeline, instructions: list[str], images: list[Tensor], conds: list[Tensor],
-             noise: Tensor, steps: int = 28, guidance: float = 2.5,
+def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guidance: float = 2.5,
              bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Pictures for a batch of instructions, and the routing weights of each adapted layer.
+    """Pictures for what condition() encoded, and the routing weights of each adapted layer.
 
-    Shapes: as condition(); noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
+    Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
     """
-    given = condition(pipe, instructions, images, conds)
-    chosen: dict[str, Tensor] = {}
-    if pipe.adapter is None:
-        latents = last(denoise(pipe, noise, given, steps, guidance), steps, bar)
-    else:
-        with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
-            latents = last(denoise(pipe, noise, given, steps, guidance), steps, bar)
-            chosen = routing.weights
-    with torch.no_grad():
+    serving = nullcontext() if pipe.adapter is None else pipe.adapter.serve(given.txt, given.pooled)
+    with torch.no_grad(), serving as routing:
+        for latents in tqdm(denoise(pipe, noise, given, steps, guidance), desc="steps",
+                            total=steps, disable=not bar, leave=False):
+            pass
         img = pipe.vae.decode(latents.to(pipe.dtype)).float()            # (B, 3, H, W) in [-1, 1]
     img = ((img.clamp(-1, 1) + 1) * 127.5).round().byte()                # rounded, not truncated
-    return img.permute(0, 2, 3, 1).cpu().numpy(), chosen
-
-
-def last(latents: Iterator[Tensor], steps: int, bar: bool) -> Tensor:
-    for latent in tqdm(latents, total=steps, disable=not bar, leave=False, desc="steps"):
-        pass
-    return latent
+    return img.permute(0, 2, 3, 1).cpu().numpy(), routing.weights if routing else {}
 
 
 # ------------------------------------------------------------------------------------------- sizes
@@ -227,12 +224,11 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
 
 @dataclass
 class Job:
-    """One picture to make."""
+    """An instruction, and the pictures to make by it."""
     instruction: str
     images: list[Image.Image]
     conds: list[Image.Image]
-    seed: int
-    out: Path
+    outs: list[tuple[int, Path]]                         # seed, file
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -261,10 +257,6 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path}: {path} is a folder")
 
 
-def numbered(path: Path, i: int, number: int) -> Path:
-    return path if number == 1 else path.with_stem(f"{path.stem}_{i}")
-
-
 def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
     """Jobs of a .jsonl file: instruction, optionally images, conds (paths), seed, out (file name).
 
@@ -282,11 +274,12 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
             raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
         images, conds = ([read_picture(file.parent / path, where)
                           for path in row_paths(row, key, where)] for key in ("images", "conds"))
-        jobs.append(Job(row_text(row, "instruction", where), images, conds, own_seed,
-                        folder / name))
-    if len({job.out for job in jobs}) < len(jobs):
+        jobs.append(Job(row_text(row, "instruction", where), images, conds,
+                        [(own_seed, folder / name)]))
+    files = [job.outs[0][1] for job in jobs]
+    if len(set(files)) < len(files):
         raise ValueError(f"{file}: two lines have the same \"out\"")
-    return [job for job in jobs if not job.out.exists()]
+    return [job for job, out in zip(jobs, files) if not out.exists()]
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
@@ -360,8 +353,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError("--instruction is empty: say what to show, or what to change")
     images, conds = ([load_image(path) for path in paths] for paths in (args.image, args.cond))
     check_out(args.out)
-    return [Job(args.instruction, images, conds, args.seed + i, numbered(args.out, i, args.num))
-            for i in range(args.num)]
+    outs = [args.out] if args.num == 1 else [args.out.with_stem(f"{args.out.stem}_{i}")
+                                             for i in range(args.num)]
+    return [Job(args.instruction, images, conds, list(enumerate(outs, args.seed)))]
 
 
 def main() -> None:
@@ -374,14 +368,15 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         width, height = output_size(pipe, job.images, size)
-        images, conds = prepare(pipe, job.images, job.conds, (width, height))
-        noise = seeded_noise([job.seed], (width, height), pipe.vae.config.latent_channels)
-        pictures, chosen = generate(pipe, [job.instruction], images, conds, noise, args.steps,
-                                    args.guidance, bar=True)
-        save_picture(pictures[0], job.out)
-        print(f"{job.out}: {width}x{height}, {args.steps} steps, seed {job.seed}, "
-              f"{time.time() - start:.1f} s{experts_line(chosen)}")
-        start = time.time()
+        given = condition(pipe, [job.instruction],
+                          *prepare(pipe, job.images, job.conds, (width, height)))
+        for seed, out in job.outs:
+            noise = seeded_noise([seed], (width, height), pipe.vae.config.latent_channels)
+            pictures, chosen = generate(pipe, given, noise, args.steps, args.guidance, bar=True)
+            save_picture(pictures[0], out)
+            print(f"{out}: {width}x{height}, {args.steps} steps, seed {seed}, "
+                  f"{time.time() - start:.1f} s{experts_line(chosen)}")
+            start = time.time()
 
 
 if __name__ == "__main__":

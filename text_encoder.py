@@ -22,8 +22,27 @@ import weights
 # -------------------------------------------------------------------------------------- tokenizers
 
 
-class T5Tokenizer:
-    """Unigram pieces from tokenizer.json, </s> at the end, padded with 0 to a fixed length.
+class Tokenizer:
+    """Texts to token ids, cut and padded to the length that tokenizer_config.json names."""
+
+    def __init__(self, model: tokenizers.Tokenizer, settings: dict, folder: Path, pad: str):
+        self.model, self.length = model, settings.get("model_max_length")
+        if not isinstance(self.length, int) or not 2 < self.length < 100_000:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: "
+                             f"model_max_length should be a small number, found {self.length!r}")
+        model.no_padding()
+        model.enable_truncation(self.length)
+        model.enable_padding(length=self.length, pad_id=model.token_to_id(pad) or 0, pad_token=pad)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """-> (B, length) int64. Raises: ValueError for lone surrogates, which are no UTF-8."""
+        for text in texts:
+            text.encode()
+        return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
+
+
+class T5Tokenizer(Tokenizer):
+    """Unigram pieces from tokenizer.json, </s> at the end, then padding.
 
     Raises: FileNotFoundError, ValueError.
     """
@@ -31,18 +50,10 @@ class T5Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = weights.read_json(folder / "tokenizer_config.json")
-        self.length = token_limit(settings, folder)
-        self.model = read_tokenizer(folder / "tokenizer.json")
-        self.model.no_padding()
-        self.model.enable_truncation(self.length)
-        self.model.enable_padding(length=self.length, pad_id=0, pad_token="<pad>")
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Texts to token ids, (B, length) int64; what is longer is cut."""
-        return encode(self.model, texts)
+        super().__init__(read_tokenizer(folder / "tokenizer.json"), settings, folder, "<pad>")
 
 
-class CLIPTokenizer:
+class CLIPTokenizer(Tokenizer):
     """Byte-level BPE from vocab.json and merges.txt, between a start and an end token, padded.
 
     Raises: FileNotFoundError, ValueError.
@@ -51,38 +62,18 @@ class CLIPTokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = weights.read_json(folder / "tokenizer_config.json")
-        self.length = token_limit(settings, folder)
         vocab = weights.read_json(folder / "vocab.json")
         start, end, pad = (token_text(settings, name, folder)
                            for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
-        self.model = clip_bpe(vocab, read_merges(folder / "merges.txt"), start, end)
+        model = clip_bpe(vocab, read_merges(folder / "merges.txt"), start, end)
         normalized = {entry["content"]: entry.get("normalized", False)
                       for entry in settings.get("added_tokens_decoder", {}).values()}
-        self.model.add_special_tokens([
+        model.add_special_tokens([
             AddedToken(token, normalized=normalized.get(token, False), special=True)
             for token in (start, end)])
-        self.model.enable_truncation(self.length)
-        self.model.enable_padding(length=self.length, pad_id=vocab[pad], pad_token=pad)
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Texts to token ids, (B, length) int64; what is longer is cut."""
-        return encode(self.model, texts)
-
-
-def encode(model: tokenizers.Tokenizer, texts: list[str]) -> Tensor:
-    for text in texts:
-        text.encode()                                    # lone surrogates (no UTF-8): ValueError
-    return torch.tensor([encoding.ids for encoding in model.encode_batch(texts)])
-
-
-def token_limit(settings: dict, folder: Path) -> int:
-    length = settings.get("model_max_length")
-    if not isinstance(length, int) or not 2 < length < 100_000:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: "
-                         f"model_max_length should be a small number, found {length!r}")
-    return length
+        super().__init__(model, settings, folder, pad)
 
 
 def token_text(settings: dict, name: str, folder: Path) -> str:
@@ -331,9 +322,7 @@ class CLIPEncoder(nn.Module):
 def load_t5(folder: str | Path, device: torch.device | str = "cpu",
             dtype: torch.dtype | None = None) -> T5Encoder:
     """Read a FLUX Kontext folder's text_encoder_2/. Raises: FileNotFoundError, ValueError."""
-    def build(config: dict, where: Path) -> T5Encoder:
-        return T5Encoder(weights.config_from(T5Config, config, where))
-    model = weights.load_part(build, folder, device, dtype, weights.tidy_t5)
+    model = weights.load_part(T5Encoder, T5Config, folder, device, dtype, weights.tidy_t5)
     if dtype == torch.float16:                           # the second feed-forward matrix overflows
         for name, module in model.named_modules():
             if name.endswith(".wo"):
@@ -344,6 +333,4 @@ def load_t5(folder: str | Path, device: torch.device | str = "cpu",
 def load_clip(folder: str | Path, device: torch.device | str = "cpu",
               dtype: torch.dtype | None = None) -> CLIPEncoder:
     """Read a FLUX Kontext folder's text_encoder/. Raises: FileNotFoundError, ValueError."""
-    def build(config: dict, where: Path) -> CLIPEncoder:
-        return CLIPEncoder(weights.config_from(CLIPConfig, config, where))
-    return weights.load_part(build, folder, device, dtype, weights.tidy_clip)
+    return weights.load_part(CLIPEncoder, CLIPConfig, folder, device, dtype, weights.tidy_clip)

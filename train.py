@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -64,6 +66,21 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
 
 # -------------------------------------------------------------------------------------- one step
 
+def recomputed(adapter: mole.Adapter, routing: mole.Routing) -> Callable:
+    """A `run` for the transformer: keep each block's inputs only, compute again in backward.
+
+    The second computation is routed like the first; what it adds to the losses is thrown away.
+    """
+    def run(block: nn.Module, *args: object) -> object:
+        passes = iter([routing])                         # the first pass counts, none after it
+        def routed(*args: object) -> object:
+            again = replace(routing, balance=[], orthogonality=[], weights={})
+            with adapter.use(next(passes, again)):
+                return block(*args)
+        return checkpoint(routed, *args, use_reentrant=False)
+    return run
+
+
 def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
               checkpointing: bool = False) -> dict[str, Tensor]:
     """Flow matching and auxiliary losses of one micro-batch; sets torch's random state.
@@ -88,7 +105,7 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
     t = torch.rand(len(x0)).to(pipe.device)              # (B,), 1 = pure noise
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise              # (B, I, P)
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
-        run = pipe.adapter.checkpointed(routing) if checkpointing else dit.call
+        run = recomputed(pipe.adapter, routing) if checkpointing else dit.call
         v = velocity(pipe.dit, xt.to(pipe.dtype), t, torch.full_like(t, GUIDANCE), given, h, w, run)
     balance, orthogonality = routing.total()
     return {"flow": F.mse_loss(v.float(), noise - x0), "balance": balance,
@@ -162,8 +179,8 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
     for sample in samples:
         height, width = sample.target.shape[:2]
         noise = seeded_noise([0], (width, height), pipe.vae.config.latent_channels)
-        result, _ = generate(pipe, [sample.instruction], stack([sample.images]),
-                             stack([sample.conds]), noise, steps=12)
+        given = condition(pipe, [sample.instruction], stack([sample.images]), stack([sample.conds]))
+        result, _ = generate(pipe, given, noise, steps=12)
         rows.append([*sample.images, *sample.conds, result[0], sample.target])
     pipe.adapter.train()
     cell, columns = (max(side for row in rows for p in row for side in p.shape[:2]),

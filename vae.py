@@ -211,6 +211,4 @@ class AutoEncoder(nn.Module):
 def load_vae(folder: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> AutoEncoder:
     """Read the vae/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
-    def build(config: dict, where: Path) -> AutoEncoder:
-        return AutoEncoder(weights.config_from(VAEConfig, config, where))
-    return weights.load_part(build, folder, device, dtype)
+    return weights.load_part(AutoEncoder, VAEConfig, folder, device, dtype)

@@ -12,7 +12,8 @@ Run: python weights.py tiny/model
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TypeVar
@@ -90,35 +91,34 @@ def shards(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Every tensor of some safetensors files, mapped from disk.
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
 
-    Raises: FileNotFoundError; ValueError for a cut, foreign or doubly defined tensor file.
-    """
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of some safetensors files, mapped from disk. Raises: as opened()."""
     tensors: dict[str, Tensor] = {}
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: not found")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    if name in tensors:
-                        raise ValueError(f"{file}: tensor {name} occurs in another shard too")
-                    tensors[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        with opened(file) as handle:
+            for name in handle.keys():
+                if name in tensors:
+                    raise ValueError(f"{file}: tensor {name} occurs in another shard too")
+                tensors[name] = handle.get_tensor(name)
     return tensors
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The text entries of a safetensors file's header."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+    """The text entries of a safetensors file's header. Raises: as opened()."""
+    with opened(file) as handle:
+        return handle.metadata() or {}
 
 
 def check(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: str | Path) -> None:
@@ -165,19 +165,18 @@ def tidy_t5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def load_part(build: Callable[[dict, Path], Model], folder: str | Path,
+def load_part(build: Callable[[Config], Model], config: type[Config], folder: str | Path,
               device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
               tidy: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> Model:
     """Read one component of a Hugging Face folder: its config.json, then its tensors.
 
-    build(config, where) makes the model; it runs on the meta device, so nothing is allocated twice.
-    dtype None keeps the file's. The result is frozen and in eval mode.
-    Raises: FileNotFoundError, ValueError.
+    The model is built on the meta device, so that nothing is allocated twice. dtype None keeps the
+    file's. The result is frozen and in eval mode. Raises: FileNotFoundError, ValueError.
     """
     folder = Path(folder)
-    files = shards(folder)
+    files, settings = shards(folder), folder / "config.json"
     with torch.device("meta"):
-        model = build(read_json(folder / "config.json"), folder / "config.json")
+        model = build(config_from(config, read_json(settings), settings))
     assign(model, tidy(read_tensors(files)), folder)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 

@@ -21,12 +21,14 @@ def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
     run("--steps", "2")                                  # finished stages are skipped
     assert (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes() == written
     pipe = sample.load_pipeline(tmp_path / "model", None, "cpu", "float32")
-    picture, _ = sample.generate(pipe, ["a star"], [], [], sample.seeded_noise([0], (64, 64)), steps=1)
+    given = sample.condition(pipe, ["a star"], [], [])
+    picture, _ = sample.generate(pipe, given, sample.seeded_noise([0], (64, 64)), steps=1)
     assert picture.shape == (1, 64, 64, 3)
 
 
 def test_a_finished_model_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "model_index.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path), "--work", str(tmp_path / "none")])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path),
+                                      "--work", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="--out"):
         pretrain.main()

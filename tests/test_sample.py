@@ -13,7 +13,8 @@ from PIL import Image
 import data
 import sample
 import weights
-from sample import PREFERRED, generate, load_pipeline, output_size, prepare, seeded_noise
+from sample import (PREFERRED, condition, generate, load_pipeline, output_size, prepare,
+                    seeded_noise)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tiny/model"
@@ -30,6 +31,10 @@ def adapted():
     return load_pipeline(MODEL, ROOT / "tiny/adapter.safetensors", "cpu", "float32")
 
 
+def made(pipe, instructions, images, conds, noise, steps):
+    return generate(pipe, condition(pipe, instructions, images, conds), noise, steps)
+
+
 def test_the_same_picture_as_diffusers(base):
     """FluxKontextPipeline, same noise, fp32: within 1/255 per pixel (rounding of 8-bit values)."""
     from diffusers import FluxKontextPipeline
@@ -40,7 +45,7 @@ def test_the_same_picture_as_diffusers(base):
     for task in ("recolour", "t2i", "move"):
         test = data.tiny_test(task, 1)[0]
         noise = seeded_noise([1], (64, 64))
-        ours, _ = generate(base, [test.instruction], [data.to_tensor([p]) for p in test.images], [],
+        ours, _ = made(base, [test.instruction], [data.to_tensor([p]) for p in test.images], [],
                            noise, steps=6)
         theirs = peer(image=Image.fromarray(test.images[0]) if test.images else None,
                       prompt=test.instruction, height=64, width=64, max_area=64 * 64,
@@ -52,7 +57,7 @@ def test_the_same_picture_as_diffusers(base):
 
 
 def test_equal_calls_are_equal_and_seeds_differ(adapted):
-    make = lambda seed: generate(adapted, ["a red circle in the top left on a white background"],
+    make = lambda seed: made(adapted, ["a red circle in the top left on a white background"],
                                  [], [], seeded_noise([seed], (64, 64)), steps=3)[0]
     assert np.array_equal(make(1), make(1)) and not np.array_equal(make(1), make(2))
 
@@ -61,10 +66,10 @@ def test_a_batch_gives_what_single_calls_give(adapted):
     """Rounding may move an 8-bit value by one step."""
     tests = data.tiny_test("move", 2)
     images = [data.to_tensor([t.images[0] for t in tests])]
-    both, chosen = generate(adapted, [t.instruction for t in tests], images, [],
+    both, chosen = made(adapted, [t.instruction for t in tests], images, [],
                             seeded_noise([0, 1], (64, 64)), steps=4)
     for i, test in enumerate(tests):
-        one, _ = generate(adapted, [test.instruction], [images[0][i:i + 1]], [],
+        one, _ = made(adapted, [test.instruction], [images[0][i:i + 1]], [],
                           seeded_noise([i], (64, 64)), steps=4)
         assert np.abs(both[i].astype(int) - one[0].astype(int)).max() <= 1
     assert all(w.shape == (2, 8) and ((w > 0).sum(1) == 4).all() for w in chosen.values())
@@ -72,7 +77,7 @@ def test_a_batch_gives_what_single_calls_give(adapted):
 
 def test_conditions_and_references_of_any_number(adapted):
     pictures = [data.to_tensor([data.tiny_test("t2i", 1)[0].target])] * 3
-    results = [generate(adapted, ["a star"], pictures[:n], pictures[:m],
+    results = [made(adapted, ["a star"], pictures[:n], pictures[:m],
                         seeded_noise([0], (64, 64)), steps=2)[0]
                for n, m in ((0, 0), (1, 0), (0, 1), (2, 3))]
     assert all(not np.array_equal(a, b) for i, a in enumerate(results) for b in results[:i])

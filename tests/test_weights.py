@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,11 @@ def test_metadata(tmp_path: Path) -> None:
     assert weights.read_metadata(tmp_path / "b.safetensors") == {}
 
 
+@dataclass
+class NoConfig:
+    pass
+
+
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +139,7 @@ def test_loading_on_the_cpu_copies_nothing(tmp_path: Path) -> None:
         file.truncate(file.seek(0, 2) + 200_000_000)
     (tmp_path / "config.json").write_text("{}")
     before = resident_bytes()
-    model = weights.load_part(lambda config, where: Wide(), tmp_path)
+    model = weights.load_part(lambda config: Wide(), NoConfig, tmp_path)
     assert resident_bytes() - before < 20_000_000
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
     assert model.weight.shape == (50, 1_000_000) and model.weight[49, -1] == 0
