@@ -47,6 +47,18 @@ def stack(given: Iterable[list[np.ndarray]]) -> list[torch.Tensor]:
     return [to_tensor(list(pictures)) for pictures in zip(*given, strict=True)]
 
 
+def grid(rows: list[list[np.ndarray]]) -> np.ndarray:
+    """Pictures in rows, each aligned at the right, on grey -> (H, W, 3) uint8."""
+    cell = max(side for row in rows for picture in row for side in picture.shape[:2])
+    columns = max(map(len, rows))
+    sheet = np.full((len(rows) * cell, columns * cell, 3), 128, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row, columns - len(row)):
+            height, width = picture.shape[:2]
+            sheet[i * cell:i * cell + height, j * cell:j * cell + width] = picture
+    return sheet
+
+
 # ------------------------------------------------------------------------------ reading pictures
 
 def load_image(path: str | Path) -> Image.Image:
@@ -74,11 +86,17 @@ def load_image(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, longest: int = 512, multiple: int = 16) -> Image.Image:
-    """Shrink to `longest` pixels on the longer side (never enlarge), each side to `multiple`."""
-    scale = min(1.0, longest / max(image.size))
-    size = [max(multiple, round(side * scale / multiple) * multiple) for side in image.size]
-    return image if image.size == tuple(size) else image.resize(size, Image.Resampling.LANCZOS)
+def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:
+    """(W, H) shrunk to `longest` on the longer side (never enlarged), each side to `multiple`."""
+    scale = min(1.0, longest / max(size))
+    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
+    return width, height
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A picture of that (W, H), as (H, W, 3) uint8."""
+    return np.asarray(image if image.size == size else
+                      image.resize(size, Image.Resampling.LANCZOS))
 
 
 # ------------------------------------------------------------------------------- the tiny world
@@ -505,7 +523,7 @@ NAMES = {"target": ("target", "file_name", "image_path", "image", "output_image"
 def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl file, each with words for where it stands. Raises: ValueError."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -520,17 +538,25 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
+def entry(row: dict, name: str, where: str) -> object:
+    """A row's entry under our name or one others use, or None. Raises: ValueError for two."""
+    found = [other for other in NAMES[name] if other in row]
+    if len(found) > 1:
+        raise ValueError(f"{where}: {found[0]!r} and {found[1]!r} both mean {name!r}; keep one")
+    return row[found[0]] if found else None
+
+
 def row_text(row: dict, name: str, where: str) -> str:
-    """A row's entry under our name or one that others use. Raises: ValueError if it is no text."""
-    text = next((row[other] for other in NAMES[name] if other in row), None)
+    """A row's text. Raises: ValueError if there is none."""
+    text = entry(row, name, where)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: needs a non-empty text under {name!r}")
     return text
 
 
 def row_paths(row: dict, name: str, where: str) -> list[str]:
-    """A row's path or list of paths, under our name or one that others use. Raises: ValueError."""
-    paths = next((row[other] for other in NAMES[name] if other in row), None) or []
+    """A row's path or list of paths. Raises: ValueError."""
+    paths = entry(row, name, where) or []
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{where}: {name!r} must be a path or a list of paths")
@@ -547,11 +573,11 @@ def read_picture(path: Path, where: str) -> Image.Image:
 
 @dataclass(frozen=True)
 class Row:
-    """A checked line of a user's folder; nothing of it has been decoded yet."""
+    """A checked line of a user's folder; its pictures are read when they are drawn."""
     instruction: str
-    target: Path
-    images: list[Path]
-    conds: list[Path]
+    paths: list[Path]                                    # target, native references, clean ones
+    sizes: list[tuple[int, int]]                         # (W, H) that each of them will take
+    references: int                                      # how many are native
     task: str
     where: str
 
@@ -561,9 +587,9 @@ class Folder:
 
     Each line is an object: target (path), instruction (str), images (paths of native references),
     conds (paths of clean conditions), task (str); the last three may be absent, a single path may
-    stand for a list. Pictures are read when they are drawn. size: (W, H) that every picture takes,
-    or None to keep each near its own size, the longer side at most 512.
-    Raises: FileNotFoundError, ValueError; both name the line.
+    stand for a list. size: (W, H) that every picture takes, or None to keep each near its own size,
+    the longer side at most 512; the first reference takes the target's, as in sampling.
+    Raises: FileNotFoundError, ValueError; they name the line.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None):
@@ -572,39 +598,36 @@ class Folder:
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: not found; a data folder needs metadata.jsonl")
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
-        for where, entry in read_rows(self.file):
-            here = self.file.parent
-            row = Row(row_text(entry, "instruction", where),
-                      here / row_text(entry, "target", where),
-                      [here / p for p in row_paths(entry, "images", where)],
-                      [here / p for p in row_paths(entry, "conds", where)],
-                      str(entry.get("task", "")), where)
-            shapes = tuple(tuple(self.shape(p, where) for p in paths)
-                           for paths in ([row.target], row.images, row.conds))
-            self.groups.setdefault(shapes, []).append(row)
+        for where, row in read_rows(self.file):
+            instruction, target = (row_text(row, name, where) for name in ("instruction", "target"))
+            images, conds = (row_paths(row, name, where) for name in ("images", "conds"))
+            paths = [self.file.parent / path for path in (target, *images, *conds)]
+            sizes = [self.size_of(path, where) for path in paths]
+            sizes[1:2] = sizes[:1] if images else sizes[1:2]
+            self.groups.setdefault((len(images), *sizes), []).append(
+                Row(instruction, paths, sizes, len(images), str(row.get("task", "")), where))
         if not self.groups:
             raise ValueError(f"{self.file}: holds no rows")
 
-    def shape(self, path: Path, where: str) -> tuple[int, int]:
+    def size_of(self, path: Path, where: str) -> tuple[int, int]:
         """The size a picture will have. With a fixed size nothing is read but that it is there."""
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path}: no such picture")
-        return self.size or fit(read_picture(path, where)).size
+        return self.size or fitted(read_picture(path, where).size)
 
-    def pictures(self, paths: list[Path], where: str) -> list[np.ndarray]:
-        images = [read_picture(path, where) for path in paths]
-        return [np.asarray(image.resize(self.size, Image.Resampling.LANCZOS) if self.size
-                           else fit(image)) for image in images]
+    def read(self, row: Row) -> Sample:
+        pictures = [resize(read_picture(path, row.where), size)
+                    for path, size in zip(row.paths, row.sizes)]
+        images, conds = pictures[1:1 + row.references], pictures[1 + row.references:]
+        return Sample(row.instruction, pictures[0], images, conds, row.task)
 
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]:
         """Up to `size` different rows of one group; a group is as likely as it is large."""
         groups = list(self.groups.values())
         weights = np.array([len(rows) for rows in groups], float)
         rows = groups[rng.choice(len(groups), p=weights / weights.sum())]
-        chosen = [rows[i] for i in rng.choice(len(rows), min(size, len(rows)), replace=False)]
-        return [Sample(row.instruction, self.pictures([row.target], row.where)[0],
-                       self.pictures(row.images, row.where), self.pictures(row.conds, row.where),
-                       row.task) for row in chosen]
+        chosen = rng.choice(len(rows), min(size, len(rows)), replace=False)
+        return [self.read(rows[i]) for i in chosen]
 
 
 def open_source(text: str,
@@ -631,14 +654,11 @@ def batches(sources: list[tuple["TinyWorld | Folder", float]], size: int, seed: 
 
 def main() -> None:
     """Draw one sample of every task, given pictures left, target right."""
-    sheet = Image.new("RGB", (4 * SIZE, len(WORDINGS) * SIZE), "grey")
-    for row, task in enumerate(WORDINGS):
-        sample = tiny_test(task, 1)[0]
-        for column, picture in enumerate([*sample.images, *sample.conds]):
-            sheet.paste(Image.fromarray(picture), (column * SIZE, row * SIZE))
-        sheet.paste(Image.fromarray(sample.target), (3 * SIZE, row * SIZE))
-        print(f"{task:12} {sample.instruction}")
-    sheet.save("tiny_world.png")
+    samples = [tiny_test(task, 1)[0] for task in WORDINGS]
+    for sample in samples:
+        print(f"{sample.task:12} {sample.instruction}")
+    sheet = grid([[*sample.images, *sample.conds, sample.target] for sample in samples])
+    Image.fromarray(sheet).save("tiny_world.png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Source: arXiv 2506.15742 (Kontext) and 2512.21788 (conditions), black-forest-lab
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import call
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,13 +132,12 @@ class ConditioningVector(nn.Module):
     def __init__(self, c: DiTConfig):
         super().__init__()
         self.timestep_embedder = MLPEmbedder(256, c.width)
-        if c.guidance_embeds:
-            self.guidance_embedder = MLPEmbedder(256, c.width)
+        self.guidance_embedder = MLPEmbedder(256, c.width) if c.guidance_embeds else None
         self.text_embedder = MLPEmbedder(c.pooled_projection_dim, c.width)
 
     def forward(self, t: Tensor, guidance: Tensor, pooled: Tensor) -> Tensor:
         vec = self.timestep_embedder(sinusoid(t).to(pooled.dtype))           # (B, D)
-        if hasattr(self, "guidance_embedder"):
+        if self.guidance_embedder is not None:
             vec = vec + self.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
         return vec + self.text_embedder(pooled)
 
@@ -166,17 +166,6 @@ def modulate(x: Tensor, mod: ModulationOut) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + mod.scale) + mod.shift
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * weight, in fp32."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), 1e-6).to(x.dtype)
-
-
 class FeedForward(nn.Module):
     """linear, GELU (tanh), linear. The names net.0.proj and net.2 are the checkpoint's."""
 
@@ -195,13 +184,13 @@ class Attention(nn.Module):
     def __init__(self, c: DiTConfig, double: bool):
         super().__init__()
         D, self.heads = c.width, c.num_attention_heads
-        self.norm_q, self.norm_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
-        self.to_q, self.to_k, self.to_v = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.norm_q, self.norm_k = (nn.RMSNorm(c.attention_head_dim, 1e-6) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
         if double:
             self.add_q_proj, self.add_k_proj, self.add_v_proj = (
-                nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D))
+                nn.Linear(D, D) for _ in range(3))
             self.norm_added_q, self.norm_added_k = (
-                RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim))
+                nn.RMSNorm(c.attention_head_dim, 1e-6) for _ in range(2))
             self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
 
     def split(self, x: Tensor) -> Tensor:                # (B, S, D) -> (B, N, S, d)
@@ -226,6 +215,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def limit(x: Tensor) -> Tensor:
+    """Keep fp16 finite, where some layers of the released model overflow; other types pass."""
+    return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
+
+
 class DoubleBlock(nn.Module):
     """Text and image have own weights and meet in attention; clean conditions use the image's."""
 
@@ -235,29 +229,22 @@ class DoubleBlock(nn.Module):
         self.attn = Attention(c, double=True)
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
-    def forward(self, img: Tensor, txt: Tensor, cond: Tensor | None, vec: Tensor,
-                clean: Tensor | None, pe: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """img (B, I+R, D), txt (B, T, D), cond (B, Q, D) or None -> the three, one block on."""
-        img_mod, txt_mod = self.norm1(vec), self.norm1_context(vec)
-        streams = [self.attn.text(modulate(txt, txt_mod[0])),
-                   self.attn.image(modulate(img, img_mod[0]))]
-        if cond is not None:
-            cond_mod = self.norm1(clean)
-            streams.append(self.attn.image(modulate(cond, cond_mod[0])))
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams))       # (B, N, S, d)
-        sizes = [stream[0].shape[2] for stream in streams]
-        out = attend(q, k, v, pe).split(sizes, dim=1)    # T, I+R and Q tokens, each (B, ., D)
+    def forward(self, txt: Tensor, streams: list[Tensor], vecs: list[Tensor],
+                pe: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """txt (B, T, D); streams img (B, I+R, D) and perhaps cond (B, Q, D), each with its vec."""
+        txt_mod, mods = self.norm1_context(vecs[0]), [self.norm1(vec) for vec in vecs]
+        qkv = [self.attn.text(modulate(txt, txt_mod[0])),
+               *(self.attn.image(modulate(x, mod[0])) for x, mod in zip(streams, mods))]
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv))           # (B, N, S, d)
+        sizes = [part[0].shape[2] for part in qkv]       # T, I+R and perhaps Q
+        out, *outs = attend(q, k, v, pe).split(sizes, dim=1)                 # each (B, ., D)
 
-        txt = txt + txt_mod[0].gate * self.attn.to_add_out(out[0])           # (B, T, D)
+        txt = txt + txt_mod[0].gate * self.attn.to_add_out(out)              # (B, T, D)
         txt = txt + txt_mod[1].gate * self.ff_context(modulate(txt, txt_mod[1]))
-        img = self.image_rest(img, out[1], img_mod)      # (B, I+R, D)
-        if cond is not None:
-            cond = self.image_rest(cond, out[2], cond_mod)   # (B, Q, D)
-        return img, txt, cond
-
-    def image_rest(self, x: Tensor, out: Tensor, mod: list[ModulationOut]) -> Tensor:
-        x = x + mod[0].gate * self.attn.to_out[0](out)
-        return x + mod[1].gate * self.ff(modulate(x, mod[1]))
+        streams = [x + mod[0].gate * self.attn.to_out[0](out)
+                   for x, mod, out in zip(streams, mods, outs)]
+        return limit(txt), [x + mod[1].gate * self.ff(modulate(x, mod[1]))
+                            for x, mod in zip(streams, mods)]
 
 
 class SingleBlock(nn.Module):
@@ -270,28 +257,21 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(c.width, 4 * c.width)
         self.proj_out = nn.Linear(5 * c.width, c.width)
 
-    def forward(self, x: Tensor, cond: Tensor | None, vec: Tensor, clean: Tensor | None, pe: Tensor,
-                last: bool) -> tuple[Tensor, Tensor | None]:
-        """x (B, T+I+R, D), cond (B, Q, D) or None -> both, one block on; after the last no cond."""
-        mod = self.norm(vec)[0]
-        x_in = modulate(x, mod)                          # (B, T+I+R, D)
-        q, k, v = self.attn.image(x_in)                  # each (B, N, T+I+R, d)
-        if cond is not None:
-            cond_mod = self.norm(clean)[0]
-            cond_in = modulate(cond, cond_mod)           # (B, Q, D)
-            cond_q, cond_k, cond_v = self.attn.image(cond_in)
-            k, v = torch.cat([k, cond_k], dim=2), torch.cat([v, cond_v], dim=2)
-            q = q if last else torch.cat([q, cond_q], dim=2)
-        out = attend(q, k, v, pe)                        # (B, S, D); in the last (B, T+I+R, D)
-        out, cond_out = out[:, :x.shape[1]], out[:, x.shape[1]:]
-        x = x + mod.gate * self.rest(x_in, out)
-        if cond is None or last:                         # nothing reads the conditions any more
-            return x, None
-        return x, cond + cond_mod.gate * self.rest(cond_in, cond_out)
+    def forward(self, streams: list[Tensor], vecs: list[Tensor], pe: Tensor,
+                last: bool) -> list[Tensor]:
+        """streams: text and img (B, T+I+R, D), and perhaps cond (B, Q, D), each with its vec."""
+        mods = [self.norm(vec)[0] for vec in vecs]
+        inputs = [modulate(x, mod) for x, mod in zip(streams, mods)]
+        q, k, v = zip(*(self.attn.image(x) for x in inputs))     # of each stream (B, N, ., d)
+        q = q[:1] if last else q                         # nothing reads the conditions after it
+        out = attend(torch.cat(q, dim=2), torch.cat(k, dim=2), torch.cat(v, dim=2), pe)
+        outs = out.split([part.shape[2] for part in q], dim=1)   # T+I+R and perhaps Q tokens
+        return [limit(x + mod.gate * self.rest(x_in, out))
+                for x, mod, x_in, out in zip(streams, mods, inputs, outs)]
 
     def rest(self, x_in: Tensor, out: Tensor) -> Tensor:
         mlp = F.gelu(self.proj_mlp(x_in), approximate="tanh")                # (B, ., 4D)
-        return self.proj_out(torch.cat([out, mlp], dim=-1))
+        return self.proj_out(torch.cat([out, mlp], dim=-1))                  # (B, ., D)
 
 
 class FinalModulation(nn.Module):
@@ -305,10 +285,6 @@ class FinalModulation(nn.Module):
         # Reference: scale comes before shift here, the other way round than in every block.
         scale, shift = self.linear(F.silu(vec))[:, None].chunk(2, dim=-1)
         return modulate(x, ModulationOut(shift, scale, scale))
-
-
-def call(block: nn.Module, *args: object) -> object:
-    return block(*args)
 
 
 class FluxTransformer(nn.Module):
@@ -342,21 +318,20 @@ class FluxTransformer(nn.Module):
         Reference: arXiv 2506.15742; clean conditions: arXiv 2512.21788.
         """
         txt_ids = img_ids.new_zeros(txt.shape[1], 3)
-        ids = torch.cat([txt_ids, img_ids] if cond is None else [txt_ids, img_ids, cond_ids])
-        pe = rope(ids, self.config.axes_dims_rope)       # (2, S, d/2)
-        vec = self.time_text_embed(t, guidance, pooled)  # (B, D)
-        clean = None if cond is None else self.time_text_embed(
-            torch.zeros_like(t), guidance, pooled)       # (B, D)
-        img = self.x_embedder(img)                       # (B, I+R, D)
+        ids, streams = [txt_ids, img_ids], [self.x_embedder(img)]            # (B, I+R, D)
+        vecs = [self.time_text_embed(t, guidance, pooled)]                   # (B, D)
+        if cond is not None:                             # a second stream, as at t = 0
+            ids.append(cond_ids)
+            streams.append(self.x_embedder(cond))        # (B, Q, D)
+            vecs.append(self.time_text_embed(torch.zeros_like(t), guidance, pooled))
+        pe = rope(torch.cat(ids), self.config.axes_dims_rope)                # (2, S, d/2)
         txt = self.context_embedder(txt)                 # (B, T, D)
-        cond = None if cond is None else self.x_embedder(cond)               # (B, Q, D)
         for block in self.transformer_blocks:
-            img, txt, cond = run(block, img, txt, cond, vec, clean, pe)
-        x = torch.cat([txt, img], dim=1)                 # (B, T+I+R, D)
+            txt, streams = run(block, txt, streams, vecs, pe)
+        streams = [torch.cat([txt, streams[0]], dim=1), *streams[1:]]        # (B, T+I+R, D)
         for block in self.single_transformer_blocks:
-            x, cond = run(block, x, cond, vec, clean, pe,
-                          block is self.single_transformer_blocks[-1])
-        img = self.norm_out(x[:, txt.shape[1]:], vec)    # (B, I+R, D)
+            streams = run(block, streams, vecs, pe, block is self.single_transformer_blocks[-1])
+        img = self.norm_out(streams[0][:, txt.shape[1]:], vecs[0])           # (B, I+R, D)
         return self.proj_out(img)                        # (B, I+R, P)
 
 

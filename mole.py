@@ -29,13 +29,13 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class AdapterConfig:
     """What is put on the model. The defaults are the published full-size configuration."""
-    lora_targets: tuple = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-                           "norm1.linear", "norm.linear", "ff.net.0.proj",
-                           "single_transformer_blocks.*.proj_mlp")
+    lora_targets: tuple[str, ...] = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v",
+                                     "attn.to_out.0", "norm1.linear", "norm.linear",
+                                     "ff.net.0.proj", "single_transformer_blocks.*.proj_mlp")
     lora_rank: int = 256
     lora_alpha: float = 256                              # the LoRA's scale is alpha / rank
-    mole_targets: tuple = ("ff.net.2", "single_transformer_blocks.*.proj_out")
-    token_targets: tuple = ()                            # MoLE layers routed by each token instead
+    mole_targets: tuple[str, ...] = ("ff.net.2", "single_transformer_blocks.*.proj_out")
+    token_targets: tuple[str, ...] = ()                  # MoLE layers routed by each token instead
     experts: int = 8                                     # E
     top_k: int = 4                                       # k, per image (or per token)
     rank: int = 32                                       # r of one expert
@@ -73,8 +73,6 @@ def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -
     <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab.
     The Gram matrices are in fp32 or wider. Zero outputs give exactly zero loss and gradient.
     """
-    if experts == 1:
-        return H.new_zeros(())
     wide = torch.promote_types(H.dtype, torch.float32)
     H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
     with torch.autocast(H.device.type, enabled=False):
@@ -82,7 +80,7 @@ def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -
     inner = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1)).sum((1, 3))     # (E, E)
     norm = inner.diagonal().clamp(min=1e-24).sqrt()      # clamped first: at 0 the root is too steep
     cosine = inner / (norm[:, None] * norm)              # (E, E)
-    return 2 * cosine.triu(1).square().sum() / (experts * (experts - 1))
+    return 2 * cosine.triu(1).square().sum() / max(1, experts * (experts - 1))
 
 
 # -------------------------------------------------------------------------- the instruction vector
@@ -136,19 +134,20 @@ class InstructionVector(nn.Module):
 
 # --------------------------------------------------------------------------------- adapted layers
 
+def matches(name: str, *targets: str) -> bool:
+    """Whether a module's dotted name equals a target or ends in "." + it; * is any block index."""
+    patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
+    return any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in patterns)
+
+
 @dataclass
 class Routing:
-    """What one call of the transformer shares with its adapted layers."""
+    """What the layers of a model are told while it serves some instructions, and what they tell."""
     z: Tensor                                            # (B, D) instruction vectors
     losses: bool                                         # whether layers should add theirs:
-    balance: list[Tensor] = field(default_factory=list)  # weighted, one per layer and call
-    orthogonality: list[Tensor] = field(default_factory=list)
+    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted sums, not
+    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # means, over all calls
     weights: dict[str, Tensor] = field(default_factory=dict)     # layer -> its last w, (..., E)
-
-    def total(self) -> tuple[Tensor, Tensor]:
-        """The weighted sums (not means) over layers and calls: balance, orthogonality."""
-        zero = self.z.new_zeros(())
-        return sum(self.balance, zero), sum(self.orthogonality, zero)
 
 
 class LoRALinear(nn.Module):
@@ -169,23 +168,23 @@ class LoRALinear(nn.Module):
 class MoLELinear(nn.Module):
     """y = W x + b + the mixture of the kept experts."""
 
-    def __init__(self, base: nn.Linear, c: AdapterConfig, name: str, z_width: int, by_token: bool):
+    def __init__(self, base: nn.Linear, c: AdapterConfig, name: str, z_width: int,
+                 routings: list[Routing]):
         super().__init__()
         device, inner = base.weight.device, c.experts * c.rank
-        self.base, self.config, self.name, self.by_token = base, c, name, by_token
+        self.base, self.config, self.name, self.routings = base, c, name, routings
+        self.by_token = matches(name, *c.token_targets)
         # Reference: kaiming took r for the fan-in of (in, r): +-1/sqrt(r), not +-1/sqrt(in).
         first = torch.empty(base.in_features, inner, device=device).uniform_(-1, 1) / c.rank ** 0.5
         self.experts_A = nn.Parameter(first)
         self.experts_B = nn.Parameter(torch.zeros(inner, base.out_features, device=device))
-        seen = base.in_features if by_token else z_width
-        self.router = nn.Linear(seen, c.experts, bias=False, device=device)
-        self.routing: Routing | None = None              # set by Adapter.use for one forward
+        width = base.in_features if self.by_token else z_width
+        self.router = nn.Linear(width, c.experts, bias=False, device=device)
 
     def forward(self, x: Tensor) -> Tensor:              # (B, N, in) or (B, in) -> (..., out)
-        c, routing = self.config, self.routing
-        if routing is None:
+        if not self.routings:
             raise ValueError(f"{self.name}: no instruction; call the model within adapter.serve()")
-        scale = c.alpha / c.rank
+        c, routing, scale = self.config, self.routings[-1], self.config.alpha / self.config.rank
         seen = x if self.by_token else routing.z
         logits = self.router(seen.to(self.router.weight.dtype))              # (B, [N,] E)
         if self.training:
@@ -196,62 +195,71 @@ class MoLELinear(nn.Module):
             w = w[:, None]                               # (B, 1, E): one council for all tokens
         H = x @ self.experts_A.to(x.dtype)               # (..., E r)
         if routing.losses:
-            balance = c.token_balance_weight if self.by_token else c.balance_weight
-            routing.balance.append(balance * balance_loss(p, kept))
-            routing.orthogonality.append(
-                c.orthogonality_weight * orthogonality_loss(H, self.experts_B, c.experts, scale))
+            weight = c.token_balance_weight if self.by_token else c.balance_weight
+            routing.balance = routing.balance + weight * balance_loss(p, kept)
+            routing.orthogonality = routing.orthogonality + c.orthogonality_weight * (
+                orthogonality_loss(H, self.experts_B, c.experts, scale))
         mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)
         return self.base(x) + mixed @ self.experts_B.to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------ the adapter
 
-def matches(name: str, *targets: str) -> bool:
-    """Whether a module's dotted name equals a target or ends in "." + it; * is any block index."""
-    patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
-    return any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in patterns)
-
-
 class Adapter(nn.Module):
     """LoRA and MoLE layers on a frozen model, and the instruction vector that routes them.
 
     Replaces every nn.Linear that a target names, in place; everything else is left as it is. New
-    weights are fp32, whatever the model's; at the start the model computes what it did before.
-    Raises: ValueError when a target names no nn.Linear of the model, or k is not in 1..E.
+    weights are fp32, whatever the model's, and leave the model's results as they were; or they are
+    saved `tensors`, by the names of tensors().
+    Raises: ValueError when a target names no nn.Linear of the model, k is not in 1..E, or the
+    tensors' names or shapes are not exactly these. The model is then untouched.
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, text_width: int, pooled_width: int):
+    def __init__(self, model: nn.Module, config: AdapterConfig, text_width: int, pooled_width: int,
+                 tensors: dict[str, Tensor] | None = None):
         super().__init__()
         c = self.config = config
-        if not 1 <= c.top_k <= c.experts or c.rank < 1 or c.lora_rank < 1:
+        if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank) < 1:
             raise ValueError(f"rank {c.rank} and lora_rank {c.lora_rank} must be at least 1, "
                              f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         for target in (*c.lora_targets, *c.mole_targets, *c.token_targets):
             if not any(matches(name, target) for name in linears):
                 raise ValueError(f"adapter target {target!r} names no linear layer of the model")
+        self.routings: list[Routing] = []                # the last one holds; layers share the list
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         for name, base in linears.items():
-            by_token = matches(name, *c.token_targets)
-            if by_token or matches(name, *c.mole_targets):
-                layer = MoLELinear(base, c, name, pooled_width, by_token)
+            if matches(name, *c.mole_targets, *c.token_targets):
+                layer = MoLELinear(base, c, name, pooled_width, self.routings)
             elif matches(name, *c.lora_targets):
                 layer = LoRALinear(base, c)
             else:
                 continue
             self.layers[name.replace(".", "/")] = layer
-        self.mole = [layer for layer in self.layers.values() if isinstance(layer, MoLELinear)]
         self.instruction = None
-        if self.mole and c.resampler:
-            self.instruction = InstructionVector(c, text_width, pooled_width).to(
-                self.mole[0].base.weight.device)
-        self.model = [model.requires_grad_(False)]       # in a list, so that it is no submodule
-        self.place(self.layers)
+        if c.resampler and (c.mole_targets or c.token_targets):
+            self.instruction = InstructionVector(c, text_width, pooled_width).to(base.weight.device)
+        if tensors is not None:
+            self.fill(tensors)
+        model.requires_grad_(False)
+        for name, layer in self.layers.items():
+            model.set_submodule(name.replace("/", "."), layer)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, by name; the frozen model's own weights are not in it."""
         return {name.removeprefix("layers.").replace("/", "."): p
                 for name, p in self.named_parameters() if ".base." not in name}
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take saved tensors. Raises: ValueError unless names and shapes are exactly these."""
+        own = self.tensors()
+        wrong = [name for name in sorted(own.keys() | tensors.keys()) if name not in own
+                 or name not in tensors or own[name].shape != tensors[name].shape]
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors are missing, foreign or of another shape, "
+                             f"first {wrong[0]}")
+        for name, p in own.items():
+            p.data.copy_(tensors[name])
 
     @contextmanager
     def serve(self, txt: Tensor, pooled: Tensor, losses: bool = False) -> Iterator[Routing]:
@@ -270,22 +278,11 @@ class Adapter(nn.Module):
     @contextmanager
     def use(self, routing: Routing) -> Iterator[Routing]:
         """Let every layer follow `routing` within the `with`."""
-        before = [layer.routing for layer in self.mole]
+        self.routings.append(routing)
         try:
-            for layer in self.mole:
-                layer.routing = routing
             yield routing
         finally:
-            for layer, own in zip(self.mole, before):
-                layer.routing = own
-
-    def place(self, layers: dict[str, nn.Module]) -> None:
-        for name, layer in layers.items():
-            self.model[0].set_submodule(name.replace("/", "."), layer)
-
-    def remove(self) -> None:
-        """Take the adapter off: the model has its own layers again."""
-        self.place({name: layer.base for name, layer in self.layers.items()})
+            self.routings.pop()
 
 
 def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
@@ -293,29 +290,3 @@ def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
     config = json.dumps(asdict(adapter.config))
     save_file(tensors, file, metadata={"format": "pt", "adapter": config, **metadata})
-
-
-def load(model: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str], text_width: int,
-         pooled_width: int) -> Adapter:
-    """Put a saved adapter on a model, frozen and in eval mode.
-
-    Raises: ValueError when this is no adapter, or another model's; the model is then as it was.
-    """
-    if "adapter" not in metadata:
-        raise ValueError("holds no adapter configuration; it was not written by train.py")
-    try:
-        values = {name: tuple(value) if isinstance(value, list) else value
-                  for name, value in json.loads(metadata["adapter"]).items()}
-        adapter = Adapter(model, AdapterConfig(**values), text_width, pooled_width)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"adapter configuration does not fit ({error})") from None
-    own = {name: p.data for name, p in adapter.tensors().items()}
-    wrong = [name for name in sorted(own.keys() | tensors.keys())
-             if name not in own or name not in tensors or own[name].shape != tensors[name].shape]
-    if wrong:
-        adapter.remove()
-        raise ValueError(f"{len(wrong)} tensors are missing, foreign or of another shape, "
-                         f"first {wrong[0]}")
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-    return adapter.requires_grad_(False).eval()

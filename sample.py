@@ -9,6 +9,7 @@ Run: python sample.py --instruction "make the circle blue" --image tiny/examples
 """
 import argparse
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,7 +25,8 @@ from tqdm import tqdm
 import dit
 import mole
 import weights
-from data import fit, load_image, read_picture, read_rows, row_paths, row_text, to_tensor
+from data import (fitted, load_image, read_picture, read_rows, resize, row_paths, row_text,
+                  to_tensor)
 from dit import FluxTransformer, load_dit
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer, load_clip, load_t5
 from vae import AutoEncoder, load_vae
@@ -104,12 +106,18 @@ def load_pipeline(folder: str | Path, adapter: str | Path | None = None, device:
 
 
 def load_adapter(model: FluxTransformer, file: Path) -> mole.Adapter:
-    """Put a saved adapter on the transformer. Raises: FileNotFoundError, ValueError."""
-    c, tensors, metadata = model.config, weights.read_tensors([file]), weights.read_metadata(file)
+    """Put a saved adapter on the transformer, frozen. Raises: FileNotFoundError, ValueError."""
+    c, tensors = model.config, weights.read_tensors([file])
+    stored = weights.read_metadata(file).get("adapter")
+    if stored is None:
+        raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
+    config = weights.config_from(mole.AdapterConfig, weights.parse_json(stored, file), file, True)
     try:
-        return mole.load(model, tensors, metadata, c.joint_attention_dim, c.pooled_projection_dim)
+        adapter = mole.Adapter(model, config, c.joint_attention_dim, c.pooled_projection_dim,
+                               tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    return adapter.requires_grad_(False).eval()
 
 
 # --------------------------------------------------------------------------------- what is given
@@ -178,7 +186,8 @@ def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guida
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
     """
-    serving = nullcontext() if pipe.adapter is None else pipe.adapter.serve(given.txt, given.pooled)
+    adapter = pipe.adapter
+    serving = nullcontext() if adapter is None else adapter.serve(given.txt, given.pooled)
     with torch.no_grad(), serving as routing:
         for latents in tqdm(denoise(pipe, noise, given, steps, guidance), desc="steps",
                             total=steps, disable=not bar, leave=False):
@@ -197,10 +206,8 @@ def output_size(pipe: Pipeline, images: list[Image.Image],
         return wanted
     side = pipe.vae.config.sample_size
     sizes = PREFERRED if side >= 512 else [(side, side)]
-    if not images:
-        return min(sizes, key=lambda size: abs(size[0] - size[1]))
-    return min(sizes, key=lambda size:
-               abs(np.log(size[0] / size[1] * images[0].height / images[0].width)))
+    aspect = images[0].width / images[0].height if images else 1
+    return min(sizes, key=lambda size: abs(np.log(size[0] / size[1] / aspect)))
 
 
 def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
@@ -211,13 +218,10 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
     aspect, the longer side at most 512, as in training; a model for small squares takes only those.
     """
     side = pipe.vae.config.sample_size
-    def tensor(image: Image.Image, to: tuple[int, int]) -> Tensor:
-        return to_tensor([np.asarray(
-            image if image.size == to else image.resize(to, Image.Resampling.LANCZOS))])
-    refs = [tensor(image, size if i == 0 else output_size(pipe, [image], None))
+    refs = [resize(image, size if i == 0 else output_size(pipe, [image], None))
             for i, image in enumerate(images)]
-    return refs, [tensor(image, fit(image).size if side >= 512 else (side, side))
-                  for image in conds]
+    clean = [resize(image, fitted(image.size) if side >= 512 else (side, side)) for image in conds]
+    return [to_tensor([p]) for p in refs], [to_tensor([p]) for p in clean]
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -226,35 +230,25 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
 class Job:
     """An instruction, and the pictures to make by it."""
     instruction: str
-    images: list[Image.Image]
-    conds: list[Image.Image]
+    images: list[Path]
+    conds: list[Path]
     outs: list[tuple[int, Path]]                         # seed, file
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    width, x, height = text.lower().partition("x")
-    if not x or not width.isdecimal() or not height.isdecimal():
-        raise ValueError(f"--size {text}: write it as WIDTHxHEIGHT, for example 1024x768")
-    if int(width) % 16 or int(height) % 16 or not int(width) or not int(height):
-        raise ValueError(f"--size {text}: both sides must be positive multiples of 16, for example "
-                         f"{max(16, round(int(width) / 16) * 16)}"
-                         f"x{max(16, round(int(height) / 16) * 16)}")
-    return int(width), int(height)
+    """WIDTHxHEIGHT, as in 1024x768."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    width, height = map(int, found.groups()) if found else (1000, 750)
+    near = [max(16, round(side / 16) * 16) for side in (width, height)]
+    if near != [width, height]:
+        raise ValueError(f"--size {text}: write it as WIDTHxHEIGHT, both positive multiples of 16, "
+                         f"for example {near[0]}x{near[1]}")
+    return width, height
 
 
 def is_picture(name: str | Path) -> bool:
     """Whether Pillow knows how to write a file of this name."""
     return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
-
-
-def check_out(path: Path) -> None:
-    """Raises: ValueError unless a picture can be written there."""
-    if not is_picture(path):
-        raise ValueError(f"--out {path}: name a picture file, for example out.png")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: {path.parent} is no folder")
-    if path.is_dir():
-        raise ValueError(f"--out {path}: {path} is a folder")
 
 
 def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
@@ -266,14 +260,16 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
         raise FileNotFoundError(f"--batch {file}: not found")
     jobs = []
     for where, row in read_rows(file):
-        name, own_seed = (row.get("out", f"{where.rpartition(' ')[2]:0>4}.png"),
-                          row.get("seed", seed))
+        name = row.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
+        own_seed = row.get("seed", seed)
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
             raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
         if type(own_seed) is not int or not 0 <= own_seed < 2 ** 63:
             raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
-        images, conds = ([read_picture(file.parent / path, where)
-                          for path in row_paths(row, key, where)] for key in ("images", "conds"))
+        images, conds = ([file.parent / path for path in row_paths(row, key, where)]
+                         for key in ("images", "conds"))
+        for path in (*images, *conds):
+            read_picture(path, where)
         jobs.append(Job(row_text(row, "instruction", where), images, conds,
                         [(own_seed, folder / name)]))
     files = [job.outs[0][1] for job in jobs]
@@ -285,8 +281,11 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
 def save_picture(picture: np.ndarray, path: Path) -> None:
     """Write aside, then rename: an existing file stays whole until the new one is."""
     aside = path.with_name(f".{path.stem}.new{path.suffix}")
-    Image.fromarray(picture).save(aside)
-    os.replace(aside, path)
+    try:
+        Image.fromarray(picture).save(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def experts_line(chosen: dict[str, Tensor]) -> str:
@@ -319,8 +318,8 @@ def parse() -> argparse.Namespace:
                         help="FLUX Kontext folder")
     parser.add_argument("--adapter", help="adapter file or folder, or none; "
                         "by default adapter.safetensors beside the model")
-    parser.add_argument("--out", type=Path, default=Path("out.png"),
-                        help="picture, or with --batch a folder")
+    parser.add_argument("--out", type=Path,
+                        help="picture (out.png), or with --batch a folder (out)")
     parser.add_argument("--batch", type=Path,
                         help="a .jsonl file: one instruction, with images and conds, per line")
     parser.add_argument("--seed", type=int, default=0)
@@ -335,7 +334,7 @@ def parse() -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    """Check everything the user said, before any weight is read."""
+    """What is to be made; all that the user gave is checked before any weight is read."""
     if (args.instruction is None) == (args.batch is None):
         raise ValueError("give either --instruction TEXT or --batch FILE.jsonl")
     if args.steps < 1 or args.num < 1:
@@ -344,18 +343,24 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--guidance {args.guidance}: must be a number from 0 up; 2.5 is usual")
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
+    out = args.out or Path("out" if args.batch else "out.png")
     if args.batch is not None:
-        jobs = read_batch(args.batch, args.out, args.seed)
-        if args.out.exists() and not args.out.is_dir():
-            raise ValueError(f"--out {args.out}: with --batch this must be a folder")
+        if args.image or args.cond or args.num > 1:
+            raise ValueError("--batch: pictures and seeds stand in the file; "
+                             "leave out --image, --cond and --num")
+        jobs = read_batch(args.batch, out, args.seed)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: with --batch this must be a folder")
         return jobs
     if not args.instruction.strip():
         raise ValueError("--instruction is empty: say what to show, or what to change")
-    images, conds = ([load_image(path) for path in paths] for paths in (args.image, args.cond))
-    check_out(args.out)
-    outs = [args.out] if args.num == 1 else [args.out.with_stem(f"{args.out.stem}_{i}")
-                                             for i in range(args.num)]
-    return [Job(args.instruction, images, conds, list(enumerate(outs, args.seed)))]
+    for path in (*args.image, *args.cond):
+        load_image(path)
+    if not is_picture(out) or out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: name a picture file, for example out.png, "
+                         "in a folder that exists")
+    outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
+    return [Job(args.instruction, args.image, args.cond, list(enumerate(outs, args.seed)))]
 
 
 def main() -> None:
@@ -364,13 +369,12 @@ def main() -> None:
     jobs = plan(args)
     adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
-    if args.batch is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        width, height = output_size(pipe, job.images, size)
-        given = condition(pipe, [job.instruction],
-                          *prepare(pipe, job.images, job.conds, (width, height)))
+        images, conds = ([load_image(path) for path in paths] for paths in (job.images, job.conds))
+        width, height = output_size(pipe, images, size)
+        given = condition(pipe, [job.instruction], *prepare(pipe, images, conds, (width, height)))
         for seed, out in job.outs:
+            out.parent.mkdir(parents=True, exist_ok=True)
             noise = seeded_noise([seed], (width, height), pipe.vae.config.latent_channels)
             pictures, chosen = generate(pipe, given, noise, args.steps, args.guidance, bar=True)
             save_picture(pictures[0], out)

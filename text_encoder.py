@@ -8,6 +8,7 @@ Parameter names are keys of the Hugging Face folder's text_encoder/ (CLIP) and t
 Source: T5 1.1 (Raffel et al. 2020, arXiv 1910.10683), CLIP (Radford et al. 2021, arXiv 2103.00020).
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,8 @@ class T5Tokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = weights.read_json(folder / "tokenizer_config.json")
-        super().__init__(read_tokenizer(folder / "tokenizer.json"), settings, folder, "<pad>")
+        model = read_tokenizer(folder / "tokenizer.json", tokenizers.Tokenizer.from_str)
+        super().__init__(model, settings, folder, "<pad>")
 
 
 class CLIPTokenizer(Tokenizer):
@@ -67,7 +69,8 @@ class CLIPTokenizer(Tokenizer):
                            for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
-        model = clip_bpe(vocab, read_merges(folder / "merges.txt"), start, end)
+        model = read_tokenizer(folder / "merges.txt", lambda text: clip_bpe(
+            vocab, read_merges(text), start, end))
         normalized = {entry["content"]: entry.get("normalized", False)
                       for entry in settings.get("added_tokens_decoder", {}).values()}
         model.add_special_tokens([
@@ -84,24 +87,22 @@ def token_text(settings: dict, name: str, folder: Path) -> str:
     return token
 
 
-def read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+def read_tokenizer(file: Path,
+                   build: Callable[[str], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
+    """Build a tokenizer from a file's text. Raises: FileNotFoundError, ValueError."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found")
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        return build(file.read_text(encoding="utf-8"))
     except Exception as error:                           # the library raises no narrower type
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
 
 
-def read_merges(file: Path) -> list[tuple[str, str]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found")
-    lines = file.read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines
-              if line.strip() and not line.startswith("#version")]
-    if not all(len(merge) == 2 for merge in merges):
-        raise ValueError(f"{file}: each line should hold two pieces")
-    return merges
+def read_merges(text: str) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt, two pieces a line."""
+    return [(left, right) for left, right in (
+        line.split() for line in text.split("\n")
+        if line.strip() and not line.startswith("#version"))]
 
 
 def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str,
@@ -136,18 +137,6 @@ class T5Config:
     relative_attention_num_buckets: int = 32             # distances share biases by bucket
     relative_attention_max_distance: int = 128           # beyond it all share the last bucket
     layer_norm_epsilon: float = 1e-6
-
-
-class T5LayerNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: no mean, no bias; the variance in fp32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(self.weight.dtype)
-                * self.weight)
 
 
 def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
@@ -198,8 +187,8 @@ class T5Block(nn.Module):
 
     def __init__(self, c: T5Config, has_bias: bool):
         super().__init__()
-        def norm() -> T5LayerNorm:
-            return T5LayerNorm(c.d_model, c.layer_norm_epsilon)
+        def norm() -> nn.RMSNorm:                        # no mean, no bias; the variance in fp32
+            return nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
         self.layer = nn.ModuleList([
             nn.ModuleDict({"SelfAttention": T5Attention(c, has_bias), "layer_norm": norm()}),
             nn.ModuleDict({"DenseReluDense": T5FeedForward(c), "layer_norm": norm()})])
@@ -224,7 +213,7 @@ class T5Encoder(nn.Module):
         self.shared = nn.Embedding(c.vocab_size, c.d_model)
         self.encoder = nn.ModuleDict({
             "block": nn.ModuleList(T5Block(c, has_bias=i == 0) for i in range(c.num_layers)),
-            "final_layer_norm": T5LayerNorm(c.d_model, c.layer_norm_epsilon)})
+            "final_layer_norm": nn.RMSNorm(c.d_model, c.layer_norm_epsilon)})
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, D). Without a mask: padding attends and is attended to."""
@@ -283,16 +272,6 @@ class CLIPLayer(nn.Module):
         return x + self.mlp["fc2"](wide * torch.sigmoid(1.702 * wide))       # quick GELU
 
 
-class CLIPEmbeddings(nn.Module):
-    def __init__(self, c: CLIPConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:            # (B, T) -> (B, T, D)
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
-
-
 class CLIPEncoder(nn.Module):
     """Tokens to one vector per text."""
 
@@ -300,14 +279,18 @@ class CLIPEncoder(nn.Module):
         super().__init__()
         self.config = c = config
         self.text_model = nn.ModuleDict({
-            "embeddings": CLIPEmbeddings(c),
+            "embeddings": nn.ModuleDict({
+                "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
+                "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)}),
             "encoder": nn.ModuleDict({
                 "layers": nn.ModuleList(CLIPLayer(c) for _ in range(c.num_hidden_layers))}),
             "final_layer_norm": nn.LayerNorm(c.hidden_size, c.layer_norm_eps)})
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> pooled (B, D): the last layer's vector at the first end token."""
-        x = self.text_model["embeddings"](ids)           # (B, T, D)
+        table = self.text_model["embeddings"]
+        x = table["token_embedding"](ids)                # (B, T, D)
+        x = x + table["position_embedding"].weight[:ids.shape[1]]
         for layer in self.text_model["encoder"]["layers"]:
             x = layer(x)                                 # (B, T, D)
         x = self.text_model["final_layer_norm"](x)       # (B, T, D)

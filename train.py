@@ -14,9 +14,11 @@ import argparse
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +54,13 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
     Raises: FileNotFoundError, ValueError.
     """
     values = {} if file is None else weights.read_json(file)
-    unknown = values.keys() - {entry.name for entry in fields(AdapterConfig)}
-    if unknown:
-        raise ValueError(f"{file}: unknown entry {sorted(unknown)[0]!r}; it may hold "
-                         f"{', '.join(entry.name for entry in fields(AdapterConfig))}")
-    c = weights.config_from(AdapterConfig, values, file or "adapter")
+    c = weights.config_from(AdapterConfig, values, file or "adapter", whole=True)
     if kind == "lora":                                   # plain LoRA everywhere
-        return replace(c, lora_targets=c.lora_targets + c.mole_targets, mole_targets=())
+        return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
+                       mole_targets=(), token_targets=())
     if kind == "token":                                  # each token asks the router for itself
-        return replace(c, mole_targets=(), token_targets=c.mole_targets, resampler=False)
+        return replace(c, mole_targets=(), token_targets=c.mole_targets + c.token_targets,
+                       resampler=False)
     return c
 
 
@@ -71,14 +71,9 @@ def recomputed(adapter: mole.Adapter, routing: mole.Routing) -> Callable:
 
     The second computation is routed like the first; what it adds to the losses is thrown away.
     """
-    def run(block: nn.Module, *args: object) -> object:
-        passes = iter([routing])                         # the first pass counts, none after it
-        def routed(*args: object) -> object:
-            again = replace(routing, balance=[], orthogonality=[], weights={})
-            with adapter.use(next(passes, again)):
-                return block(*args)
-        return checkpoint(routed, *args, use_reentrant=False)
-    return run
+    def contexts() -> tuple:                             # around the first, and the second
+        return nullcontext(), adapter.use(replace(routing, weights={}))
+    return lambda block, *args: checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
 def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
@@ -107,9 +102,8 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
         run = recomputed(pipe.adapter, routing) if checkpointing else dit.call
         v = velocity(pipe.dit, xt.to(pipe.dtype), t, torch.full_like(t, GUIDANCE), given, h, w, run)
-    balance, orthogonality = routing.total()
-    return {"flow": F.mse_loss(v.float(), noise - x0), "balance": balance,
-            "orthogonality": orthogonality}
+    return {"flow": F.mse_loss(v.float(), noise - x0), "balance": routing.balance,
+            "orthogonality": routing.orthogonality}
 
 
 def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], factor: float,
@@ -130,11 +124,11 @@ def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], fa
 
 def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.optim.AdamW:
     """AdamW; the routers have their own rate. All its states are fp32, as the adapter is."""
-    routers = [p for name, p in adapter.tensors().items() if name.endswith("router.weight")]
-    others = [p for name, p in adapter.tensors().items() if not name.endswith("router.weight")]
-    groups = [{"params": others, "lr": lr}] + (
-        [{"params": routers, "lr": router_lr}] if routers else [])
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+    groups = [{"lr": rate, "params": [p for name, p in adapter.tensors().items()
+                                      if name.endswith("router.weight") == routers]}
+              for routers, rate in ((False, lr), (True, router_lr))]
+    return torch.optim.AdamW([group for group in groups if group["params"]],
+                             betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -146,29 +140,26 @@ def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
     torch.save({"step": step, "settings": json.dumps(settings), "optimizer": optimizer.state_dict(),
                 "adapter": {name: p.detach() for name, p in adapter.tensors().items()}},
                out / "checkpoint.new")
-    os.replace(out / "checkpoint.new", out / "checkpoint.pt")
     os.replace(out / "adapter.new", out / "adapter.safetensors")
+    os.replace(out / "checkpoint.new", out / "checkpoint.pt")    # last: it says that all is there
 
 
 def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer,
                     settings: dict) -> int:
     """Take up the run in `out`; -> the next step. Raises: ValueError when it was another run."""
+    file = out / "checkpoint.pt"
     try:
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         before = json.loads(state["settings"])
-    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{out / 'checkpoint.pt'}: cannot be read ({error}); start anew") from None
+    except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
+            pickle.UnpicklingError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); start anew") from None
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         raise ValueError(f"--resume: {out} began with {changed[0]} = {before.get(changed[0])!r}, "
                          f"not {settings[changed[0]]!r}")
-    with torch.no_grad():
-        for name, p in adapter.tensors().items():
-            p.copy_(state["adapter"][name])
+    adapter.fill(state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    log.write_text("".join(line + "\n" for line in lines[:state["step"]]))   # the rest is done anew
     return state["step"]
 
 
@@ -183,14 +174,7 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
         result, _ = generate(pipe, given, noise, steps=12)
         rows.append([*sample.images, *sample.conds, result[0], sample.target])
     pipe.adapter.train()
-    cell, columns = (max(side for row in rows for p in row for side in p.shape[:2]),
-                     max(map(len, rows)))
-    sheet = np.full((len(rows) * cell, columns * cell, 3), 128, np.uint8)
-    for i, row in enumerate(rows):
-        for j, picture in zip(range(columns - len(row), columns), row):      # aligned at the right
-            height, width = picture.shape[:2]
-            sheet[i * cell:i * cell + height, j * cell:j * cell + width] = picture
-    save_picture(sheet, file)
+    save_picture(data.grid(rows), file)
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -207,7 +191,10 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
     batches = data.batches(sources, args.batch_size, args.seed, start * args.accumulate)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
                mininterval=2)
-    with (out / "log.jsonl").open("a") as log:
+    log_file = out / "log.jsonl"
+    kept = log_file.read_text().splitlines(True)[:start] if log_file.is_file() else []
+    with log_file.open("w") as log:
+        log.writelines(kept)                             # what came after the checkpoint is redone
         for step in bar:
             began = time.time()
             number = step * args.accumulate              # of the step's first micro-batch
@@ -280,7 +267,8 @@ def main() -> None:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^31 - 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
-    if (args.out / "log.jsonl").exists() and not args.resume:
+    if not args.resume and any((args.out / name).exists() for name in
+                               ("log.jsonl", "checkpoint.pt", "adapter.safetensors")):
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
@@ -292,9 +280,10 @@ def main() -> None:
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
                                 c.pooled_projection_dim).to(pipe.device)
     settings = {name: str(getattr(args, name)) for name in
-                ("data", "model", "adapter", "config", "steps", "batch_size", "accumulate", "lr",
-                 "router_lr", "schedule", "seed")}
-    settings["model"] = args.model.resolve().name        # not where it lies on this machine
+                ("data", "adapter", "steps", "batch_size", "accumulate", "lr", "router_lr",
+                 "schedule", "seed")}
+    settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
+                 "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype)}
     args.out.mkdir(parents=True, exist_ok=True)
     train(args, pipe, sources, settings)
     print(f"{args.out / 'adapter.safetensors'}: "

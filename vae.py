@@ -45,13 +45,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        if width_in != width:
-            self.conv_shortcut = nn.Conv2d(width_in, width, 1)
+        self.conv_shortcut = (nn.Conv2d(width_in, width, 1) if width_in != width else
+                              nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:              # (B, width_in, h, w) -> (B, width, h, w)
         out = self.conv1(F.silu(self.norm1(x)))
         out = self.conv2(F.silu(self.norm2(out)))
-        return out + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return out + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -60,9 +60,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:              # (B, width, h, w)
@@ -72,44 +70,28 @@ class Attention(nn.Module):
         return x + self.to_out[0](out).transpose(1, 2).reshape(x.shape)
 
 
-class Downsample(nn.Module):
-    """Halve the grid; one row and column of zeros, on the right and at the bottom only."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))         # (B, width, h / 2, w / 2)
-
-
-class Upsample(nn.Module):
-    """Double the grid: nearest neighbour, then a convolution."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, width, 2h, 2w)
-
-
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution."""
+    """Residual blocks at one resolution, then a convolution that halves or doubles the grid."""
 
     def __init__(self, width_in: int, width: int, blocks: int, groups: int, resize: str | None):
         super().__init__()
-        self.resnets = nn.ModuleList(
+        self.resize, self.resnets = resize, nn.ModuleList(
             ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
         if resize == "down":
-            self.downsamplers = nn.ModuleList([Downsample(width)])
+            conv = nn.Conv2d(width, width, 3, stride=2)
+            self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
         elif resize == "up":
-            self.upsamplers = nn.ModuleList([Upsample(width)])
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            self.upsamplers = nn.ModuleList([nn.ModuleDict({"conv": conv})])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *getattr(self, "downsamplers", ()),
-                      *getattr(self, "upsamplers", ())):
-            x = layer(x)
+    def forward(self, x: Tensor) -> Tensor:              # (B, width_in, h, w)
+        for block in self.resnets:
+            x = block(x)                                 # (B, width, h, w)
+        if self.resize == "down":                        # zeros on the right and at the bottom only
+            return self.downsamplers[0]["conv"](F.pad(x, (0, 1, 0, 1)))      # (B, width, h/2, w/2)
+        if self.resize == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")           # (B, width, 2h, 2w)
+            return self.upsamplers[0]["conv"](x)
         return x
 
 

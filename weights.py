@@ -32,12 +32,17 @@ def read_json(path: Path) -> dict:
     """A JSON object. Raises: FileNotFoundError; ValueError when it is no JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, where: str | Path) -> dict:
+    """A JSON object. Raises: ValueError naming where the text is from."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:        # no JSON, no UTF-8, endless digits or [[[
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -46,16 +51,23 @@ def fits(value: object, kind: type) -> bool:
     if kind == tuple[int, ...]:
         return (isinstance(value, tuple) and len(value) > 0
                 and all(fits(v, int) and v > 0 for v in value))
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
     if kind is int:
         return type(value) is int and value >= 0         # True is no count
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
-def config_from(cls: type[Config], values: dict, where: str | Path) -> Config:
+def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool = False) -> Config:
     """Build a config dataclass from the entries of a config.json that it has fields for.
 
-    Lists become tuples. Raises: ValueError naming an entry that is missing or of another type.
+    Lists become tuples; `whole`: there may be no further entries.
+    Raises: ValueError naming an entry that is missing, unknown or of another type.
     """
+    known = [entry.name for entry in fields(cls)]
+    if whole and values.keys() - set(known):
+        raise ValueError(f"{where}: unknown entry {min(values.keys() - set(known))!r}; "
+                         f"it may hold {', '.join(known)}")
     found = {}
     for entry in fields(cls):
         if entry.name in values:
@@ -123,14 +135,14 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def check(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: str | Path) -> None:
     """Raises: ValueError naming what is missing, foreign or of another shape."""
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    missing, foreign = (sorted(expected.keys() - found.keys()),
-                        sorted(found.keys() - expected.keys()))
-    other = [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
-             for name, shape in expected.items() if name in found and found[name] != shape]
-    problems = [f"{len(names)} {what}: {some(names)}" for what, names in (("missing", missing),
-                ("unexpected", foreign), ("of another shape", other)) if names]
+    problems = {"missing": sorted(expected.keys() - found.keys()),
+                "unexpected": sorted(found.keys() - expected.keys()),
+                "of another shape": [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
+                                     for name, shape in expected.items()
+                                     if found.get(name, shape) != shape]}
+    problems = [f"{len(names)} {what}: {', '.join(names[:3])}"
+                + f" and {len(names) - 3} more" * (len(names) > 3)
+                for what, names in problems.items() if names]
     if problems:
         raise ValueError(f"{where}: tensors do not match the configuration: {'; '.join(problems)}")
 
@@ -158,11 +170,8 @@ def tidy_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def tidy_t5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """T5 files: the embedding is stored as shared.weight, encoder.embed_tokens.weight, or both."""
-    kept = dict(tensors)
-    embedding = kept.pop("encoder.embed_tokens.weight", None)
-    if embedding is not None:
-        kept.setdefault("shared.weight", embedding)
-    return kept
+    kept, name = dict(tensors), "encoder.embed_tokens.weight"
+    return {"shared.weight": kept.pop(name)} | kept if name in kept else kept
 
 
 def load_part(build: Callable[[Config], Model], config: type[Config], folder: str | Path,
@@ -217,7 +226,7 @@ def run(command: Callable[[], None]) -> None:
     """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
     try:
         command()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -177,7 +177,7 @@ def test_pictures_are_read_as_a_person_sees_them(tmp_path):
     assert data.load_image(tmp_path / "half.png").getpixel((0, 0)) == (128, 128, 128)
     Image.new("L", (50, 1), 7).save(tmp_path / "line.png")
     assert data.load_image(tmp_path / "line.png").size == (50, 1)
-    assert data.fit(data.load_image(tmp_path / "line.png")).size == (48, 16)
+    assert data.fitted((50, 1)) == (48, 16)
 
 
 def test_unreadable_pictures_are_named(tmp_path):
@@ -191,9 +191,8 @@ def test_unreadable_pictures_are_named(tmp_path):
         data.load_image(tmp_path / "gone.png")
 
 
-def test_fit_keeps_aspect_and_never_enlarges():
-    assert data.fit(Image.new("RGB", (1000, 500))).size == (512, 256)
-    assert data.fit(Image.new("RGB", (100, 60))).size == (96, 64)
+def test_fitted_keeps_aspect_and_never_enlarges():
+    assert data.fitted((1000, 500)) == (512, 256) and data.fitted((100, 60)) == (96, 64)
 
 
 # ---------------------------------------------------------------------------------- a user's folder
@@ -219,8 +218,8 @@ def test_a_folder_of_pictures(tmp_path):
     assert set(sizes) == {("a",), ("b", "c")}            # other references, other batches
     sample = next(s for i in range(40) for s in source.draw(np.random.default_rng(i), 1)
                   if s.instruction == "a")
-    assert (sample.images[0].shape == (32, 48, 3) and sample.conds[0].shape == (32, 64, 3)
-            and sample.task == "x")
+    assert sample.images[0].shape == sample.target.shape == (32, 32, 3)      # the target's size
+    assert sample.conds[0].shape == (32, 64, 3) and sample.task == "x"       # its own
     small = data.Folder(tmp_path / "metadata.jsonl", (64, 64)).draw(np.random.default_rng(0), 1)[0]
     assert small.target.shape == (64, 64, 3)
 
@@ -230,10 +229,18 @@ def test_a_folder_of_pictures(tmp_path):
     ({"instruction": "a"}, "line 2.*target"), ({"target": "0.png"}, "line 2.*instruction"),
     ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
     ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
-    ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images")])
+    ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images"),
+    ({"target": "0.png", "instruction": "a", "image": "1.png"}, "line 2.*'target' and 'image'")])
 def test_bad_rows_are_named(tmp_path, row, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         folder(tmp_path, [{"target": "0.png", "instruction": "a"}, row])
+
+
+def test_lines_end_at_line_feeds_only(tmp_path):
+    """Captions may hold U+2028; files may begin with a byte order mark."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('\ufeff{"instruction": "a\u2028b"}\r\n\n{"instruction": "c"}\n', newline="")
+    assert [row["instruction"] for _, row in data.read_rows(file)] == ["a\u2028b", "c"]
 
 
 def test_missing_or_empty_folders(tmp_path):

@@ -249,7 +249,8 @@ def test_run_sees_every_block_once_and_conditions_ignore_the_time() -> None:
         assert [block for block, _ in seen[t]] == [*model.transformer_blocks,
                                                    *model.single_transformer_blocks]
     (_, late), (_, early) = seen[0.9][0], seen[0.1][0]
-    assert torch.equal(late[4], early[4]) and not torch.equal(late[3], early[3])      # clean; vec
+    assert torch.equal(late[2][1], early[2][1])          # what modulates the conditions
+    assert not torch.equal(late[2][0], early[2][0])      # and the rest
 
 
 def test_samples_of_a_batch_do_not_mix() -> None:

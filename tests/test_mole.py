@@ -62,8 +62,16 @@ def step(model: nn.Module, adapter: mole.Adapter, x: dict[str, Tensor], scale: f
     adapter.zero_grad()
     with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
         out = model(**x, run=train.recomputed(adapter, routing)) if checkpointed else model(**x)
-    (scale * (out.square().mean() + sum(routing.total()))).backward()
+    (scale * (out.square().mean() + routing.balance + routing.orthogonality)).backward()
     return out, routing, {name: p.grad for name, p in adapter.tensors().items()}
+
+
+def total(routing: mole.Routing) -> tuple[float, float]:
+    return routing.balance.item(), routing.orthogonality.item()
+
+
+def moles(adapter: mole.Adapter) -> list[mole.MoLELinear]:
+    return [layer for layer in adapter.layers.values() if isinstance(layer, mole.MoLELinear)]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -75,8 +83,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def mole_layer(E: int, k: int, by_token: bool = False, **changes: object) -> mole.MoLELinear:
     """A layer 5 -> 7, routed by vectors of 6 unless by tokens, in float64, no noise, B not 0."""
     c = dataclasses.replace(SMALL, experts=E, top_k=k, rank=3, alpha=6, balance_weight=0.7,
-                            token_balance_weight=0.3, orthogonality_weight=0.9, **changes)
-    layer = mole.MoLELinear(nn.Linear(5, 7), c, "some.layer", 6, by_token).double().eval()
+                            token_balance_weight=0.3, orthogonality_weight=0.9,
+                            token_targets=("some.layer",) if by_token else (), **changes)
+    layer = mole.MoLELinear(nn.Linear(5, 7), c, "some.layer", 6, []).double().eval()
     nn.init.normal_(layer.experts_B)
     nn.init.normal_(layer.router.weight)                 # wide, so that the experts' shares differ
     layer.base.requires_grad_(False)
@@ -119,8 +128,9 @@ def test_mole_layer_is_the_dense_formula(E, k, by_token, shape):
     layer = mole_layer(E, k, by_token)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     z = torch.randn(shape[0], 6, dtype=torch.float64, requires_grad=True)
-    layer.routing = routing = mole.Routing(z, losses=True)
-    ours = layer(x), *routing.total()
+    routing = mole.Routing(z, losses=True)
+    layer.routings.append(routing)
+    ours = layer(x), routing.balance, routing.orthogonality
     theirs = dense_mole(layer, x, z)
     weigh = torch.randn_like(theirs[0])
     of = [x, z, layer.experts_A, layer.experts_B, layer.router.weight]
@@ -278,9 +288,10 @@ def test_orthogonality_counts_experts_that_were_not_chosen():
     torch.manual_seed(0)
     layer = mole_layer(4, 1)
     x, z = torch.randn(1, 3, 5, dtype=torch.float64), torch.randn(1, 6, dtype=torch.float64)
-    layer.routing = routing = mole.Routing(z, losses=True)
+    routing = mole.Routing(z, losses=True)
+    layer.routings.append(routing)
     layer(x)
-    routing.total()[1].backward()
+    routing.orthogonality.backward()
     unchosen = routing.weights["some.layer"][0] == 0
     assert unchosen.sum() == 3
     assert (layer.experts_A.grad.unflatten(1, (4, 3)).abs().amax((0, 2)) > 0).all()
@@ -308,11 +319,12 @@ def test_router_noise(by_token):
     E, rows = 4, 100_000                                 # standard deviations 0.0022 and 0.0015
     layer = mole_layer(E, E, by_token).float()
     nn.init.zeros_(layer.router.weight)
-    layer.routing = mole.Routing(torch.zeros(rows, 6), losses=False)
+    routing = mole.Routing(torch.zeros(rows, 6), losses=False)
+    layer.routings.append(routing)
     layer(torch.zeros(rows, 5))
-    assert torch.equal(layer.routing.weights["some.layer"], torch.full((rows, E), 1 / E))    # eval
+    assert torch.equal(routing.weights["some.layer"], torch.full((rows, E), 1 / E))  # eval mode
     layer.train()(torch.zeros(rows, 5))
-    p = layer.routing.weights["some.layer"]
+    p = routing.weights["some.layer"]
     noise = (p[:, 0] / p[:, 1]).log() * E / math.sqrt(2)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.01             # normal; uniform 0.65
@@ -323,31 +335,39 @@ def test_losses_are_collected_only_on_request_and_weights_always():
     x = inputs()
     with adapter.serve(x["txt"], x["pooled"]) as routing:
         model(**x)
-    assert routing.balance == routing.orthogonality == [] and routing.total() == (0, 0)
-    assert (set(routing.weights) == {layer.name for layer in adapter.mole}
+    assert routing.balance == routing.orthogonality == 0
+    assert (set(routing.weights) == {layer.name for layer in moles(adapter)}
             and FIRST in routing.weights)
     for w in routing.weights.values():
         assert w.shape == (2, 4) and ((w > 0).sum(-1) == 2).all() and not w.requires_grad
 
 
 @pytest.mark.parametrize("clean, calls", [(False, 5), (True, 9)])
-def test_clean_conditions_are_calls_of_their_own(clean, calls):
+def test_clean_conditions_are_calls_of_their_own(clean, calls, monkeypatch):
     """2 + 3 adapted layers, each called once more for the clean tokens, but not the last."""
     model, adapter = adapted()
-    seen, x = [], inputs(clean=clean)
-    for layer in adapter.mole:
+    seen, losses, x = [], {"balance_loss": [], "orthogonality_loss": []}, inputs(clean=clean)
+    for layer in moles(adapter):
         layer.register_forward_pre_hook(
             lambda layer, args: seen.append((layer.name, args[0].shape[1])))
+    for name, found in losses.items():
+        def watch(*args: object, real=getattr(mole, name), found: list = found) -> Tensor:
+            found.append(real(*args))
+            return found[-1]
+        monkeypatch.setattr(mole, name, watch)
     with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
         model(**x)
-    assert len(routing.balance) == len(routing.orthogonality) == len(seen) == calls
     doubles = [(f"transformer_blocks.{i}.ff.net.2", n) for i in range(2) for n in (6, 4)]
     singles = [(f"single_transformer_blocks.{i}.proj_out", n)
                for i in range(3) for n in (9, 4)][:-1]
     wanted = [call for call in doubles + singles if clean or call[1] != 4]
-    assert seen == wanted                                # 9 = text and image together
-    total = routing.total()
-    assert total[0] == sum(routing.balance) and total[1] == sum(routing.orthogonality)
+    assert len(seen) == calls and seen == wanted         # 9 = text and image together
+    balance, orthogonality = losses.values()
+    assert len(balance) == len(orthogonality) == calls   # each has its own, and all are summed
+    c = adapter.config
+    assert torch.allclose(routing.balance, c.balance_weight * sum(balance), rtol=1e-6)
+    assert torch.allclose(routing.orthogonality, c.orthogonality_weight * sum(orthogonality),
+                          rtol=1e-6)
 
 
 def test_nothing_of_the_last_clean_call_is_computed():
@@ -380,9 +400,8 @@ def test_at_the_start_orthogonality_is_exactly_zero_with_zero_gradient():
     x = inputs()
     with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
         model(**x)
-    orthogonality = routing.total()[1]
-    assert orthogonality == 0
-    orthogonality.backward()
+    assert routing.orthogonality == 0
+    routing.orthogonality.backward()
     gradients = [p.grad for p in adapter.tensors().values() if p.grad is not None]
     assert gradients and not any(g.any() for g in gradients)                 # NaN counts as any
     _, _, gradients = step(model, adapter, x)
@@ -394,7 +413,7 @@ def test_initialisation():
     """Experts A uniform in +-1/sqrt(r), LoRA A ~ N(0, 1/r^2), every B 0, routers like nn.Linear."""
     torch.manual_seed(0)
     c = dataclasses.replace(SMALL, rank=4, experts=8, lora_rank=16)
-    layer = mole.MoLELinear(nn.Linear(500, 9), c, "some.layer", 100, False)
+    layer = mole.MoLELinear(nn.Linear(500, 9), c, "some.layer", 100, [])
     assert layer.experts_A.shape == (500, 32) and layer.experts_B.shape == (32, 9)
     assert 0.495 < layer.experts_A.abs().max() <= 0.5 and not layer.experts_B.any()
     assert abs(layer.experts_A.std() - 0.5 / math.sqrt(3)) < 0.005           # 16,000 draws: 3 sd
@@ -442,15 +461,15 @@ def test_targets_in_the_model():
     of = {name: type(module) for name, module in model.named_modules()
           if isinstance(module, (mole.LoRALinear, mole.MoLELinear))}
     assert of.keys() == wanted
-    moles = {name for name, kind in of.items() if kind is mole.MoLELinear}
-    assert moles == {name for name in wanted if name.endswith((".ff.net.2", ".proj_out"))}
-    assert all(layer.router.in_features == 10 for layer in adapter.mole)
+    mixtures = {name for name, kind in of.items() if kind is mole.MoLELinear}
+    assert mixtures == {name for name in wanted if name.endswith((".ff.net.2", ".proj_out"))}
+    assert all(layer.router.in_features == 10 for layer in moles(adapter))
 
 
 def test_token_targets():
     name = "single_transformer_blocks.1.proj_out"
     model, adapter = adapted(token_targets=(name,))
-    assert [layer.name for layer in adapter.mole if layer.by_token] == [name]
+    assert [layer.name for layer in moles(adapter) if layer.by_token] == [name]
     assert model.get_submodule(name).router.in_features == 80                # its own input
     x = inputs()
     with adapter.serve(x["txt"], x["pooled"]) as routing:
@@ -482,7 +501,7 @@ def test_two_models_never_meet():
         with b.serve(x_b["txt"], x_b["pooled"], losses=True) as routing_b:
             out_b, out_a = model_b(**x_b), model_a(**x_a)
     assert torch.equal(out_a, alone_a[0]) and torch.equal(out_b, alone_b[0])
-    assert routing_a.total() == alone_a[1].total() and routing_b.total() == alone_b[1].total()
+    assert total(routing_a) == total(alone_a[1]) and total(routing_b) == total(alone_b[1])
 
 
 def test_equal_calls_are_equal():
@@ -492,7 +511,7 @@ def test_equal_calls_are_equal():
     other = step(model, adapter, inputs(2))
     again = step(model, adapter, inputs(1))
     assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
-    assert first[1].total() == again[1].total()
+    assert total(first[1]) == total(again[1])
 
 
 def test_instruction_decides():
@@ -559,8 +578,9 @@ def test_checkpointing_changes_nothing(clean, training):
     torch.manual_seed(5)
     out2, routing2, gradients2 = step(model, adapter, x, checkpointed=True)
     assert len(calls) == 3 * plain                       # it did compute again
-    assert torch.equal(out, out2) and routing.total() == routing2.total()
-    assert len(routing.balance) == len(routing2.balance) and same(routing.weights, routing2.weights)
+    assert torch.equal(out, out2) and same(routing.weights, routing2.weights)
+    assert (routing.balance == routing2.balance > 0
+            and routing.orthogonality == routing2.orthogonality > 0)
     assert same(gradients, gradients2)
 
 
@@ -575,7 +595,7 @@ def test_fp32_adapter_on_a_bf16_base():
     x = {name: t if name.endswith("ids") else t.bfloat16() for name, t in inputs().items()}
     out, routing, gradients = step(model, adapter, x)
     assert out.dtype == torch.bfloat16 and all(
-        loss.dtype == torch.float32 for loss in routing.total())
+        loss.dtype == torch.float32 for loss in (routing.balance, routing.orthogonality))
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() and g.any()
                for g in gradients.values())
     adapter.eval()
@@ -610,7 +630,7 @@ def test_lora_alone_needs_no_instruction():
     assert adapter.instruction is None and torch.isfinite(model(**x)).all()
     with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
         model(**x)
-    assert routing.total() == (0, 0)
+    assert routing.balance == routing.orthogonality == 0
 
 
 def test_whole_size_count():

@@ -1,4 +1,4 @@
-"""The embedded model can be made from nothing: every stage, a few steps each, resumed in between."""
+"""The embedded model is made from nothing: every stage, a few steps each, resumed in between."""
 import sys
 
 import pytest
@@ -11,7 +11,7 @@ STAGES = ["--vae-steps", "2", "--samples", "300", "--no-compile"]
 
 
 def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(dit, "attend", dit.attend)       # the stage exchanges it; put back afterwards
+    monkeypatch.setattr(dit, "attend", dit.attend)       # the stage exchanges it; put back later
     def run(*arguments: str) -> None:
         paths = ["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *STAGES, *paths, *arguments])
@@ -19,7 +19,8 @@ def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
     run("--steps", "2")
     written = (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes()
     run("--steps", "2")                                  # finished stages are skipped
-    assert (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes() == written
+    file = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    assert file.read_bytes() == written
     pipe = sample.load_pipeline(tmp_path / "model", None, "cpu", "float32")
     given = sample.condition(pipe, ["a star"], [], [])
     picture, _ = sample.generate(pipe, given, sample.seeded_noise([0], (64, 64)), steps=1)

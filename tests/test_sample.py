@@ -190,7 +190,8 @@ def wrong_model(path: Path, part: str, change) -> Path:
     (["--instruction", "a", "--adapter", "gone"], "gone"),
     (["--instruction", "a", "--adapter", str(PICTURE)], "before.png"),
     (["--instruction", "a", "--device", "cuda:99"], "--device"),
-    (["--batch", "gone.jsonl"], "gone.jsonl")])
+    (["--batch", "gone.jsonl"], "gone.jsonl"),
+    (["--batch", "gone.jsonl", "--image", str(PICTURE)], "--image")])
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
     out = tmp_path / "out.png"
     out.write_bytes(b"was here")

@@ -179,6 +179,10 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
     assert {"step", "loss", "flow", "balance", "orthogonality", "tasks", "seconds"} <= entry.keys()
     before = (out / "adapter.safetensors").read_bytes()
     again = run("--data", "tiny", "--steps", 2, "--out", out)
+    (out / "log.jsonl").rename(tmp_path / "log.jsonl")
+    hidden = run("--data", "tiny", "--steps", 2, "--out", out)               # results are there yet
+    assert hidden.returncode == 2 and "--resume" in hidden.stderr
+    (tmp_path / "log.jsonl").rename(out / "log.jsonl")
     assert (again.returncode == 2 and "--resume" in again.stderr
             and len(again.stderr.splitlines()) == 1)
     other = run("--data", "tiny", "--steps", 3, "--batch-size", 2, "--out", out,

@@ -276,7 +276,9 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
         for name, tensor in parts.items():
             found.setdefault(f"{group}.{name}", []).append(tensor)
     tensors = {name: torch.cat(parts) for name, parts in found.items()}
-    weights.save_file(tensors, file)
+    work.mkdir(parents=True, exist_ok=True)
+    weights.save_file(tensors, file.with_suffix(".new"))
+    os.replace(file.with_suffix(".new"), file)
     return tensors
 
 
@@ -332,7 +334,7 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
 def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_size: int = 64,
                       lr: float = 1e-3, decay: int = 1500, compiled: bool = True) -> None:
     """bf16 passes on copies; fp32 weights, optimizer, average; constant rate, then a decay."""
-    if (out / "transformer" / "config.json").is_file():
+    if (out / "model_index.json").is_file():             # the last that is written
         return
     cache = cache_latents(out, work, samples)
     groups = {group: {name.split(".")[1]: t for name, t in cache.items() if name.startswith(group)}
@@ -402,6 +404,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():
         raise ValueError(f"{args.out} holds a model already; name another --out")
+    if args.samples < 200:
+        raise ValueError(f"--samples {args.samples}: at least 200 are needed, of both kinds")
     make_tokenizers(args.out)
     train_vae(args.out, args.work, args.vae_steps)
     train_transformer(args.out, args.work, args.steps, args.samples, compiled=not args.no_compile)
