@@ -59,6 +59,7 @@ def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
 
 def position_ids(h: int, w: int, index: int = 0, shift: int = 0) -> Tensor:
     """(index, row, column + shift) of the 2x2 patches of (h, w) latents -> ((h/2)(w/2), 3) fp32."""
+    # Deviation: always fp32. Released code casts them to bf16, which is exact only up to 256.
     row, column = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2) + shift, indexing="ij")
     return torch.stack([torch.full_like(row, index), row, column], -1).flatten(0, 1).float()
 

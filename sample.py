@@ -217,6 +217,7 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
     The picture to edit takes the output's size, so that the grids coincide. Conditions keep their
     aspect, the longer side at most 512, as in training; a model for small squares takes only those.
     """
+    # Deviation: diffusers makes 1024x1024 by default, whatever the reference: crops, zooms, drift.
     side = pipe.vae.config.sample_size
     refs = [resize(image, size if i == 0 else output_size(pipe, [image], None))
             for i, image in enumerate(images)]

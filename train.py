@@ -87,7 +87,8 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
     instructions = ["" if drop[0] < INSTRUCTION_DROPOUT else s.instruction for s in samples]
     images = stack(s.images for s in samples)            # each (B, 3, H, W)
     conds = [cond for cond, chance in zip(stack(s.conds for s in samples), drop[1:])
-             if chance >= CONDITION_DROPOUT]             # tokens and position ids go together
+             if chance >= CONDITION_DROPOUT]
+    # Deviation: a dropped condition's tokens go, not only its ids, as in the research code.
     target = to_tensor([s.target for s in samples])      # (B, 3, H, W)
     given = condition(pipe, instructions, images, conds)
     h, w = (side // pipe.vae.config.factor for side in target.shape[-2:])
@@ -206,8 +207,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                     p.grad /= args.accumulate
             norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
             if not math.isfinite(losses["loss"] + norm):
-                raise ValueError(f"step {step}: the loss is no number any more; "
-                                 f"the last checkpoint is in {out}. Try a smaller --lr")
+                raise ValueError(f"step {step}: the loss is no number any more; the last "
+                                 f"checkpoint, if any, is in {out}. Try a smaller --lr")
             decay = (0.5 * (1 + math.cos(math.pi * step / args.steps))
                      if args.schedule == "cosine" else 1.0)
             for group, rate in zip(optimizer.param_groups, rates):

@@ -253,6 +253,25 @@ def test_run_sees_every_block_once_and_conditions_ignore_the_time() -> None:
     assert not torch.equal(late[2][0], early[2][0])      # and the rest
 
 
+def test_fp16_is_kept_finite() -> None:
+    huge = torch.tensor([torch.inf, -torch.inf, 1.0])
+    assert dit.limit(huge.half()).tolist() == [65504, -65504, 1]
+    assert torch.equal(dit.limit(huge), huge) and torch.equal(dit.limit(huge.bfloat16()),
+                                                              huge.bfloat16())
+    model = small_dit()
+    for modulation in [block.norm1_context for block in model.transformer_blocks] + [
+            block.norm for block in model.single_transformer_blocks]:
+        width = modulation.linear.in_features
+        modulation.linear.bias.data[-width:] = 6e4       # the last gate: its product overflows
+    x = {k: v if k.endswith("ids") else v.half() for k, v in with_condition(model).items()}
+    seen = []
+    def run(block: nn.Module, *args: object) -> object:
+        seen.append(block(*args))
+        return seen[-1]
+    model.half()(**x, run=run)
+    assert all(torch.isfinite(out[0]).all() for out in seen)
+
+
 def test_samples_of_a_batch_do_not_mix() -> None:
     """The shapes of the products differ, hence their order of summation: 1e-5."""
     model = small_dit()

@@ -191,6 +191,31 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
     assert (out / "adapter.safetensors").read_bytes() == before
 
 
+def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
+    """Another configuration in the same file, a checkpoint that is none: one line, nothing lost."""
+    import weights
+    config, out = tmp_path / "config.json", tmp_path / "run"
+    config.write_text((ROOT / "tiny/adapter.json").read_text())
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--steps", "1", "--batch-size",
+                                      "1", "--config", str(config), "--out", str(out), "--resume"])
+    train.main()                                         # --resume starts where nothing is there
+    log = (out / "log.jsonl").read_bytes()
+
+    def refused(words: str) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            weights.run(train.main)
+        printed = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and printed.startswith("error") and words in printed
+        assert (out / "log.jsonl").read_bytes() == log
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"top_k": 3}))
+    refused("config")
+    config.write_text((ROOT / "tiny/adapter.json").read_text())
+    for content in (b"", b"no checkpoint", (out / "checkpoint.pt").read_bytes()[:999]):
+        (out / "checkpoint.pt").write_bytes(content)
+        refused("checkpoint.pt")
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--data", "gone"], "gone"), (["--data", "tiny:0"], "weight"),
     (["--data", "tiny", "--steps", "0"], "--steps"),
