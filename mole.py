@@ -35,6 +35,7 @@ class AdapterConfig:
     lora_rank: int = 256
     lora_alpha: float = 256                              # the LoRA's scale is alpha / rank
     mole_targets: tuple[str, ...] = ("ff.net.2", "single_transformer_blocks.*.proj_out")
+    routing: str = "instruction"                         # of the MoLE layers; more in baselines.py
     token_targets: tuple[str, ...] = ()                  # MoLE layers routed by each token instead
     experts: int = 8                                     # E
     top_k: int = 4                                       # k, per image (or per token)
@@ -147,6 +148,7 @@ class Routing:
     losses: bool                                         # whether layers should add theirs:
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted sums, not
     orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # means, over all calls
+    again: bool = False                                  # a second pass, for the backward pass only
     weights: dict[str, Tensor] = field(default_factory=dict)     # layer -> its last w, (..., E)
 
 
@@ -166,14 +168,15 @@ class LoRALinear(nn.Module):
 
 
 class MoLELinear(nn.Module):
-    """y = W x + b + the mixture of the kept experts."""
+    """y = W x + b + the mixture of the kept experts. Other routings override weigh()."""
+    by_token = False                                     # what the router sees: x, not z
+    orthogonal = True                                    # whether the experts are kept distinct
 
     def __init__(self, base: nn.Linear, c: AdapterConfig, name: str, z_width: int,
                  routings: list[Routing]):
         super().__init__()
         device, inner = base.weight.device, c.experts * c.rank
         self.base, self.config, self.name, self.routings = base, c, name, routings
-        self.by_token = matches(name, *c.token_targets)
         # Reference: kaiming took r for the fan-in of (in, r): +-1/sqrt(r), not +-1/sqrt(in).
         first = torch.empty(base.in_features, inner, device=device).uniform_(-1, 1) / c.rank ** 0.5
         self.experts_A = nn.Parameter(first)
@@ -181,22 +184,27 @@ class MoLELinear(nn.Module):
         width = base.in_features if self.by_token else z_width
         self.router = nn.Linear(width, c.experts, bias=False, device=device)
 
+    def logits(self, seen: Tensor) -> Tensor:            # (..., width) -> (..., E)
+        logits = self.router(seen.to(self.router.weight.dtype))
+        return logits + torch.randn_like(logits) / self.config.experts if self.training else logits
+
+    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """x (..., in) -> w (B, E), or by token (..., E), and the router's own weighted loss."""
+        p, w, kept = route(self.logits(routing.z), self.config.top_k)        # (B, E)
+        return w, self.config.balance_weight * balance_loss(p, kept)
+
     def forward(self, x: Tensor) -> Tensor:              # (B, N, in) or (B, in) -> (..., out)
         if not self.routings:
             raise ValueError(f"{self.name}: no instruction; call the model within adapter.serve()")
         c, routing, scale = self.config, self.routings[-1], self.config.alpha / self.config.rank
-        seen = x if self.by_token else routing.z
-        logits = self.router(seen.to(self.router.weight.dtype))              # (B, [N,] E)
-        if self.training:
-            logits = logits + torch.randn_like(logits) / c.experts
-        p, w, kept = route(logits, c.top_k)
+        w, loss = self.weigh(x, routing)
         routing.weights[self.name] = w.detach()
-        if not self.by_token and x.dim() == 3:
+        if w.dim() < x.dim():
             w = w[:, None]                               # (B, 1, E): one council for all tokens
         H = x @ self.experts_A.to(x.dtype)               # (..., E r)
         if routing.losses:
-            weight = c.token_balance_weight if self.by_token else c.balance_weight
-            routing.balance = routing.balance + weight * balance_loss(p, kept)
+            routing.balance = routing.balance + loss
+        if routing.losses and self.orthogonal:
             routing.orthogonality = routing.orthogonality + c.orthogonality_weight * (
                 orthogonality_loss(H, self.experts_B, c.experts, scale))
         mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)
@@ -210,19 +218,23 @@ class Adapter(nn.Module):
 
     Replaces every nn.Linear that a target names, in place; everything else is left as it is. New
     weights are fp32, whatever the model's, and leave the model's results as they were; or they are
-    saved `tensors`, by the names of tensors().
+    saved `tensors`, by the names of tensors(). kinds: the routings there are, see baselines.py.
     Raises: ValueError when a target names no nn.Linear of the model, k is not in 1..E, or the
     tensors' names or shapes are not exactly these. The model is then untouched.
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, text_width: int, pooled_width: int,
-                 tensors: dict[str, Tensor] | None = None):
+                 tensors: dict[str, Tensor] | None = None,
+                 kinds: dict[str, type[MoLELinear]] = {"instruction": MoLELinear}):
         super().__init__()
         c = self.config = config
         if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank) < 1:
             raise ValueError(f"rank {c.rank} and lora_rank {c.lora_rank} must be at least 1, "
                              f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if c.routing not in kinds or (c.token_targets and "token" not in kinds):
+            raise ValueError(f"routing {c.routing!r}, token_targets {c.token_targets}: "
+                             f"this model may be routed by {', '.join(kinds)}")
         for target in (*c.lora_targets, *c.mole_targets, *c.token_targets):
             if not any(matches(name, target) for name in linears):
                 raise ValueError(f"adapter target {target!r} names no linear layer of the model")
@@ -230,7 +242,8 @@ class Adapter(nn.Module):
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         for name, base in linears.items():
             if matches(name, *c.mole_targets, *c.token_targets):
-                layer = MoLELinear(base, c, name, pooled_width, self.routings)
+                kind = kinds["token" if matches(name, *c.token_targets) else c.routing]
+                layer = kind(base, c, name, pooled_width, self.routings)
             elif matches(name, *c.lora_targets):
                 layer = LoRALinear(base, c)
             else:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import dit
 import mole
 import weights
@@ -114,7 +115,7 @@ def load_adapter(model: FluxTransformer, file: Path) -> mole.Adapter:
     config = weights.config_from(mole.AdapterConfig, weights.parse_json(stored, file), file, True)
     try:
         adapter = mole.Adapter(model, config, c.joint_attention_dim, c.pooled_projection_dim,
-                               tensors)
+                               tensors, baselines.KINDS)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return adapter.requires_grad_(False).eval()

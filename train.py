@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import baselines
 import data
 import dit
 import mole
@@ -55,13 +56,7 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
     """
     values = {} if file is None else weights.read_json(file)
     c = weights.config_from(AdapterConfig, values, file or "adapter", whole=True)
-    if kind == "lora":                                   # plain LoRA everywhere
-        return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
-                       mole_targets=(), token_targets=())
-    if kind == "token":                                  # each token asks the router for itself
-        return replace(c, mole_targets=(), token_targets=c.mole_targets + c.token_targets,
-                       resampler=False)
-    return c
+    return baselines.configure(kind, c)
 
 
 # -------------------------------------------------------------------------------------- one step
@@ -72,7 +67,7 @@ def recomputed(adapter: mole.Adapter, routing: mole.Routing) -> Callable:
     The second computation is routed like the first; what it adds to the losses is thrown away.
     """
     def contexts() -> tuple:                             # around the first, and the second
-        return nullcontext(), adapter.use(replace(routing, weights={}))
+        return nullcontext(), adapter.use(replace(routing, weights={}, again=True))
     return lambda block, *args: checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
@@ -234,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
                         help="FLUX Kontext folder")
     parser.add_argument("--adapter", default="instructmole",
-                        choices=["instructmole", "lora", "token"])
+                        choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]])
     parser.add_argument("--config", type=Path, help="JSON of adapter sizes; "
                         "by default adapter.json beside the model, if any")
     parser.add_argument("--steps", type=int, default=100_000)
@@ -279,7 +274,7 @@ def main() -> None:
     pipe = load_pipeline(args.model, None, args.device, args.dtype)
     c = pipe.dit.config
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
-                                c.pooled_projection_dim).to(pipe.device)
+                                c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "accumulate", "lr", "router_lr",
                  "schedule", "seed")}

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import safe_open
 from torch import Tensor
 
+import baselines
 import dit
 import mole
 
@@ -90,7 +91,7 @@ def build(name: str) -> tuple[dit.FluxTransformer, mole.Adapter]:
     model_config, config = build_config(theirs)
     model = dit.FluxTransformer(model_config)
     adapter = mole.Adapter(model, config, model_config.joint_attention_dim,
-                           model_config.pooled_projection_dim)
+                           model_config.pooled_projection_dim, kinds=baselines.KINDS)
     weights = our_names(theirs)
     instruction = {name.removeprefix("instruction."): weights.pop(name)
                    for name in list(weights) if name.startswith("instruction.")}

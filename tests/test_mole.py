@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import safe_open, save_file
 from torch import Tensor, nn
 
+import baselines
 import dit
 import mole
 import train
@@ -36,7 +37,7 @@ def adapted(seed: int = 0, blank: bool = False,
     torch.manual_seed(seed)
     model = dit.FluxTransformer(DIT)
     adapter = mole.Adapter(model, dataclasses.replace(SMALL, **changes), DIT.joint_attention_dim,
-                           DIT.pooled_projection_dim)
+                           DIT.pooled_projection_dim, kinds=baselines.KINDS)
     if not blank:
         for name, p in adapter.tensors().items():
             if name.endswith("_B"):
@@ -83,9 +84,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def mole_layer(E: int, k: int, by_token: bool = False, **changes: object) -> mole.MoLELinear:
     """A layer 5 -> 7, routed by vectors of 6 unless by tokens, in float64, no noise, B not 0."""
     c = dataclasses.replace(SMALL, experts=E, top_k=k, rank=3, alpha=6, balance_weight=0.7,
-                            token_balance_weight=0.3, orthogonality_weight=0.9,
-                            token_targets=("some.layer",) if by_token else (), **changes)
-    layer = mole.MoLELinear(nn.Linear(5, 7), c, "some.layer", 6, []).double().eval()
+                            token_balance_weight=0.3, orthogonality_weight=0.9, **changes)
+    kind = baselines.KINDS["token" if by_token else "instruction"]
+    layer = kind(nn.Linear(5, 7), c, "some.layer", 6, []).double().eval()
     nn.init.normal_(layer.experts_B)
     nn.init.normal_(layer.router.weight)                 # wide, so that the experts' shares differ
     layer.base.requires_grad_(False)

@@ -18,6 +18,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
@@ -331,11 +333,16 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
     return F.mse_loss(v[:, :x0.shape[1]].float(), noise - x0)
 
 
-def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_size: int = 64,
-                      lr: float = 1e-3, decay: int = 1500, compiled: bool = True) -> None:
-    """bf16 passes on copies; fp32 weights, optimizer, average; constant rate, then a decay."""
-    if (out / "model_index.json").is_file():             # the last that is written
-        return
+def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int, samples: int,
+                      compiled: bool, batch_size: int = 64, lr: float = 1e-3,
+                      decay: int = 1500) -> None:
+    """One of `workers` processes, each with its share of the batch and one thread.
+
+    bf16 passes on copies; fp32 weights, optimizer, average; constant rate, then a decay.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{(work / 'meeting').resolve()}",
+                            rank=rank, world_size=workers)
     cache = cache_latents(out, work, samples)
     groups = {group: {name.split(".")[1]: t for name, t in cache.items() if name.startswith(group)}
               for group in ("t2i", "edit")}
@@ -357,15 +364,20 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
     copies = [p.data for p in parameters]                # what both passes see, bf16 in the DiT
     torch._foreach_copy_(copies, master)
     bar, smooth = trange(state["step"], steps, initial=state["step"], total=steps,
-                         desc="transformer", mininterval=10), {}
+                         desc="transformer", mininterval=10, disable=rank > 0), {}
     for step in bar:
-        rng, generator = np.random.default_rng([4, step]), torch.Generator().manual_seed(step)
+        rng = np.random.default_rng([4, step])
+        generator = torch.Generator().manual_seed(step * workers + rank)
         group = "t2i" if step % 5 < 2 else "edit"
-        rows = torch.from_numpy(rng.choice(len(groups[group]["t5"]), batch_size))
+        rows = torch.from_numpy(rng.choice(len(groups[group]["t5"]), batch_size))[rank::workers]
         loss = flow_loss(model, {name: t[rows] for name, t in groups[group].items()}, generator)
         loss.backward()
-        for p, m in zip(parameters, master):
-            m.grad, p.grad = (None if p.grad is None else p.grad.float()), None
+        flat = torch.cat([torch.zeros_like(m).flatten() if p.grad is None else
+                          p.grad.float().flatten() for p, m in zip(parameters, master)])
+        dist.all_reduce(flat)
+        flat /= workers
+        for p, m, g in zip(parameters, master, flat.split([m.numel() for m in master])):
+            m.grad, p.grad = g.view_as(m), None
         nn.utils.clip_grad_norm_(master, 1.0)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1, (steps - step) / decay)
         optimizer.step()
@@ -373,7 +385,7 @@ def train_transformer(out: Path, work: Path, steps: int, samples: int, batch_siz
         torch._foreach_lerp_(average, master, max(0.001, 1 / (step + 1)))
         smooth[group] = 0.98 * smooth.get(group, loss.item()) + 0.02 * loss.item()
         bar.set_postfix(**{name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
-        if step % 250 == 249 or step + 1 == steps:
+        if rank == 0 and (step % 250 == 249 or step + 1 == steps):
             save_state(work / "transformer.pt", step=step + 1, master=master, average=average,
                        optimizer=optimizer.state_dict())
             save_models(model, average, out if step + 1 == steps else work / "model")
@@ -408,7 +420,12 @@ def main() -> None:
         raise ValueError(f"--samples {args.samples}: at least 200 are needed, of both kinds")
     make_tokenizers(args.out)
     train_vae(args.out, args.work, args.vae_steps)
-    train_transformer(args.out, args.work, args.steps, args.samples, compiled=not args.no_compile)
+    if not (args.out / "model_index.json").is_file():    # the last that is written
+        workers = min(2, os.cpu_count())
+        (args.work / "meeting").unlink(missing_ok=True)
+        cache_latents(args.out, args.work, args.samples)
+        mp.spawn(train_transformer, (workers, args.out, args.work, args.steps, args.samples,
+                                     not args.no_compile), nprocs=workers)
 
 
 if __name__ == "__main__":

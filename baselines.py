@@ -1,0 +1,109 @@
+"""The routings that InstructMoLE is compared with, each a MoLELinear that weighs its experts anew.
+
+    token     w = softmax(G x_n) on its k largest entries: every token asks the router for itself
+    soft      w = softmax(G z / temperature): all experts, by the instruction; no auxiliary loss
+    race      w = G x_n where it is among the N k largest of all tokens' and experts' logits
+    choice    w = softmax(G x_n) where x_n is among the N k / E best tokens of that expert
+
+Plain LoRA, and instruction routing by the pooled text alone, need no class: mole.py has them.
+
+Key: B batch; N tokens; E experts; k kept on average; z instruction vector.
+Source: arXiv 2512.21788 and its public code; Expert Race: 2503.16057; Expert Choice: 2410.02098.
+"""
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mole import AdapterConfig, MoLELinear, Routing, balance_loss, route
+
+SIMILARITY_WEIGHT = 1e-5                                 # of the race's loss
+
+
+class TokenLinear(MoLELinear):
+    """Token top-k: the router of InstructMoLE, fed with each token's own input."""
+    by_token = True
+
+    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        p, w, kept = route(self.logits(x), self.config.top_k)                # (..., E)
+        return w, self.config.token_balance_weight * balance_loss(p, kept)
+
+
+class SoftLinear(MoLELinear):
+    """All experts serve every image; a learned temperature sharpens their shares."""
+    orthogonal = False
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.log_temperature = nn.Parameter(torch.zeros((), device=self.router.weight.device))
+
+    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        temperature = self.log_temperature.exp().clamp(min=0.01)
+        w = (self.router(routing.z) / temperature).softmax(dim=-1)           # (B, E)
+        return w, w.new_zeros(())
+
+
+def similarity_loss(p: Tensor, kept: Tensor) -> Tensor:
+    """Router similarity of Expert Race; p, kept (..., E). Pairs that are often kept cost most.
+
+    Eq.: [E / tr M' * sum_i M'_ii P'_ii + (E^2 - E) / sum M' * sum_{i != j} M'_ij P'_ij] / E,
+    where P' = P^T P and M' = M^T M over all rows.
+    """
+    P, M = (rows.flatten(0, -2).T @ rows.flatten(0, -2) for rows in (p, kept))           # (E, E)
+    E, both = len(P), M * P
+    own = both.diagonal().sum()
+    return (E / M.trace().clamp(min=1) * own
+            + (E * E - E) / M.sum().clamp(min=1) * (both.sum() - own)) / E
+
+
+class RaceLinear(MoLELinear):
+    """Expert Race: all pairs of token and expert compete; the winners' weight is their raw logit.
+
+    Training keeps the N k largest logits of a call, and follows the smallest of them with a moving
+    threshold, which stands in for it afterwards.
+    """
+    by_token = True
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        self.threshold = nn.Parameter(torch.zeros((), device=self.router.weight.device), False)
+
+    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        logits = self.router(x.to(self.router.weight.dtype))                 # (..., E)
+        bar = self.threshold
+        if self.training:
+            tokens = logits.numel() // logits.shape[-1]
+            bar = logits.detach().flatten().topk(tokens * self.config.top_k).values[-1]
+            if not routing.again:                        # checkpointing computes twice, learns once
+                self.threshold.lerp_(bar, 0.01)
+        kept = (logits >= bar).to(logits.dtype)
+        return logits * kept, SIMILARITY_WEIGHT * similarity_loss(logits.softmax(dim=-1), kept)
+
+
+class ChoiceLinear(MoLELinear):
+    """Expert Choice: in each sample every expert takes as many tokens, those it likes best."""
+    by_token, orthogonal = True, False
+
+    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        p = self.router(x.to(self.router.weight.dtype)).softmax(dim=-1)      # (..., N, E)
+        take = math.ceil(p.shape[-2] * self.config.top_k / p.shape[-1])
+        best = p.topk(take, dim=-2).indices                                  # (..., take, E)
+        return p * torch.zeros_like(p).scatter(-2, best, 1.0), p.new_zeros(())
+
+
+KINDS: dict[str, type[MoLELinear]] = {
+    "instruction": MoLELinear, "token": TokenLinear, "soft": SoftLinear, "race": RaceLinear,
+    "choice": ChoiceLinear}
+
+
+def configure(kind: str, c: AdapterConfig) -> AdapterConfig:
+    """The same sizes with another routing: instructmole, pooled, lora, or a key of KINDS."""
+    if kind == "lora":                                   # plain LoRA everywhere
+        return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
+                       mole_targets=(), token_targets=())
+    if kind == "pooled":
+        return replace(c, resampler=False)
+    if kind in KINDS:
+        return replace(c, routing=kind, resampler=c.resampler and not KINDS[kind].by_token)
+    return c
