@@ -5,7 +5,7 @@
 Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; P = 64 packed; T text,
 I target, R native reference, Q clean condition tokens.
 
-Run: python sample.py --instruction "make the circle blue" --image tiny/examples/before.png   # 5 s
+Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png   # 5 s
 """
 import argparse
 import os
