@@ -32,7 +32,7 @@ class TokenLinear(MoLELinear):
 
 class SoftLinear(MoLELinear):
     """All experts serve every image; a learned temperature sharpens their shares."""
-    orthogonal = False
+    noisy = orthogonal = False
 
     def __init__(self, *args: object):
         super().__init__(*args)
@@ -40,7 +40,7 @@ class SoftLinear(MoLELinear):
 
     def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         temperature = self.log_temperature.exp().clamp(min=0.01)
-        w = (self.router(routing.z) / temperature).softmax(dim=-1)           # (B, E)
+        w = (self.logits(routing.z) / temperature).softmax(dim=-1)           # (B, E)
         return w, w.new_zeros(())
 
 
@@ -63,14 +63,14 @@ class RaceLinear(MoLELinear):
     Training keeps the N k largest logits of a call, and follows the smallest of them with a moving
     threshold, which stands in for it afterwards.
     """
-    by_token = True
+    by_token, noisy = True, False
 
     def __init__(self, *args: object):
         super().__init__(*args)
         self.threshold = nn.Parameter(torch.zeros((), device=self.router.weight.device), False)
 
     def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        logits = self.router(x.to(self.router.weight.dtype))                 # (..., E)
+        logits = self.logits(x)                                              # (..., E)
         bar = self.threshold
         if self.training:
             tokens = logits.numel() // logits.shape[-1]
@@ -83,10 +83,10 @@ class RaceLinear(MoLELinear):
 
 class ChoiceLinear(MoLELinear):
     """Expert Choice: in each sample every expert takes as many tokens, those it likes best."""
-    by_token, orthogonal = True, False
+    by_token, noisy, orthogonal = True, False, False
 
     def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        p = self.router(x.to(self.router.weight.dtype)).softmax(dim=-1)      # (..., N, E)
+        p = self.logits(x).softmax(dim=-1)                                   # (..., N, E)
         take = math.ceil(p.shape[-2] * self.config.top_k / p.shape[-1])
         best = p.topk(take, dim=-2).indices                                  # (..., take, E)
         return p * torch.zeros_like(p).scatter(-2, best, 1.0), p.new_zeros(())

@@ -170,6 +170,7 @@ class LoRALinear(nn.Module):
 class MoLELinear(nn.Module):
     """y = W x + b + the mixture of the kept experts. Other routings override weigh()."""
     by_token = False                                     # what the router sees: x, not z
+    noisy = True                                         # whether training disturbs the logits
     orthogonal = True                                    # whether the experts are kept distinct
 
     def __init__(self, base: nn.Linear, c: AdapterConfig, name: str, z_width: int,
@@ -186,7 +187,8 @@ class MoLELinear(nn.Module):
 
     def logits(self, seen: Tensor) -> Tensor:            # (..., width) -> (..., E)
         logits = self.router(seen.to(self.router.weight.dtype))
-        return logits + torch.randn_like(logits) / self.config.experts if self.training else logits
+        noise = self.training and self.noisy
+        return logits + torch.randn_like(logits) / self.config.experts if noise else logits
 
     def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """x (..., in) -> w (B, E), or by token (..., E), and the router's own weighted loss."""
