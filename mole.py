@@ -166,6 +166,10 @@ class LoRALinear(nn.Module):
         low = F.linear(x, self.lora_A.to(x.dtype))       # (..., r)
         return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
+    def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), s within B."""
+        return self.lora_A, self.scale * self.lora_B
+
 
 class MoLELinear(nn.Module):
     """y = W x + b + the mixture of the kept experts. Other routings override weigh()."""
@@ -211,6 +215,16 @@ class MoLELinear(nn.Module):
                 orthogonality_loss(H, self.experts_B, c.experts, scale))
         mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)
         return self.base(x) + mixed @ self.experts_B.to(x.dtype)
+
+    def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """The council of one instruction is a LoRA: A (k r, in), B (out, k r), s w_e within B."""
+        if self.by_token or len(routing.z) != 1:
+            raise ValueError(f"{self.name}: only one instruction's council is a plain LoRA")
+        w, _ = self.weigh(routing.z, routing)                                # (1, E)
+        routing.weights[self.name] = w.detach()
+        shares = (self.config.alpha / self.config.rank * w[0]).repeat_interleave(self.config.rank)
+        kept = shares != 0                                                   # (E r,)
+        return self.experts_A.T[kept], (self.experts_B.T * shares)[:, kept]
 
 
 # ------------------------------------------------------------------------------------ the adapter
@@ -275,6 +289,13 @@ class Adapter(nn.Module):
                              f"first {wrong[0]}")
         for name, p in own.items():
             p.data.copy_(tensors[name])
+
+    def plain(self, routing: Routing) -> dict[str, tuple[Tensor, Tensor]]:
+        """What W + B A makes of each layer, by module name, while one instruction is served.
+
+        Raises: ValueError when tokens route, or there is more than one instruction.
+        """
+        return {name.replace("/", "."): layer.plain(routing) for name, layer in self.layers.items()}
 
     @contextmanager
     def serve(self, txt: Tensor, pooled: Tensor, losses: bool = False) -> Iterator[Routing]:

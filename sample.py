@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import weights
 from data import (fitted, load_image, read_picture, read_rows, resize, row_paths, row_text,
                   to_tensor)
 from dit import FluxTransformer, load_dit
+from mole import Routing
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer, load_clip, load_t5
 from vae import AutoEncoder, load_vae
 
@@ -78,13 +79,22 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def memory(device: torch.device) -> int:
+    """Bytes: on a CUDA device those that are free, elsewhere all that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not hasattr(os, "sysconf"):                       # Windows does not say
+        return 16 * 2 ** 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     """auto: bf16 on an accelerator; on a CPU fp32 if that fits in half the memory, else bf16."""
     if name != "auto":
         return getattr(torch, name)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     stored = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    return torch.float32 if device.type == "cpu" and 2 * stored < memory / 2 else torch.bfloat16
+    small = device.type == "cpu" and 2 * stored < memory(device) / 2
+    return torch.float32 if small else torch.bfloat16
 
 
 def load_pipeline(folder: str | Path, adapter: str | Path | None = None, device: str = "auto",
@@ -160,7 +170,7 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int,
     """Euler steps from noise to latents, in fp32; yields the latents after each step.
 
     Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. When there is an adapter, call within
-    `with pipe.adapter.serve(...)`.
+    `with pipe.adapter.serve(...)` or `with merged(...)`.
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)
@@ -181,14 +191,45 @@ def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) ->
                       for seed in seeds])
 
 
+@contextmanager
+def merged(pipe: Pipeline, given: Given) -> Iterator[Routing]:
+    """Within the `with` the transformer's weights are W + B A for this one instruction.
+
+    The adapter then costs nothing per step. Afterwards all is as before, bit for bit.
+    """
+    with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
+        pairs = pipe.adapter.plain(routing)
+    layers = {name: pipe.dit.get_submodule(name) for name in pairs}
+    kept = {name: layer.base.weight.data for name, layer in layers.items()}
+    try:
+        for name, (A, B) in pairs.items():
+            base, W = layers[name].base, kept[name]
+            base.weight.data = torch.addmm(W.float(), B.detach(), A.detach()).to(W.dtype)
+            pipe.dit.set_submodule(name, base)
+        yield routing
+    finally:
+        for name, layer in layers.items():
+            layer.base.weight.data = kept[name]
+            pipe.dit.set_submodule(name, layer)
+
+
+def mergeable(pipe: Pipeline, given: Given) -> bool:
+    """Whether the adapter is a plain LoRA here, and memory holds its layers twice."""
+    layers = pipe.adapter.layers.values()
+    return (len(given.pooled) == 1 and not any(getattr(layer, "by_token", False)
+                                               for layer in layers)
+            and sum(layer.base.weight.nbytes for layer in layers) < memory(pipe.device) / 2)
+
+
 def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guidance: float = 2.5,
              bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Pictures for what condition() encoded, and the routing weights of each adapted layer.
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
     """
-    adapter = pipe.adapter
-    serving = nullcontext() if adapter is None else adapter.serve(given.txt, given.pooled)
+    serving = (nullcontext() if pipe.adapter is None else
+               merged(pipe, given) if mergeable(pipe, given) else
+               pipe.adapter.serve(given.txt, given.pooled))
     with torch.no_grad(), serving as routing:
         for latents in tqdm(denoise(pipe, noise, given, steps, guidance), desc="steps",
                             total=steps, disable=not bar, leave=False):
@@ -329,6 +370,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--size", help="WIDTHxHEIGHT; else that of --image, at the model's scale")
     parser.add_argument("--num", type=int, default=1, help="pictures, with --seed, --seed + 1, ...")
+    parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
+                        help="write the adapter, as this instruction routes it, as a plain LoRA; "
+                        "a picture too only with --out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "bfloat16", "float16"])
@@ -345,7 +389,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--guidance {args.guidance}: must be a number from 0 up; 2.5 is usual")
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
-    out = args.out or Path("out" if args.batch else "out.png")
+    out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
+    if lora and (args.batch or args.adapter == "none" or lora.suffix != ".safetensors"
+                 or not lora.absolute().parent.is_dir()):
+        raise ValueError(f"--export-lora {lora}: needs one --instruction, an adapter, and a name "
+                         "that ends in .safetensors in a folder that exists")
     if args.batch is not None:
         if args.image or args.cond or args.num > 1:
             raise ValueError("--batch: pictures and seeds stand in the file; "
@@ -362,7 +410,21 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--out {out}: name a picture file, for example out.png, "
                          "in a folder that exists")
     outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
-    return [Job(args.instruction, args.image, args.cond, list(enumerate(outs, args.seed)))]
+    return [Job(args.instruction, args.image, args.cond,
+                [] if lora and args.out is None else list(enumerate(outs, args.seed)))]
+
+
+def export_lora(pipe: Pipeline, instruction: str, file: Path) -> None:
+    """Write the adapter as the plain LoRA that it is for one instruction."""
+    if pipe.adapter is None:
+        raise ValueError(f"--export-lora {file}: there is no adapter; name one with --adapter")
+    given = condition(pipe, [instruction], [], [])
+    with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
+        pairs = pipe.adapter.plain(routing)
+    weights.save_lora(pairs, file)
+    ranks = [len(A) for A, _ in pairs.values()]
+    print(f"{file}: a plain LoRA on {len(pairs)} layers, of rank {min(ranks)} to {max(ranks)}"
+          f"{experts_line(routing.weights)}")
 
 
 def main() -> None:
@@ -371,6 +433,8 @@ def main() -> None:
     jobs = plan(args)
     adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
+    if args.export_lora:
+        export_lora(pipe, args.instruction, args.export_lora)
     for job in jobs:
         images, conds = ([load_image(path) for path in paths] for paths in (job.images, job.conds))
         width, height = output_size(pipe, images, size)

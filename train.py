@@ -71,8 +71,8 @@ def recomputed(adapter: mole.Adapter, routing: mole.Routing) -> Callable:
     return lambda block, *args: checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
-def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
-              checkpointing: bool = False) -> dict[str, Tensor]:
+def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: bool = False,
+              shift: float = 1.0) -> dict[str, Tensor]:
     """Flow matching and auxiliary losses of one micro-batch; sets torch's random state.
 
     -> {"flow", "balance", "orthogonality"}, scalars with gradients to the adapter.
@@ -94,6 +94,7 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
     x0 = dit.pack(x0.float())                            # (B, I, P)
     noise = torch.randn(x0.shape).to(pipe.device)        # drawn on the CPU: the same everywhere
     t = torch.rand(len(x0)).to(pipe.device)              # (B,), 1 = pure noise
+    t = shift * t / (1 + (shift - 1) * t)                # shift > 1: more of them near 1
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise              # (B, I, P)
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
         run = recomputed(pipe.adapter, routing) if checkpointing else dit.call
@@ -103,14 +104,14 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int,
 
 
 def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], factor: float,
-               checkpointing: bool = False) -> dict[str, float]:
+               checkpointing: bool = False, shift: float = 1.0) -> dict[str, float]:
     """Add the gradients of the sum of the micro-batches' losses; -> the mean of each part.
 
     micro_batches: (seed, samples) each. Auxiliary losses belong to the micro-batch they come from.
     """
     totals: dict[str, float] = {}
     for seed, samples in micro_batches:
-        parts = flow_loss(pipe, samples, seed, checkpointing)
+        parts = flow_loss(pipe, samples, seed, checkpointing, shift)
         loss = parts["flow"] + factor * (parts["balance"] + parts["orthogonality"])
         loss.backward()
         for name, value in (parts | {"loss": loss}).items():
@@ -196,7 +197,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
             number = step * args.accumulate              # of the step's first micro-batch
             micro = [(args.seed * 2 ** 32 + number + i, next(batches))
                      for i in range(args.accumulate)]
-            losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.checkpoint)
+            losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.checkpoint,
+                                args.shift)
             for p in adapter.tensors().values():
                 if p.grad is not None:
                     p.grad /= args.accumulate
@@ -239,6 +241,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--router-lr", type=float, help="by default half of --lr")
     parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
                         help="of the learning rates")
+    parser.add_argument("--shift", type=float, default=1.0, help="draws t nearer to 1, where layout "
+                        "is decided: t -> S t / (1 + (S - 1) t); 1, as in the paper, is uniform")
     parser.add_argument("--checkpoint", action="store_true",
                         help="recompute each block in backward: less memory, same gradients")
     parser.add_argument("--seed", type=int, default=0)
@@ -256,7 +260,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.out = args.out or Path("runs") / args.adapter
-    for name in ("steps", "batch_size", "accumulate", "save_every", "lr"):
+    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if not 0 <= args.seed < 2 ** 31:
@@ -277,7 +281,7 @@ def main() -> None:
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "accumulate", "lr", "router_lr",
-                 "schedule", "seed")}
+                 "schedule", "shift", "seed")}
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype)}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ Run: python weights.py tiny/model
 """
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -197,6 +198,18 @@ def save_tensors(tensors: dict[str, Tensor], config: dict, folder: Path, name: s
     stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
     save_file(stored, folder / name, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
+    """Write W + B A by module name, in the one form that diffusers and ComfyUI read alike."""
+    tensors = {f"transformer.{name}.lora_{part}.weight": t.detach().float().cpu().contiguous()
+               for name, pair in pairs.items() for part, t in zip("AB", pair)}
+    aside = file.with_name(f".{file.name}.new")
+    try:
+        save_file(tensors, aside, metadata={"format": "pt"})
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def describe(path: Path) -> str:

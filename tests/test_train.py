@@ -11,6 +11,7 @@ import torch
 
 import baselines
 import data
+import dit
 import mole
 import train
 from sample import load_pipeline
@@ -66,6 +67,23 @@ def test_checkpointing_leaves_losses_and_gradients_exact():
     again = train.accumulate(pipe, batch, 1.0, checkpointing=True), gradients(pipe)
     assert plain[0] == again[0] and plain[1].keys() == again[1].keys()
     assert all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
+
+
+def test_shift_moves_every_time_towards_noise(monkeypatch):
+    """The model is told the shifted t, and given the mixture of that very t."""
+    pipe, seen, velocity = make_pipeline(), [], train.velocity
+    def watch(model, xt, t, *rest):
+        seen.append((t, xt))
+        return velocity(model, xt, t, *rest)
+    monkeypatch.setattr(train, "velocity", watch)
+    for shift in (1.0, 6.0):
+        train.flow_loss(pipe, samples("move", 8), 3, shift=shift)
+    (plain, x), (shifted, y) = seen
+    assert plain.min() < 0.3 and torch.allclose(shifted, 6 * plain / (1 + 5 * plain), atol=1e-6)
+    x0 = dit.pack(pipe.vae.encode(data.to_tensor([s.target for s in samples("move", 8)])))
+    noise = (y - (1 - shifted)[:, None, None] * x0) / shifted[:, None, None]
+    mixed = (1 - plain)[:, None, None] * x0 + plain[:, None, None] * noise
+    assert (x - mixed).abs().mean() < 0.3 * (x - y).abs().mean()             # up to the VAE's noise
 
 
 def test_only_the_adapter_is_trained_and_in_fp32():
