@@ -5,7 +5,7 @@
 Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; P = 64 packed; T text,
 I target, R native reference, Q clean condition tokens.
 
-Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png   # 5 s
+Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png
 """
 import argparse
 import os
@@ -111,18 +111,21 @@ def load_pipeline(folder: str | Path, adapter: str | Path | None = None, device:
         load_clip(folder / "text_encoder", where, kind),
         T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer"), None, where, kind)
     if adapter is not None:
-        file = Path(adapter) / "adapter.safetensors" if Path(adapter).is_dir() else Path(adapter)
-        pipe.adapter = load_adapter(pipe.dit, file).to(where)
+        pipe.adapter = load_adapter(pipe.dit, Path(adapter)).to(where)
     return pipe
 
 
-def load_adapter(model: FluxTransformer, file: Path) -> mole.Adapter:
-    """Put a saved adapter on the transformer, frozen. Raises: FileNotFoundError, ValueError."""
-    c, tensors = model.config, weights.read_tensors([file])
-    stored = weights.read_metadata(file).get("adapter")
-    if stored is None:
-        raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
-    config = weights.config_from(mole.AdapterConfig, weights.parse_json(stored, file), file, True)
+def load_adapter(model: FluxTransformer, path: Path) -> mole.Adapter:
+    """Put a saved adapter on the transformer, frozen: a file, or a folder of ours or the paper's.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    c, file = model.config, path / "adapter.safetensors" if path.is_dir() else path
+    if (path / "train_config.json").is_file():
+        file, (values, tensors) = path, weights.read_research(path)
+    else:
+        values, tensors = weights.read_adapter(file)
+    config = weights.config_from(mole.AdapterConfig, values, file, whole=True)
     try:
         adapter = mole.Adapter(model, config, c.joint_attention_dim, c.pooled_projection_dim,
                                tensors, baselines.KINDS)

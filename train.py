@@ -55,6 +55,8 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
     Raises: FileNotFoundError, ValueError.
     """
     values = {} if file is None else weights.read_json(file)
+    if values.keys() & {"lora_config", "moe_config"}:    # the research code's own
+        values = weights.from_research(values, file)
     c = weights.config_from(AdapterConfig, values, file or "adapter", whole=True)
     return baselines.configure(kind, c)
 
@@ -241,8 +243,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--router-lr", type=float, help="by default half of --lr")
     parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
                         help="of the learning rates")
-    parser.add_argument("--shift", type=float, default=1.0, help="draws t nearer to 1, where layout "
-                        "is decided: t -> S t / (1 + (S - 1) t); 1, as in the paper, is uniform")
+    parser.add_argument("--shift", type=float, default=1.0, help="of the times: above 1, more are "
+                        "near 1, where layout is decided; 1, as in the paper: uniform")
     parser.add_argument("--checkpoint", action="store_true",
                         help="recompute each block in backward: less memory, same gradients")
     parser.add_argument("--seed", type=int, default=0)

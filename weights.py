@@ -12,6 +12,9 @@ Run: python weights.py tiny/model
 import argparse
 import json
 import os
+import pickle
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -212,27 +215,180 @@ def save_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
+# ------------------------------------------------------------------------ the research code's form
+
+RESEARCH = {"num_experts": "experts", "num_experts_per_tok": "top_k", "rank": "rank",
+            "alpha": "alpha", "type_aux_loss_alpha": "balance_weight",
+            "token_aux_loss_alpha": "token_balance_weight", "resampler_heads": "resampler_heads",
+            "orthogonal_reg_alpha": "orthogonality_weight", "use_type_embedding": "resampler",
+            "target_modules": "mole_targets"}            # its moe_config -> our entries
+BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+
+
+def from_research(values: dict, where: str | Path) -> dict:
+    """Its JSON configuration -> our adapter's entries. Raises: ValueError for other routings."""
+    lora, moe = (values.get(f"{part}_config", {}) for part in ("lora", "moe"))
+    if not isinstance(lora, dict) or not isinstance(moe, dict):
+        raise ValueError(f"{where}: lora_config and moe_config must be JSON objects")
+    if moe.get("mole_expert", "LoRAMoE") != "LoRAMoE":
+        raise ValueError(f"{where}: mole_expert {moe['mole_expert']!r}: only LoRAMoE is read")
+    ours = {"lora_targets": lora.get("target_modules", []), "mole_targets": [], "token_targets": []}
+    ours |= {name: lora[key] for name, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha"))
+             if key in lora}
+    ours |= {name: moe[key] for key, name in RESEARCH.items() if key in moe}
+    names = ours["mole_targets"]
+    if not isinstance(names, list) or not fits(tuple(names), tuple[str, ...]):
+        raise ValueError(f"{where}: target_modules must be a list of names")
+    for kind, block in BLOCKS.items():
+        chosen = moe.get(f"token_route_overrides_{kind}") or []
+        if chosen != "all" and not isinstance(chosen, list):
+            raise ValueError(f"{where}: token_route_overrides_{kind} must be a list or \"all\"")
+        inside = [name.removeprefix(f"{block}.*.") for name in names
+                  if name.startswith(BLOCKS["single"]) == (kind == "single")]
+        ours["token_targets"] += [f"{block}.{i}.{name}" for name in inside
+                                  for i in ("*" if chosen == "all" else chosen)]
+    return ours
+
+
+def to_research(c: dict, where: str | Path) -> dict:
+    """Our adapter's entries -> its JSON configuration. Raises: ValueError for other routings."""
+    if c["routing"] not in ("instruction", "token"):
+        raise ValueError(f"{where}: routing {c['routing']!r} has no form in the research code")
+    theirs = {"lora_config": {"r": c["lora_rank"], "lora_alpha": c["lora_alpha"],
+                              "init_lora_weights": "gaussian", "target_modules": c["lora_targets"]}}
+    if not c["mole_targets"]:
+        return theirs
+    theirs["moe_config"] = {"mole_expert": "LoRAMoE", "dropout": 0.0, "routing_policy": "default",
+                            "train_mole_only": True, **{k: c[name] for k, name in RESEARCH.items()}}
+    for kind, block in BLOCKS.items():
+        found = {re.sub(rf"{block}\.([^.]+)\..*", r"\1", target) for target in c["token_targets"]
+                 if target.startswith(block)}
+        theirs["moe_config"][f"token_route_overrides_{kind}"] = (
+            "all" if c["routing"] == "token" or "*" in found else sorted(map(int, found)))
+    return theirs
+
+
+def read_pickle(file: Path, key: str | None = None) -> dict[str, Tensor]:
+    """Tensors by name, saved by torch.save; no code in the file is run. Raises: ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        found = found if key is None else found[key]
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
+            pickle.UnpicklingError) as error:
+        raise ValueError(f"{file}: holds no tensors by name ({error!r})") from None
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{file}: holds no tensors by name")
+    return found
+
+
+def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """An adapter in the research code's four files -> our adapter's entries and tensors.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    config = from_research(read_json(folder / "train_config.json"), folder / "train_config.json")
+    lora = read_tensors([folder / "pytorch_lora_weights.safetensors"])
+    ours = {name.removeprefix("transformer.").removesuffix(".weight"): t
+            for name, t in lora.items()}
+    file, experts = folder / "mole_experts.pt", {}
+    for name, t in read_pickle(file).items() if config["mole_targets"] else ():
+        found = re.fullmatch(r"(.+)\.experts\.(\d+)\.(left|right)", name)
+        if found:
+            experts.setdefault((found[1], found[3]), {})[int(found[2])] = t
+        else:
+            ours[name.replace("gate.weight", "router.weight")] = t
+    for (layer, side), parts in experts.items():         # (in, r) or (r, out) -> side by side
+        name, dim = ("experts_A", 1) if side == "left" else ("experts_B", 0)
+        ours[f"{layer}.{name}"] = torch.cat([parts[e] for e in sorted(parts)], dim)
+    if config["mole_targets"] and config.get("resampler", True):
+        file = folder / "condition_type_embedder.pt"
+        found, query = read_pickle(file, "condition_type_embedder"), "layers.0.0.to_q.weight"
+        if query not in found:
+            raise ValueError(f"{file}: has no tensor {query}")
+        inner, width = found[query].shape
+        ours |= {f"instruction.{name}": t for name, t in found.items()}
+        heads = config.get("resampler_heads", 12)
+        config |= {"resampler_width": width, "resampler_head_dim": inner // heads,
+                   "resampler_depth": sum(name.endswith(".to_q.weight") for name in found)}
+    return config, ours
+
+
+def read_adapter(file: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The entries of an adapter's configuration, and its tensors. Raises: ValueError."""
+    tensors, stored = read_tensors([file]), read_metadata(file).get("adapter")
+    if stored is None:
+        raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
+    return parse_json(stored, file), tensors
+
+
+def write_research(file: Path, folder: Path) -> None:
+    """Write an adapter of ours as the research code's files. Raises: ValueError."""
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already; name another folder")
+    c, tensors = read_adapter(file)
+    lora, experts, resampler = {}, {}, {}
+    for name, t in tensors.items():
+        module, _, last = name.rpartition(".")
+        if name.startswith("instruction."):
+            resampler[name.removeprefix("instruction.")] = t
+        elif last in ("lora_A", "lora_B"):
+            lora[f"transformer.{name}.weight"] = t
+        elif last in ("experts_A", "experts_B"):
+            side, dim = ("left", 1) if last == "experts_A" else ("right", 0)
+            experts |= {f"{module}.experts.{e}.{side}": part.clone()
+                        for e, part in enumerate(t.chunk(c["experts"], dim))}
+        else:
+            experts[name.replace("router.weight", "gate.weight")] = t
+    config = json.dumps(to_research(c, file), indent=2)
+    aside = folder.with_name(folder.name + ".new")
+    try:
+        aside.mkdir(parents=True)
+        (aside / "train_config.json").write_text(config + "\n")
+        save_file(lora, aside / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+        if experts:
+            torch.save(experts, aside / "mole_experts.pt")
+        if resampler:
+            torch.save({"condition_type_embedder": resampler}, aside / "condition_type_embedder.pt")
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------- command
+
+def tally(tensors: dict[str, Tensor]) -> str:
+    kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
+    return (f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} parameters, "
+            f"{kinds}")
+
+
 def describe(path: Path) -> str:
     """What a file or a folder holds: its parts, tensors, parameters, dtypes."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
+    if (path / "train_config.json").is_file():
+        return f"{path}: an adapter of the research code, {tally(read_research(path)[1])}"
     parts = ([path / part for part in PARTS if (path / part / "config.json").is_file()]
              if path.is_dir() else [path])
     if not parts:
         raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}) or safetensors file")
     lines = []
     for part in parts:
-        tensors = read_tensors(shards(part) if part.is_dir() else [part])
-        kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
-        lines.append(f"{part}: {len(tensors)} tensors, "
-                     f"{sum(t.numel() for t in tensors.values()):,} parameters, {kinds}")
+        lines.append(f"{part}: {tally(read_tensors(shards(part) if part.is_dir() else [part]))}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Say what a checkpoint is.")
     parser.add_argument("path", type=Path, help="a FLUX Kontext folder or a .safetensors file")
-    print(describe(parser.parse_args().path))
+    parser.add_argument("--to-research", type=Path, metavar="FOLDER",
+                        help="write an adapter in the form of the paper's code")
+    args = parser.parse_args()
+    if args.to_research:
+        write_research(args.path, args.to_research)
+    print(describe(args.to_research or args.path))
 
 
 def run(command: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""An instruction's council as a plain LoRA: merged into the weights, and written for other tools."""
+"""An instruction's council as a plain LoRA: merged into the weights, or written to a file."""
 import json
 import warnings
 from dataclasses import replace
@@ -201,4 +201,5 @@ def test_export_alone_makes_no_picture_and_with_out_makes_one(tmp_path, monkeypa
 def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
     code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--export-lora",
                            tmp_path / "a.safetensors", *arguments)
-    assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
