@@ -99,6 +99,8 @@ KINDS: dict[str, type[MoLELinear]] = {
 
 def configure(kind: str, c: AdapterConfig) -> AdapterConfig:
     """The same sizes with another routing: instructmole, pooled, lora, or a key of KINDS."""
+    if c.routing not in ("instruction", kind):
+        raise ValueError(f"the configuration says routing {c.routing!r}; choose that --adapter")
     if kind == "lora":                                   # plain LoRA everywhere
         return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
                        mole_targets=(), token_targets=())

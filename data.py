@@ -74,7 +74,8 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError,
+            Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: 0..65535 -> 0..255
         grey = np.asarray(image, dtype=np.float64)
@@ -546,17 +547,27 @@ def entry(row: dict, name: str, where: str) -> object:
     return row[found[0]] if found else None
 
 
+def checked_text(text: str, where: str) -> str:
+    """The text. Raises: ValueError when it has bytes or halves of letters that no text can have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {text!a} is not valid Unicode text") from None
+    return text
+
+
 def row_text(row: dict, name: str, where: str) -> str:
     """A row's text. Raises: ValueError if there is none."""
     text = entry(row, name, where)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: needs a non-empty text under {name!r}")
-    return text
+    return checked_text(text, where)
 
 
 def row_paths(row: dict, name: str, where: str) -> list[str]:
     """A row's path or list of paths. Raises: ValueError."""
-    paths = entry(row, name, where) or []
+    paths = entry(row, name, where)
+    paths = [] if paths is None else paths
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{where}: {name!r} must be a path or a list of paths")
@@ -610,10 +621,9 @@ class Folder:
             raise ValueError(f"{self.file}: holds no rows")
 
     def size_of(self, path: Path, where: str) -> tuple[int, int]:
-        """The size a picture will have. With a fixed size nothing is read but that it is there."""
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: {path}: no such picture")
-        return self.size or fitted(read_picture(path, where).size)
+        """The size a picture will have. All pictures are read once, to find broken ones at once."""
+        size = read_picture(path, where).size
+        return self.size or fitted(size)
 
     def read(self, row: Row) -> Sample:
         pictures = [resize(read_picture(path, row.where), size)

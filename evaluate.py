@@ -167,8 +167,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args()
-    if args.number < 1 or args.steps < 1:
-        raise ValueError(f"--number {args.number} --steps {args.steps}: both must be at least 1")
+    if args.number < 1 or args.steps < 1 or not 0 <= args.guidance <= 100:
+        raise ValueError(f"--number {args.number} --steps {args.steps} --guidance {args.guidance}: "
+                         "the first two must be at least 1, the last from 0 to 100")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a file, not a folder")
     adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
     if pipe.vae.config.sample_size != data.SIZE:

@@ -219,7 +219,8 @@ class MoLELinear(nn.Module):
     def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """The council of one instruction is a LoRA: A (k r, in), B (out, k r), s w_e within B."""
         if self.by_token or len(routing.z) != 1:
-            raise ValueError(f"{self.name}: only one instruction's council is a plain LoRA")
+            raise ValueError(f"{self.name}: only the council of one instruction is a plain LoRA; "
+                             "where tokens route, each has its own")
         w, _ = self.weigh(routing.z, routing)                                # (1, E)
         routing.weights[self.name] = w.detach()
         shares = (self.config.alpha / self.config.rank * w[0]).repeat_interleave(self.config.rank)
@@ -244,9 +245,12 @@ class Adapter(nn.Module):
                  kinds: dict[str, type[MoLELinear]] = {"instruction": MoLELinear}):
         super().__init__()
         c = self.config = config
-        if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank) < 1:
-            raise ValueError(f"rank {c.rank} and lora_rank {c.lora_rank} must be at least 1, "
+        if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank, c.resampler_width,
+                                                c.resampler_heads, c.resampler_head_dim) < 1:
+            raise ValueError(f"ranks and the resampler's sizes must be at least 1, "
                              f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
+        if not (c.lora_targets or c.mole_targets or c.token_targets):
+            raise ValueError("an adapter needs a target: lora_targets, mole_targets, token_targets")
         linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         if c.routing not in kinds or (c.token_targets and "token" not in kinds):
             raise ValueError(f"routing {c.routing!r}, token_targets {c.token_targets}: "
@@ -324,5 +328,6 @@ class Adapter(nn.Module):
 def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
     """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
-    config = json.dumps(asdict(adapter.config))
-    save_file(tensors, file, metadata={"format": "pt", "adapter": config, **metadata})
+    about = json.dumps({"config": asdict(adapter.config), **metadata})
+    save_file(tensors, file, metadata={"adapter": about})        # several have no fixed order
+    Path(file).chmod(0o644)

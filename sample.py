@@ -8,6 +8,7 @@ I target, R native reference, Q clean condition tokens.
 Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png
 """
 import argparse
+import io
 import os
 import re
 import time
@@ -26,8 +27,8 @@ import baselines
 import dit
 import mole
 import weights
-from data import (fitted, load_image, read_picture, read_rows, resize, row_paths, row_text,
-                  to_tensor)
+from data import (NAMES, checked_text, fitted, load_image, read_picture, read_rows, resize,
+                  row_paths, row_text, to_tensor)
 from dit import FluxTransformer, load_dit
 from mole import Routing
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer, load_clip, load_t5
@@ -71,6 +72,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", name):
+        raise ValueError(f"--device {name}: write auto, cpu, cuda, cuda:N or mps")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -285,16 +288,21 @@ def parse_size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT, as in 1024x768."""
     found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     width, height = map(int, found.groups()) if found else (1000, 750)
-    near = [max(16, round(side / 16) * 16) for side in (width, height)]
+    near = [min(max(16, round(side / 16) * 16), 8192) for side in (width, height)]
     if near != [width, height]:
-        raise ValueError(f"--size {text}: write it as WIDTHxHEIGHT, both positive multiples of 16, "
+        raise ValueError(f"--size {text}: write it as WIDTHxHEIGHT, multiples of 16 up to 8192, "
                          f"for example {near[0]}x{near[1]}")
     return width, height
 
 
 def is_picture(name: str | Path) -> bool:
-    """Whether Pillow knows how to write a file of this name."""
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
+    """Whether Pillow can write an RGB picture to a file of this name."""
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), kind or "")
+    except (OSError, KeyError, ValueError):
+        return False
+    return True
 
 
 def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
@@ -305,7 +313,11 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
     if not file.is_file():
         raise FileNotFoundError(f"--batch {file}: not found")
     jobs = []
+    known = {*NAMES["instruction"], *NAMES["images"], *NAMES["conds"], "seed", "out"}
     for where, row in read_rows(file):
+        if row.keys() - known:
+            raise ValueError(f"{where}: unknown entry {min(row.keys() - known)!r}; a line may hold "
+                             "instruction, images, conds, seed, out")
         name = row.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
         own_seed = row.get("seed", seed)
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
@@ -386,17 +398,17 @@ def plan(args: argparse.Namespace) -> list[Job]:
     """What is to be made; all that the user gave is checked before any weight is read."""
     if (args.instruction is None) == (args.batch is None):
         raise ValueError("give either --instruction TEXT or --batch FILE.jsonl")
-    if args.steps < 1 or args.num < 1:
-        raise ValueError(f"--steps {args.steps} --num {args.num}: both must be at least 1")
-    if not 0 <= args.guidance < float("inf"):
-        raise ValueError(f"--guidance {args.guidance}: must be a number from 0 up; 2.5 is usual")
+    if not 1 <= args.steps <= 10_000 or not 1 <= args.num <= 10_000:
+        raise ValueError(f"--steps {args.steps} --num {args.num}: both must be from 1 to 10,000")
+    if not 0 <= args.guidance <= 100:
+        raise ValueError(f"--guidance {args.guidance}: must be from 0 to 100; 2.5 is usual")
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
     out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
     if lora and (args.batch or args.adapter == "none" or lora.suffix != ".safetensors"
-                 or not lora.absolute().parent.is_dir()):
-        raise ValueError(f"--export-lora {lora}: needs one --instruction, an adapter, and a name "
-                         "that ends in .safetensors in a folder that exists")
+                 or lora.exists() or not lora.absolute().parent.is_dir()):
+        raise ValueError(f"--export-lora {lora}: needs one --instruction, an adapter, and a new "
+                         "name that ends in .safetensors in a folder that exists")
     if args.batch is not None:
         if args.image or args.cond or args.num > 1:
             raise ValueError("--batch: pictures and seeds stand in the file; "
@@ -407,6 +419,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
         return jobs
     if not args.instruction.strip():
         raise ValueError("--instruction is empty: say what to show, or what to change")
+    checked_text(args.instruction, "--instruction")
     for path in (*args.image, *args.cond):
         load_image(path)
     if not is_picture(out) or out.is_dir() or not out.parent.is_dir():
@@ -434,6 +447,9 @@ def main() -> None:
     args, start = parse(), time.time()
     size = parse_size(args.size) if args.size else None
     jobs = plan(args)
+    if args.batch and not jobs:
+        print(f"{args.batch}: nothing to make; all of it is in {args.out or 'out'} already")
+        return
     adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
     if args.export_lora:

@@ -149,17 +149,18 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
     file = out / "checkpoint.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        before = json.loads(state["settings"])
+        before = weights.parse_json(state["settings"], file)
+        adapted, optimized, step = state["adapter"], state["optimizer"], state["step"]
     except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
             pickle.UnpicklingError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); start anew") from None
+        raise ValueError(f"{file}: cannot be read ({error!r}); name another --out") from None
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         raise ValueError(f"--resume: {out} began with {changed[0]} = {before.get(changed[0])!r}, "
                          f"not {settings[changed[0]]!r}")
-    adapter.fill(state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    adapter.fill(adapted)
+    optimizer.load_state_dict(optimized)
+    return step
 
 
 def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
@@ -265,12 +266,14 @@ def main() -> None:
     for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if args.router_lr is not None and not 0 <= args.router_lr < float("inf"):
+        raise ValueError(f"--router-lr {args.router_lr}: must be a number from 0 up")
     if not 0 <= args.seed < 2 ** 31:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^31 - 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
     if not args.resume and any((args.out / name).exists() for name in
-                               ("log.jsonl", "checkpoint.pt", "adapter.safetensors")):
+                               ("checkpoint.pt", "adapter.safetensors")):
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))

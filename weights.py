@@ -11,6 +11,7 @@ Run: python weights.py tiny/model
 """
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -59,7 +60,9 @@ def fits(value: object, kind: type) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
     if kind is int:
         return type(value) is int and value >= 0         # True is no count
-    return type(value) in ((int, float) if kind is float else (kind,))
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
 
 
 def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool = False) -> Config:
@@ -194,12 +197,18 @@ def load_part(build: Callable[[Config], Model], config: type[Config], folder: st
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file that others may read too: safetensors writes for its owner alone."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+
+
 def save_tensors(tensors: dict[str, Tensor], config: dict, folder: Path, name: str,
                  dtype: torch.dtype) -> None:
     """Write one component, config.json and tensors, the way load_part reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
-    save_file(stored, folder / name, metadata={"format": "pt"})
+    write_tensors(stored, folder / name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -209,7 +218,7 @@ def save_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
                for name, pair in pairs.items() for part, t in zip("AB", pair)}
     aside = file.with_name(f".{file.name}.new")
     try:
-        save_file(tensors, aside, metadata={"format": "pt"})
+        write_tensors(tensors, aside)
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
@@ -310,6 +319,8 @@ def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         inner, width = found[query].shape
         ours |= {f"instruction.{name}": t for name, t in found.items()}
         heads = config.get("resampler_heads", 12)
+        if type(heads) is not int or heads < 1:
+            raise ValueError(f"{folder}: resampler_heads {heads!r} must be a whole number from 1")
         config |= {"resampler_width": width, "resampler_head_dim": inner // heads,
                    "resampler_depth": sum(name.endswith(".to_q.weight") for name in found)}
     return config, ours
@@ -320,11 +331,15 @@ def read_adapter(file: Path) -> tuple[dict, dict[str, Tensor]]:
     tensors, stored = read_tensors([file]), read_metadata(file).get("adapter")
     if stored is None:
         raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
-    return parse_json(stored, file), tensors
+    config = parse_json(stored, file).get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: its adapter configuration is no JSON object")
+    return config, tensors
 
 
 def write_research(file: Path, folder: Path) -> None:
     """Write an adapter of ours as the research code's files. Raises: ValueError."""
+    file = file / "adapter.safetensors" if file.is_dir() else file
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name another folder")
     c, tensors = read_adapter(file)
@@ -342,11 +357,11 @@ def write_research(file: Path, folder: Path) -> None:
         else:
             experts[name.replace("router.weight", "gate.weight")] = t
     config = json.dumps(to_research(c, file), indent=2)
-    aside = folder.with_name(folder.name + ".new")
+    aside = folder.with_name(f".{folder.name}.new")
+    aside.mkdir(parents=True)
     try:
-        aside.mkdir(parents=True)
         (aside / "train_config.json").write_text(config + "\n")
-        save_file(lora, aside / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+        write_tensors(lora, aside / "pytorch_lora_weights.safetensors")
         if experts:
             torch.save(experts, aside / "mole_experts.pt")
         if resampler:
@@ -370,14 +385,18 @@ def describe(path: Path) -> str:
         raise FileNotFoundError(f"{path}: not found")
     if (path / "train_config.json").is_file():
         return f"{path}: an adapter of the research code, {tally(read_research(path)[1])}"
-    parts = ([path / part for part in PARTS if (path / part / "config.json").is_file()]
-             if path.is_dir() else [path])
+    if (path / "adapter.safetensors").is_file():
+        path = path / "adapter.safetensors"
+    if path.is_file() or (path / "config.json").is_file():
+        return f"{path}: {tally(read_tensors(shards(path) if path.is_dir() else [path]))}"
+    parts = [path / part for part in PARTS if (path / part).is_dir()]
     if not parts:
-        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}) or safetensors file")
-    lines = []
-    for part in parts:
-        lines.append(f"{part}: {tally(read_tensors(shards(part) if part.is_dir() else [part]))}")
-    return "\n".join(lines)
+        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}), adapter or "
+                         "safetensors file")
+    lines = [f"{part}: {tally(read_tensors(shards(part)))}" if "tokenizer" not in part.name else
+             f"{part}: {len(list(part.iterdir()))} files" for part in parts]
+    missing = [part for part in PARTS if path / part not in parts]
+    return "\n".join(lines + [f"{path}: not whole, without {', '.join(missing)}"] * bool(missing))
 
 
 def main() -> None:
@@ -398,6 +417,14 @@ def run(command: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:                        # torch says so in many ways
+        if not re.search("out of memory|can't allocate|cannot allocate", str(error), re.I):
+            raise
+        print(f"error: not enough memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ but rounding; fp32 results of the same operations in the same order must be equa
 """
 import dataclasses
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -657,7 +658,7 @@ def test_save_and_load(tmp_path):
     model, adapter = adapted(token_targets=("single_transformer_blocks.1.proj_out",))
     mole.save(adapter, file, base="small")
     with safe_open(file, framework="pt") as opened:
-        assert opened.metadata()["base"] == "small"
+        assert json.loads(opened.metadata()["adapter"])["base"] == "small"
         assert not any("base" in name for name in opened.keys())             # no frozen weights
         assert all(opened.get_tensor(name).dtype == torch.float32 for name in opened.keys())
     other = dit.FluxTransformer(DIT)
@@ -704,11 +705,22 @@ def test_load_foreign_files(tmp_path):
     file = tmp_path / "foreign.safetensors"
     file.write_text("not a tensor in sight")
     refused(file)
-    for adapter in (None, "no json", "[1]", '"text"', "null", '{"colour": 3}', '{"top_k": 99}',
-                    '{"lora_targets": ["nowhere"]}', '{"rank": "eight"}'):
+    configs = ('{"colour": 3}', '{"top_k": 99}', '{"lora_targets": ["nowhere"]}', "3",
+               '{"rank": "eight"}', '{"alpha": NaN}', '{"resampler_heads": 0}')
+    for adapter in (None, "no json", "[1]", '"text"', "null", "{}",
+                    *(f'{{"config": {config}}}' for config in configs)):
         save_file({"some.weight": torch.zeros(2)}, file,
                   metadata={"adapter": adapter} if adapter else {"format": "pt"})
         refused(file)
+
+
+def test_an_adapter_is_saved_the_same_and_for_all_to_read(tmp_path):
+    _, adapter = adapted()
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for file in files:
+        mole.save(adapter, file, step="3", settings="{}")
+    assert len({file.read_bytes() for file in files}) == 1
+    assert files[0].stat().st_mode & 0o044 == 0o044
 
 
 def test_load_adapter_of_another_model(tmp_path):

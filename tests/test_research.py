@@ -186,7 +186,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, capsys
     ("train_config.json", b'{"moe_config": {"target_modules": 5}}', "train_config.json"),
     ("train_config.json", b'{"moe_config": {"num_experts": "x"}}', "experts"),
     ("train_config.json", b'{"moe_config": {"token_route_overrides_double": 3}}', "overrides"),
-    ("train_config.json", b"{}", "tensors")])
+    ("train_config.json", b'{"moe_config": {"target_modules": [], "resampler_heads": 0}}', "sizes"),
+    ("train_config.json", b"{}", "target")])
 def test_broken_folders_are_named(tmp_path, monkeypatch, capsys, file, content, words):
     folder = research_folder(tmp_path / "theirs", "igr")
     (folder / file).unlink()
@@ -205,6 +206,10 @@ def test_what_cannot_be_written(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists"):
         weights.write_research(file, tmp_path / "there")
+    (tmp_path / ".new.new").mkdir()                      # somebody's own: must survive
+    with pytest.raises(OSError, match="exists"):
+        weights.write_research(file, tmp_path / "new")
+    (tmp_path / ".new.new").rmdir()
     with pytest.raises(ValueError, match="configuration"):
         weights.write_research(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
     pipe = sample.load_pipeline(MODEL)

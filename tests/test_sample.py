@@ -163,6 +163,8 @@ def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
     code, printed, _ = command(monkeypatch, capsys, *arguments)
     assert (code == 0 and len(printed.splitlines()) == 1
             and (out / "0001.png").stat().st_mtime_ns == first)
+    code, printed, _ = command(monkeypatch, capsys, *arguments)
+    assert code == 0 and "nothing to make" in printed
 
 
 def wrong_model(path: Path, part: str, change) -> Path:
@@ -182,6 +184,12 @@ def wrong_model(path: Path, part: str, change) -> Path:
     (["--instruction", "a", "--size", "100x64"], "96x64"),
     (["--instruction", "a", "--size", "big"], "WIDTHxHEIGHT"),
     (["--instruction", "a", "--size", "0x64"], "--size"),
+    (["--instruction", "a", "--size", "1000000x1000000"], "8192x8192"),
+    (["--instruction", "a", "--steps", "1000000000000"], "--steps"),
+    (["--instruction", "a", "--num", "1000000000"], "--num"),
+    (["--instruction", "a", "--guidance", "1e38"], "--guidance"),
+    (["--instruction", "a\udcff"], "--instruction"),
+    (["--instruction", "a", "--device", "meta"], "--device"),
     (["--instruction", "a", "--steps", "0"], "--steps"),
     (["--instruction", "a", "--guidance", "nan"], "--guidance"),
     (["--instruction", "a", "--seed", "-1"], "--seed"),
@@ -202,7 +210,8 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
 
 
 @pytest.mark.parametrize("out, words", [
-    ("gone/out.png", "gone"), ("out", "picture file"), (".", "--out")])
+    ("gone/out.png", "gone"), ("out", "picture file"), (".", "--out"), ("o.xbm", "picture file"),
+    ("o.h5", "picture file")])
 def test_bad_outputs_are_found_before_the_work(tmp_path, monkeypatch, capsys, out, words):
     code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", tmp_path / out)
     assert code == 2 and words in err and not list(tmp_path.iterdir())
@@ -232,7 +241,10 @@ def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, wo
     ("{", "JSON"), ("[]", "instruction"), ('{"instruction": ""}', "instruction"),
     ('{"instruction": "a", "images": ["gone.png"]}', "gone.png"),
     ('{"instruction": "a", "out": "../x.png"}', "out"),
-    ('{"instruction": "a", "images": 3}', "images")])
+    ('{"instruction": "a", "images": 3}', "images"),
+    ('{"instruction": "a", "images": 0}', "images"),
+    ('{"instruction": "a", "imagse": "in.png"}', "imagse"),
+    ('{"instruction": "a\\ud800"}', "Unicode")])
 def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch, capsys, row,
                                                           words):
     (tmp_path / "jobs.jsonl").write_text('{"instruction": "a star"}\n' + row)

@@ -170,18 +170,11 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken")
     command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken", "--resume")
-    whole, broken = (mole_tensors(tmp_path / name / "adapter.safetensors")
-                     for name in ("whole", "broken"))
-    assert (whole.keys() == broken.keys()
-            and all(torch.equal(whole[name], broken[name]) for name in whole))
+    assert len({(tmp_path / name / "adapter.safetensors").read_bytes()
+                for name in ("whole", "broken")}) == 1
     steps = [json.loads(line)["step"]
              for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
-
-
-def mole_tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-    return load_file(file)
 
 
 def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
@@ -227,8 +220,14 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"top_k": 3}))
     refused("config")
     config.write_text((ROOT / "tiny/adapter.json").read_text())
-    for content in (b"", b"no checkpoint", (out / "checkpoint.pt").read_bytes()[:999]):
-        (out / "checkpoint.pt").write_bytes(content)
+    whole = torch.load(out / "checkpoint.pt", weights_only=True)
+    for content in (b"", b"no checkpoint", (out / "checkpoint.pt").read_bytes()[:999],
+                    {name: value for name, value in whole.items() if name != "optimizer"},
+                    whole | {"settings": "[]"}, [1]):
+        if isinstance(content, bytes):
+            (out / "checkpoint.pt").write_bytes(content)
+        else:
+            torch.save(content, out / "checkpoint.pt")
         refused("checkpoint.pt")
 
 

@@ -406,12 +406,16 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
     done = command(tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5 and "without tokenizer, tokenizer_2" in lines[4]
+    for part in ("tokenizer", "tokenizer_2"):
+        (tmp_path / part).mkdir()
+    assert "without" not in weights.describe(tmp_path)
     tensors = tensors_of("vae")
     expected = (f"{len(tensors)} tensors, "
                 f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")
     assert [line for line in lines if line.endswith(f"vae: {expected}")]
     assert weights.describe(tmp_path / "vae" / "model.safetensors").endswith(expected)
+    assert weights.describe(tmp_path / "vae").endswith(expected)             # one part alone
 
 
 @pytest.mark.parametrize("kind", ["missing path", "truncated file"])
@@ -431,6 +435,27 @@ def test_run_prints_messages_of_many_lines_as_one(capsys: pytest.CaptureFixture)
     with pytest.raises(SystemExit) as stop:
         weights.run(fail)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: one two\n"
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "not enough memory"),
+    (KeyboardInterrupt(), 130, "stopped")])
+def test_run_says_why_it_ends(capsys: pytest.CaptureFixture, error: BaseException, code: int,
+                              words: str) -> None:
+    def fail() -> None:
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        weights.run(fail)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_run_leaves_our_own_mistakes_alone() -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"):
+        weights.run(fail)
 
 
 def test_folder_without_parts_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ only; what else the tiny world holds is left for adapters. The autoencoder sees 
 
 Run: python -m tiny.pretrain
      python -m tiny.pretrain --vae-steps 2 --samples 300 --steps 2 --no-compile --out runs/m \
-         --work runs/w                                   # all stages in 25 seconds on two cores
+         --work runs/w                                   # all stages, in half a minute
 """
 import argparse
 import json

@@ -1,0 +1,192 @@
+"""What a MoLE layer costs, in time and memory, against the dense formula and the frozen linear.
+
+Dense: every expert's output is built, stacked, gathered and compared, as the equations read. All
+contestants take turns in one run; a time is the median over the rounds. Ratios travel between
+machines, seconds do not.
+
+    layer   one layer of the real size (in 15,360, out 3,072, E 8, k 4, r 32), 2,048 tokens, forward
+            and backward with the input's gradient, balance and orthogonality losses included
+    step    a training step of a middle-sized transformer (width 768, 4 + 8 blocks, 512 + 1,024
+            tokens) with the paper's adapter, against diffusers with peft's LoRA of the same rank on
+            the same layers and no experts at all
+
+Run: python bench/mole.py layer --rounds 3               # two minutes on two cores
+"""
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dit import DiTConfig, FluxTransformer               # noqa: E402
+from mole import Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, route    # noqa: E402
+
+
+class DenseMoLE(MoLELinear):
+    """The same layer, with every expert's output written out."""
+
+    def forward(self, x: Tensor) -> Tensor:              # (B, N, in) -> (B, N, out)
+        c, routing, scale = self.config, self.routings[-1], self.config.alpha / self.config.rank
+        p, w, kept = route(self.logits(routing.z), c.top_k)                  # (B, E)
+        Y = torch.stack([scale * (x @ A.to(x.dtype)) @ B.to(x.dtype) for A, B in zip(
+            self.experts_A.chunk(c.experts, 1), self.experts_B.chunk(c.experts, 0))])
+        chosen = w.topk(c.top_k).indices                 # (B, k);  Y (E, B, N, out)
+        rows = torch.arange(len(x))[:, None]             # (B, 1)
+        picked = Y.transpose(0, 1)[rows, chosen]         # (B, k, N, out)
+        out = self.base(x) + (w.gather(1, chosen)[..., None, None].to(x.dtype) * picked).sum(1)
+        if routing.losses:
+            flat = F.normalize(Y.float().flatten(1), dim=1)                  # (E, B N out)
+            cosine = flat @ flat.T
+            off = cosine - torch.diag(cosine.diagonal())
+            routing.balance = routing.balance + c.balance_weight * balance_loss(p, kept)
+            routing.orthogonality = (routing.orthogonality + c.orthogonality_weight
+                                     * off.square().sum() / (c.experts * (c.experts - 1)))
+        return out
+
+
+class Nothing(nn.Module):
+    """In place of the frozen linear, to measure the adapter's part alone."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.in_features, self.out_features = (
+            linear.weight, linear.in_features, linear.out_features)
+
+    def forward(self, x: Tensor) -> float:
+        return 0.0
+
+
+def in_turns(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each; they run one after the other in every round, the first is a trial."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(found[1:])[len(found[1:]) // 2] for name, found in times.items()}
+
+
+def saved_for_backward(run: Callable[[], Tensor], known: list[Tensor]) -> int:
+    """Bytes that a forward keeps for backward beyond its input, its output and the weights."""
+    storages = {}
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    for tensor in (*known, out):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def bench_layer(dtype: torch.dtype, rounds: int, tokens: int = 2048, inner: int = 15_360,
+                outer: int = 3072) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(inner, outer).to(dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, inner, dtype=dtype, requires_grad=True)
+    grad, z = torch.randn(1, tokens, outer, dtype=dtype), torch.randn(1, 768)
+    routings: list[Routing] = []
+    layers = {}
+    for name, kind, linear in (("MoLE", MoLELinear, base), ("dense MoLE", DenseMoLE, base),
+                               ("MoLE alone", MoLELinear, Nothing(base)),
+                               ("dense MoLE alone", DenseMoLE, Nothing(base))):
+        torch.manual_seed(1)
+        layer = layers[name] = kind(linear, AdapterConfig(), name, 768, routings).eval()
+        nn.init.normal_(layer.experts_B, std=0.01)       # as after some training
+
+    def step(layer: nn.Module) -> None:
+        routings[:] = [Routing(z, losses=True)]
+        out = layer(x)
+        loss = routings[-1].balance + routings[-1].orthogonality
+        if loss.requires_grad:
+            torch.autograd.backward([out, loss], [grad, torch.ones_like(loss)])
+        else:
+            out.backward(grad)
+        x.grad = None
+
+    seconds = in_turns({"frozen linear": lambda: step(base)}
+                       | {name: lambda layer=layer: step(layer) for name, layer in layers.items()},
+                       rounds)
+    memory = {}
+    for name in ("MoLE alone", "dense MoLE alone"):
+        routings[:] = [Routing(z, losses=True)]
+        memory[name] = saved_for_backward(lambda: layers[name](x),
+                                          [x, *layers[name].parameters()])
+    kind = str(dtype).removeprefix("torch.")
+    for name, value in seconds.items():
+        print(f"{kind:9} {name:18} {1000 * value:8.0f} ms")
+    def ratio(what: str, values: dict[str, float], above: str, below: str) -> None:
+        print(f"{kind:9} {what:33} {values[above] / values[below]:6.2f}", flush=True)
+    ratio("MoLE / frozen linear", seconds, "MoLE", "frozen linear")
+    ratio("adapter alone, dense / ours", seconds, "dense MoLE alone", "MoLE alone")
+    ratio("saved for backward, dense / ours", memory, "dense MoLE alone", "MoLE alone")
+    print(f"{kind:9} saved for backward by ours        {memory['MoLE alone'] / 1e6:6.2f} MB")
+
+
+def bench_step(dtype: torch.dtype, rounds: int) -> None:
+    from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig
+    shape = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 6,
+             "attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+             "guidance_embeds": True, "in_channels": 64, "axes_dims_rope": (16, 56, 56)}
+    c, T, I = AdapterConfig(), 512, 1024
+    torch.manual_seed(0)
+    img, txt, pooled = torch.randn(1, I, 64), torch.randn(1, T, 4096), torch.randn(1, 768)
+    ids, t, guidance = torch.zeros(I, 3), torch.tensor([0.5]), torch.tensor([1.0])
+    ids[:, 1], ids[:, 2] = torch.arange(I) // 32, torch.arange(I) % 32
+    img, txt, pooled = (tensor.to(dtype) for tensor in (img, txt, pooled))
+
+    def ours(kind: type[MoLELinear]) -> Callable[[], None]:
+        model = FluxTransformer(DiTConfig(**shape)).to(dtype)
+        adapter = Adapter(model, c, 4096, 768, kinds={"instruction": kind}).train()
+        optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4)
+        def step() -> None:
+            with adapter.serve(txt, pooled, losses=True) as routing:
+                v = model(img, txt, pooled, t, guidance, ids)
+            (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    def theirs() -> Callable[[], None]:
+        model = FluxTransformer2DModel(**shape).to(dtype).requires_grad_(False)
+        singles = [f"single_transformer_blocks.{i}.proj_mlp" for i in range(8)]
+        targets = [name for name in c.lora_targets if not name.startswith("single")]
+        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha,
+                                     target_modules=targets + singles))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        def step() -> None:
+            v = model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled,
+                      timestep=t.to(dtype), guidance=guidance.to(dtype), img_ids=ids,
+                      txt_ids=torch.zeros(T, 3), return_dict=False)[0]
+            v.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return step
+
+    names = {"MoLE": ours(MoLELinear), "dense MoLE": ours(DenseMoLE), "diffusers, LoRA": theirs()}
+    seconds = in_turns(names, rounds)
+    for name, value in seconds.items():
+        print(f"{name:18} {value:8.2f} s a step, {value / seconds['MoLE']:.2f} of ours", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["layer", "step"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
+    args = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name in args.dtype or ["bfloat16", "float32"]:
+        (bench_layer if args.what == "layer" else bench_step)(getattr(torch, name), args.rounds)
+
+
+if __name__ == "__main__":
+    main()
