@@ -247,7 +247,7 @@ class Adapter(nn.Module):
         c = self.config = config
         if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank, c.resampler_width,
                                                 c.resampler_heads, c.resampler_head_dim) < 1:
-            raise ValueError(f"ranks and the resampler's sizes must be at least 1, "
+            raise ValueError("ranks and the resampler's sizes must be at least 1, "
                              f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
         if not (c.lora_targets or c.mole_targets or c.token_targets):
             raise ValueError("an adapter needs a target: lora_targets, mole_targets, token_targets")

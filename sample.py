@@ -197,14 +197,19 @@ def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) ->
                       for seed in seeds])
 
 
+def council(pipe: Pipeline, given: Given) -> tuple[dict[str, tuple[Tensor, Tensor]], Routing]:
+    """The adapter as the plain LoRA that it is for one instruction: layer name -> A, B."""
+    with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
+        return pipe.adapter.plain(routing), routing
+
+
 @contextmanager
 def merged(pipe: Pipeline, given: Given) -> Iterator[Routing]:
     """Within the `with` the transformer's weights are W + B A for this one instruction.
 
     The adapter then costs nothing per step. Afterwards all is as before, bit for bit.
     """
-    with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
-        pairs = pipe.adapter.plain(routing)
+    pairs, routing = council(pipe, given)
     layers = {name: pipe.dit.get_submodule(name) for name in pairs}
     kept = {name: layer.base.weight.data for name, layer in layers.items()}
     try:
@@ -434,9 +439,7 @@ def export_lora(pipe: Pipeline, instruction: str, file: Path) -> None:
     """Write the adapter as the plain LoRA that it is for one instruction."""
     if pipe.adapter is None:
         raise ValueError(f"--export-lora {file}: there is no adapter; name one with --adapter")
-    given = condition(pipe, [instruction], [], [])
-    with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
-        pairs = pipe.adapter.plain(routing)
+    pairs, routing = council(pipe, condition(pipe, [instruction], [], []))
     weights.save_lora(pairs, file)
     ranks = [len(A) for A, _ in pairs.values()]
     print(f"{file}: a plain LoRA on {len(pairs)} layers, of rank {min(ranks)} to {max(ranks)}"

@@ -265,6 +265,11 @@ def to_research(c: dict, where: str | Path) -> dict:
         raise ValueError(f"{where}: routing {c['routing']!r} has no form in the research code")
     theirs = {"lora_config": {"r": c["lora_rank"], "lora_alpha": c["lora_alpha"],
                               "init_lora_weights": "gaussian", "target_modules": c["lora_targets"]}}
+    strange = [target for target in c["token_targets"]
+               if not re.match(rf"({'|'.join(BLOCKS.values())})\.(\d+|\*)\.", target)]
+    if strange or (c["token_targets"] and not c["mole_targets"]):
+        raise ValueError(f"{where}: token_targets {c['token_targets']} have no form in the "
+                         "research code, which names blocks of its target_modules")
     if not c["mole_targets"]:
         return theirs
     theirs["moe_config"] = {"mole_expert": "LoRAMoE", "dropout": 0.0, "routing_policy": "default",

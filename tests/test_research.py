@@ -215,6 +215,9 @@ def test_what_cannot_be_written(tmp_path):
     pipe = sample.load_pipeline(MODEL)
     c = train.adapter_config("race", ROOT / "tiny/adapter.json")
     mole.save(mole.Adapter(pipe.dit, c, 128, 128, kinds=baselines.KINDS), tmp_path / "race.st")
+    for name in ("ff.net.2", "transformer_blocks.ff.net.2"):             # no form over there
+        with pytest.raises(ValueError, match="token_targets"):
+            weights.to_research(vars(mole.AdapterConfig(token_targets=(name,))), "p")
     with pytest.raises(ValueError, match="race"):
         weights.write_research(tmp_path / "race.st", tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["race.st", "there"]
