@@ -13,6 +13,7 @@ Run: python data.py        # writes one sample of every task to tiny_world.png
 """
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -71,7 +72,8 @@ def load_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture")
     try:
-        with Image.open(path) as opened:
+        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+        with quiet, Image.open(path) as opened:          # large photographs are welcome
             image = ImageOps.exif_transpose(opened)
             image.load()
     except (OSError, SyntaxError, ValueError, RuntimeError,
@@ -112,6 +114,7 @@ FIGURES = ("person", "robot", "wizard")                  # round, square and poi
 CELLS = ("top left", "top", "top right", "left", "center", "right",
          "bottom left", "bottom", "bottom right")
 SMALL, BIG = 9, 13                                       # radii; big neighbours overlap
+SHARE_BIG = 0.25                                         # of what a base model is trained on
 POSES = tuple((left, right, legs) for left in (60, 0, -60) for right in (60, 0, -60)
               for legs in (12, 35))                      # arms: degrees up; legs: degrees apart
 BONES = ("red", "yellow", "green", "blue", "purple", "white")
@@ -368,7 +371,8 @@ def card(rng: np.random.Generator, thing: Thing) -> np.ndarray:
 
 
 def describe(scene: Scene, places: bool = True) -> str:
-    parts = [f"a {thing}" + f" in the {CELLS[thing.cell]}" * places for thing in scene.things]
+    parts = [f"a {'big ' * (thing.radius == BIG)}{thing} in the {CELLS[thing.cell]}" if places else
+             f"a {thing}" for thing in scene.things]
     return " and ".join(parts)
 
 
@@ -381,10 +385,12 @@ def words(rng: np.random.Generator, task: str, held_out: bool, **slots: str) -> 
     return text + "." * int(rng.random() < .3)
 
 
-def edited(rng: np.random.Generator, task: str) -> tuple[Scene, Scene, dict[str, str]]:
+def edited(rng: np.random.Generator, task: str,
+           radius: int = SMALL) -> tuple[Scene, Scene, dict[str, str]]:
     """Before, after, and the words' slots of one random edit."""
-    count = 2 if task == "remove" else 1 if task == "add" else int(rng.integers(1, 3))
-    before = random_scene(rng, count)
+    alone = task == "add" or (task == "move" and radius == BIG)  # which lies in front must show
+    count = 2 if task == "remove" else 1 if alone else int(rng.integers(1, 3))
+    before = random_scene(rng, count, radius)
     things, ground = list(before.things), before.background
     i = int(rng.integers(count))
     if task == "background":
@@ -405,7 +411,7 @@ def edited(rng: np.random.Generator, task: str) -> tuple[Scene, Scene, dict[str,
         del things[i]
     elif task == "add":
         while len(things) < 2:
-            new = random_scene(rng, 1).things[0]
+            new = random_scene(rng, 1, radius).things[0]
             if new.colour != ground and new.cell != things[0].cell and str(new) != str(things[0]):
                 things.append(new)
         slots = {"a": str(things[1]), "place": CELLS[things[1].cell]}
@@ -427,7 +433,8 @@ def tiny_sample(rng: np.random.Generator, task: str, held_out: bool = False) -> 
 
 
 def edit_sample(rng: np.random.Generator, task: str, held_out: bool) -> Sample | None:
-    before, after, slots = edited(rng, task)
+    big = not held_out and rng.random() < SHARE_BIG
+    before, after, slots = edited(rng, task, BIG if big else SMALL)
     distinct = len({str(thing) for thing in after.things}) == len(after.things)
     if not distinct or before.held_out() != held_out or after.held_out() != held_out:
         return None
@@ -442,7 +449,8 @@ def new_sample(rng: np.random.Generator, task: str, held_out: bool) -> Sample | 
     if task == "pose" or (task == "t2i" and not held_out and rng.random() < .1):
         scene = random_figure(rng)                       # a base model has seen people, in any pose
     else:
-        big = kind in ("depth", "depth map")
+        big = kind in ("depth", "depth map") or (
+            task == "t2i" and not held_out and rng.random() < SHARE_BIG)
         scene = random_scene(rng, things, BIG if big else SMALL,
                              new_shapes=task in ("canny", "depth", "mixed"))
     if scene.held_out() != held_out or (task == "fill" and scene.background == "black"):
@@ -493,12 +501,16 @@ def neighbours(scene: Scene) -> Iterator[Scene]:
 
 
 class TinyWorld:
-    """Endless samples of the tiny world, for training. `tasks` may restrict it, e.g. BASE_TASKS."""
+    """Endless samples of the tiny world, for training. `tasks` may restrict it, e.g. BASE_TASKS.
+
+    A group is as likely as its tasks are together; an edit, which the base knows, counts half.
+    """
 
     def __init__(self, tasks: tuple[str, ...] = BASE_TASKS + NEW_TASKS):
         self.groups = [group for tasks_of in GROUPS
                        if (group := [t for t in tasks_of if t in tasks])]
-        sizes = np.array([len(group) for group in self.groups])
+        sizes = np.array([sum(.5 if task in EDITS else 1 for task in group)
+                          for group in self.groups])
         self.chances = sizes / sizes.sum()
 
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]:

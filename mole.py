@@ -152,6 +152,21 @@ class Routing:
     weights: dict[str, Tensor] = field(default_factory=dict)     # layer -> its last w, (..., E)
 
 
+class Product(torch.autograd.Function):
+    """x @ W in x's type. Keeps the fp32 W for the backward pass, not a copy of it in that type."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor) -> Tensor:    # (..., in), (in, out) -> (..., out)
+        ctx.save_for_backward(x, W)
+        return x @ W.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, W = ctx.saved_tensors                         # autocast may have made grad narrower
+        own = x.flatten(0, -2).to(grad.dtype).T @ grad.flatten(0, -2)
+        return (grad @ W.to(grad.dtype).T).to(x.dtype), own.to(W.dtype)
+
+
 class LoRALinear(nn.Module):
     """y = W x + b + s B (A x)."""
 
@@ -163,8 +178,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
-        low = F.linear(x, self.lora_A.to(x.dtype))       # (..., r)
-        return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        low = Product.apply(x, self.lora_A.T)            # (..., r)
+        return self.base(x) + self.scale * Product.apply(low, self.lora_B.T)
 
     def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), s within B."""
@@ -207,14 +222,14 @@ class MoLELinear(nn.Module):
         routing.weights[self.name] = w.detach()
         if w.dim() < x.dim():
             w = w[:, None]                               # (B, 1, E): one council for all tokens
-        H = x @ self.experts_A.to(x.dtype)               # (..., E r)
+        H = Product.apply(x, self.experts_A)             # (..., E r)
         if routing.losses:
             routing.balance = routing.balance + loss
         if routing.losses and self.orthogonal:
             routing.orthogonality = routing.orthogonality + c.orthogonality_weight * (
                 orthogonality_loss(H, self.experts_B, c.experts, scale))
         mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)
-        return self.base(x) + mixed @ self.experts_B.to(x.dtype)
+        return self.base(x) + Product.apply(mixed, self.experts_B)
 
     def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """The council of one instruction is a LoRA: A (k r, in), B (out, k r), s w_e within B."""

@@ -11,10 +11,12 @@ import argparse
 import io
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +288,7 @@ class Job:
     instruction: str
     images: list[Path]
     conds: list[Path]
+    task: str                                            # a name for a group of instructions
     outs: list[tuple[int, Path]]                         # seed, file
 
 
@@ -311,18 +314,18 @@ def is_picture(name: str | Path) -> bool:
 
 
 def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
-    """Jobs of a .jsonl file: instruction, optionally images, conds (paths), seed, out (file name).
+    """Jobs of a .jsonl file: instruction, optionally images, conds (paths), task, seed, out (name).
 
-    Everything is checked before anything is made; what is in the folder already is skipped.
+    Everything is checked before anything is made; what is in the folder already is left out.
     """
     if not file.is_file():
         raise FileNotFoundError(f"--batch {file}: not found")
-    jobs = []
-    known = {*NAMES["instruction"], *NAMES["images"], *NAMES["conds"], "seed", "out"}
+    jobs, names = [], set()
+    known = {*NAMES["instruction"], *NAMES["images"], *NAMES["conds"], "task", "seed", "out"}
     for where, row in read_rows(file):
         if row.keys() - known:
             raise ValueError(f"{where}: unknown entry {min(row.keys() - known)!r}; a line may hold "
-                             "instruction, images, conds, seed, out")
+                             "instruction, images, conds, task, seed, out")
         name = row.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
         own_seed = row.get("seed", seed)
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
@@ -333,12 +336,15 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
                          for key in ("images", "conds"))
         for path in (*images, *conds):
             read_picture(path, where)
+        if name in names:
+            raise ValueError(f"{where}: a line before it has the same \"out\", {name}")
+        names.add(name)
         jobs.append(Job(row_text(row, "instruction", where), images, conds,
-                        [(own_seed, folder / name)]))
-    files = [job.outs[0][1] for job in jobs]
-    if len(set(files)) < len(files):
-        raise ValueError(f"{file}: two lines have the same \"out\"")
-    return [job for job, out in zip(jobs, files) if not out.exists()]
+                        str(row.get("task", "")),
+                        [] if (folder / name).exists() else [(own_seed, folder / name)]))
+    if not jobs:
+        raise ValueError(f"{file}: holds no rows")
+    return jobs
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
@@ -360,6 +366,49 @@ def experts_line(chosen: dict[str, Tensor]) -> str:
     top = mean.argsort(descending=True)[:4].tolist()
     return (f"; experts (mean weight over {len(routed)} layers) "
             + ", ".join(f"{e}: {mean[e]:.2f}" for e in top))
+
+
+def expert_use(pipe: Pipeline, instructions: list[str]) -> dict[str, Tensor]:
+    """Mean weight of each expert, (E,), in each layer that instructions route, by its name."""
+    given = condition(pipe, instructions, [], [])
+    with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
+        return {layer.name: layer.weigh(routing.z, routing)[0].mean(0)
+                for layer in pipe.adapter.layers.values()
+                if isinstance(layer, mole.MoLELinear) and not layer.by_token}
+
+
+def draw_routing(use: dict[str, dict[str, Tensor]]) -> np.ndarray:
+    """Heat map of expert_use() by task: a panel each, layers down, experts across.
+
+    -> (height, width, 3) uint8. Needs matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    layers = list(next(iter(use.values())))
+    figure = Figure((3.5 + 2 * len(use), 1.5 + 0.2 * len(layers)), layout="constrained")
+    panels = figure.subplots(1, len(use), sharey=True, squeeze=False)[0]
+    for panel, (task, found) in zip(panels, use.items()):
+        w = torch.stack(list(found.values())).cpu().numpy()                  # (layers, E)
+        image = panel.imshow(w, vmin=0, vmax=1, aspect="auto")
+        panel.set(title=task, xlabel="expert")
+    panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
+    figure.colorbar(image, ax=panels, label="mean weight")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def show_routing(pipe: Pipeline, jobs: list[Job], file: Path) -> None:
+    """Draw which experts each layer chose, by the jobs' tasks. Raises: ValueError if none did."""
+    tasks: dict[str, list[str]] = {}
+    for job in jobs:
+        tasks.setdefault(job.task, []).append(job.instruction)
+    use = {} if pipe.adapter is None else {task: expert_use(pipe, texts)
+                                           for task, texts in tasks.items()}
+    if not any(use.values()):
+        raise ValueError(f"--routing {file}: no layer here is routed by the instruction")
+    save_picture(draw_routing(use), file)
+    print(f"{file}: the experts that {len(jobs)} instruction{'s'[:len(jobs) - 1]} chose")
 
 
 def choose_adapter(name: str | None, model: Path) -> Path | None:
@@ -393,6 +442,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
                         help="write the adapter, as this instruction routes it, as a plain LoRA; "
                         "a picture too only with --out")
+    parser.add_argument("--routing", type=Path, metavar="PICTURE",
+                        help="draw which experts each layer chose, for --instruction or, by task, "
+                        "for a --batch; pictures too only with --out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "bfloat16", "float16"])
@@ -414,6 +466,13 @@ def plan(args: argparse.Namespace) -> list[Job]:
                  or lora.exists() or not lora.absolute().parent.is_dir()):
         raise ValueError(f"--export-lora {lora}: needs one --instruction, an adapter, and a new "
                          "name that ends in .safetensors in a folder that exists")
+    if args.routing and not (find_spec("matplotlib") and is_picture(args.routing)
+                             and args.routing.absolute().parent.is_dir()):
+        raise ValueError(f"--routing {args.routing}: needs matplotlib (pip install matplotlib) and "
+                         "a picture's name in a folder that exists")
+    make = args.out is not None or not (lora or args.routing)
+    if args.num > 1 and not make:
+        raise ValueError(f"--num {args.num}: without --out no picture is made")
     if args.batch is not None:
         if args.image or args.cond or args.num > 1:
             raise ValueError("--batch: pictures and seeds stand in the file; "
@@ -421,7 +480,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
         jobs = read_batch(args.batch, out, args.seed)
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: with --batch this must be a folder")
-        return jobs
+        return jobs if make else [replace(job, outs=[]) for job in jobs]
     if not args.instruction.strip():
         raise ValueError("--instruction is empty: say what to show, or what to change")
     checked_text(args.instruction, "--instruction")
@@ -431,8 +490,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--out {out}: name a picture file, for example out.png, "
                          "in a folder that exists")
     outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
-    return [Job(args.instruction, args.image, args.cond,
-                [] if lora and args.out is None else list(enumerate(outs, args.seed)))]
+    return [Job(args.instruction, args.image, args.cond, "",
+                list(enumerate(outs, args.seed)) if make else [])]
 
 
 def export_lora(pipe: Pipeline, instruction: str, file: Path) -> None:
@@ -450,14 +509,21 @@ def main() -> None:
     args, start = parse(), time.time()
     size = parse_size(args.size) if args.size else None
     jobs = plan(args)
-    if args.batch and not jobs:
+    if args.batch and not args.routing and not any(job.outs for job in jobs):
         print(f"{args.batch}: nothing to make; all of it is in {args.out or 'out'} already")
         return
     adapter = choose_adapter(args.adapter, args.model)
     pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
     if args.export_lora:
         export_lora(pipe, args.instruction, args.export_lora)
+    if args.routing:
+        show_routing(pipe, jobs, args.routing)
     for job in jobs:
+        if not job.outs:
+            continue
+        if pipe.t5_tokens.cuts(job.instruction):
+            print(f"note: the model reads {pipe.t5_tokens.length} tokens of text; the end of this "
+                  f"instruction is lost: {job.instruction}", file=sys.stderr)
         images, conds = ([load_image(path) for path in paths] for paths in (job.images, job.conds))
         width, height = output_size(pipe, images, size)
         given = condition(pipe, [job.instruction], *prepare(pipe, images, conds, (width, height)))

@@ -9,6 +9,8 @@ machines, seconds do not.
     step    a training step of a middle-sized transformer (width 768, 4 + 8 blocks, 512 + 1,024
             tokens) with the paper's adapter, against diffusers with peft's LoRA of the same rank on
             the same layers and no experts at all
+    sample  a sampling step of the same transformer: alone, with the adapter merged for one
+            instruction, and with the adapter beside the weights
 
 Run: python bench/mole.py layer --rounds 3               # two minutes on two cores
 """
@@ -16,15 +18,18 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dit import DiTConfig, FluxTransformer               # noqa: E402
+from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
 from mole import Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, route    # noqa: E402
+from sample import merged                                # noqa: E402
 
 
 class DenseMoLE(MoLELinear):
@@ -129,21 +134,26 @@ def bench_layer(dtype: torch.dtype, rounds: int, tokens: int = 2048, inner: int 
     print(f"{kind:9} saved for backward by ours        {memory['MoLE alone'] / 1e6:6.2f} MB")
 
 
+SHAPE = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 6,
+         "attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+         "guidance_embeds": True, "in_channels": 64, "axes_dims_rope": (16, 56, 56)}
+
+
+def middle_sized(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """img, txt, pooled, t, guidance, img_ids for a transformer of SHAPE: 512 + 1,024 tokens."""
+    torch.manual_seed(0)
+    img, txt, pooled = torch.randn(1, 1024, 64), torch.randn(1, 512, 4096), torch.randn(1, 768)
+    return (img.to(dtype), txt.to(dtype), pooled.to(dtype), torch.tensor([0.5]),
+            torch.tensor([1.0]), position_ids(64, 64))
+
+
 def bench_step(dtype: torch.dtype, rounds: int) -> None:
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig
-    shape = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 6,
-             "attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
-             "guidance_embeds": True, "in_channels": 64, "axes_dims_rope": (16, 56, 56)}
-    c, T, I = AdapterConfig(), 512, 1024
-    torch.manual_seed(0)
-    img, txt, pooled = torch.randn(1, I, 64), torch.randn(1, T, 4096), torch.randn(1, 768)
-    ids, t, guidance = torch.zeros(I, 3), torch.tensor([0.5]), torch.tensor([1.0])
-    ids[:, 1], ids[:, 2] = torch.arange(I) // 32, torch.arange(I) % 32
-    img, txt, pooled = (tensor.to(dtype) for tensor in (img, txt, pooled))
+    c, (img, txt, pooled, t, guidance, ids) = AdapterConfig(), middle_sized(dtype)
 
     def ours(kind: type[MoLELinear]) -> Callable[[], None]:
-        model = FluxTransformer(DiTConfig(**shape)).to(dtype)
+        model = FluxTransformer(DiTConfig(**SHAPE)).to(dtype)
         adapter = Adapter(model, c, 4096, 768, kinds={"instruction": kind}).train()
         optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4)
         def step() -> None:
@@ -155,7 +165,7 @@ def bench_step(dtype: torch.dtype, rounds: int) -> None:
         return step
 
     def theirs() -> Callable[[], None]:
-        model = FluxTransformer2DModel(**shape).to(dtype).requires_grad_(False)
+        model = FluxTransformer2DModel(**SHAPE).to(dtype).requires_grad_(False)
         singles = [f"single_transformer_blocks.{i}.proj_mlp" for i in range(8)]
         targets = [name for name in c.lora_targets if not name.startswith("single")]
         model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha,
@@ -165,7 +175,7 @@ def bench_step(dtype: torch.dtype, rounds: int) -> None:
         def step() -> None:
             v = model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled,
                       timestep=t.to(dtype), guidance=guidance.to(dtype), img_ids=ids,
-                      txt_ids=torch.zeros(T, 3), return_dict=False)[0]
+                      txt_ids=torch.zeros(512, 3), return_dict=False)[0]
             v.float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -177,15 +187,39 @@ def bench_step(dtype: torch.dtype, rounds: int) -> None:
         print(f"{name:18} {value:8.2f} s a step, {value / seconds['MoLE']:.2f} of ours", flush=True)
 
 
+def bench_sample(dtype: torch.dtype, rounds: int) -> None:
+    img, txt, pooled, t, guidance, ids = middle_sized(dtype)
+    names = ("base", "adapter merged", "adapter beside")
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        models = {}
+        for name in names:
+            torch.manual_seed(0)
+            model = models[name] = FluxTransformer(DiTConfig(**SHAPE)).to(dtype).eval()
+            if name != "base":
+                adapter = Adapter(model, AdapterConfig(), 4096, 768).eval()
+                pipe = SimpleNamespace(dit=model, adapter=adapter)
+                given = SimpleNamespace(txt=txt, pooled=pooled)
+                stack.enter_context(merged(pipe, given) if name == "adapter merged" else
+                                    adapter.serve(txt, pooled))
+        seconds = in_turns({name: lambda model=model: model(img, txt, pooled, t, guidance, ids)
+                            for name, model in models.items()}, rounds)
+    for name, value in seconds.items():
+        print(f"{name:18} {value:8.3f} s a step, {value / seconds['base']:.3f} of the base's")
+
+
+BENCHES = {"layer": bench_layer, "step": bench_step, "sample": bench_sample}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["layer", "step"])
+    parser.add_argument("what", choices=list(BENCHES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in args.dtype or ["bfloat16", "float32"]:
-        (bench_layer if args.what == "layer" else bench_step)(getattr(torch, name), args.rounds)
+        BENCHES[args.what](getattr(torch, name), args.rounds)
 
 
 if __name__ == "__main__":

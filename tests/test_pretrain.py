@@ -3,7 +3,6 @@ import sys
 
 import pytest
 
-import dit
 import sample
 from tiny import pretrain
 
@@ -11,7 +10,6 @@ STAGES = ["--vae-steps", "2", "--samples", "300", "--no-compile"]
 
 
 def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(dit, "attend", dit.attend)       # the stage exchanges it; put back later
     def run(*arguments: str) -> None:
         paths = ["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *STAGES, *paths, *arguments])

@@ -167,6 +167,54 @@ def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
     assert code == 0 and "nothing to make" in printed
 
 
+def test_the_use_of_experts_is_what_sampling_reports(adapted):
+    texts, noise = ["a red star in the top", "make the circle blue"], seeded_noise([0], (64, 64))
+    chosen = [made(adapted, [text], [], [], noise, steps=1)[1] for text in texts]
+    use = sample.expert_use(adapted, texts)
+    assert use.keys() == chosen[0].keys()
+    for name, mean in use.items():                       # rounding differs between batches
+        assert torch.allclose(mean, (chosen[0][name][0] + chosen[1][name][0]) / 2, atol=1e-5)
+
+
+def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch, capsys):
+    """Cells have the colours of their weights; every task has a panel."""
+    layers = [f"layer {i}" for i in range(3)]
+    use = {task: {name: torch.eye(3)[i] for i, name in enumerate(order)}
+           for task, order in (("one", layers), ("two", layers))}
+    one, both = (sample.draw_routing({task: use[task] for task in tasks})
+                 for tasks in (["one"], ["one", "two"]))
+    bright, dark = ([253, 231, 36], [68, 1, 84])         # 1 and 0 in matplotlib's colour map
+    share = [(one == colour).all(-1).sum() for colour in (bright, dark)]
+    assert 0.4 < share[0] / share[1] < 0.6               # three cells of nine hold 1
+    assert both.shape[1] > one.shape[1]
+
+    rows = [{"instruction": "a star", "task": "t2i"}, {"instruction": "make it red", "task": "edit"}]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    adapter = ("--adapter", ROOT / "tiny/adapter.safetensors")
+    for what in (("--batch", "jobs.jsonl"), ("--instruction", "a star")):
+        code, printed, _ = command(monkeypatch, capsys, *what, *adapter, "--routing", "map.png")
+        assert code == 0 and len(printed.splitlines()) == 1 and "map.png" in printed
+        assert {p.name for p in tmp_path.iterdir()} == {"jobs.jsonl", "map.png"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--routing", "map.txt"], "picture"), (["--routing", "gone/map.png"], "folder"),
+    (["--routing", "map.png", "--adapter", "none"], "no layer")])
+def test_routing_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a", *arguments)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_cut_is_told(tmp_path, monkeypatch, capsys):
+    for text, told in (("a star", False), ("a star " * 20, True)):
+        code, _, err = command(monkeypatch, capsys, "--instruction", text, "--steps", 1,
+                               "--out", tmp_path / "a.png")
+        assert code == 0 and ("28 tokens" in err) == told
+
+
 def wrong_model(path: Path, part: str, change) -> Path:
     """A copy of the embedded model with one file changed."""
     import shutil

@@ -32,7 +32,7 @@ from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5En
                           clip_bpe)
 from vae import AutoEncoder, VAEConfig, load_vae
 
-NAMES = [*data.SHAPES, *data.FIGURES, *data.COLOURS]     # what a thing may be called
+NAMES = [*data.SHAPES, *data.FIGURES, *data.COLOURS, "big"]  # what a thing may be called
 LENGTH = 28                                              # tokens; the longest instruction has 25
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64, 64],
@@ -340,16 +340,10 @@ def reading_loss(model: nn.ModuleDict, tokens: T5Tokenizer, rng: np.random.Gener
     wanted = torch.zeros(number, len(data.CELLS), len(NAMES))
     for row, sample in zip(wanted, samples):
         for thing in sample.scene.things:
-            row[thing.cell, [NAMES.index(thing.shape), NAMES.index(thing.colour)]] = 1
+            names = [thing.shape, thing.colour] + ["big"] * (thing.radius == data.BIG)
+            row[thing.cell, [NAMES.index(name) for name in names]] = 1
     read = model["reader"](model["t5"](tokens([s.instruction for s in samples])))
     return len(NAMES) * F.binary_cross_entropy_with_logits(read, wanted)
-
-
-def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """dit.attend to train in bf16 on a CPU, where attention's bf16 backward is ten times slower."""
-    out = F.scaled_dot_product_attention(dit.rotate(q.float(), pe[:, :q.shape[2]]),
-                                         dit.rotate(k.float(), pe), v.float())
-    return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
 def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -395,7 +389,6 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     if state["step"]:
         optimizer.load_state_dict(state["optimizer"])
     model["dit"].bfloat16()
-    dit.attend = attend_in_fp32
     for block in (*model["dit"].transformer_blocks, *model["dit"].single_transformer_blocks):
         if compiled:
             block.compile(dynamic=False)
@@ -407,7 +400,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     for step in bar:
         rng = np.random.default_rng([4, step])
         generator = torch.Generator().manual_seed(step * workers + rank)
-        group = ("t2i", "edit")[step % 2]
+        group = ("t2i", "edit", "t2i", "edit", "edit")[step % 5]
         rows = torch.from_numpy(rng.choice(len(groups[group]["t5"]), batch_size))[rank::workers]
         loss = flow_loss(model, {name: t[rows] for name, t in groups[group].items()}, generator)
         (loss + reading_loss(model, tokens, np.random.default_rng([6, step, rank]),
