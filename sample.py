@@ -385,11 +385,12 @@ def draw_routing(use: dict[str, dict[str, Tensor]]) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     layers = list(next(iter(use.values())))
+    top = max(w.max().item() for found in use.values() for w in found.values())
     figure = Figure((3.5 + 2 * len(use), 1.5 + 0.2 * len(layers)), layout="constrained")
     panels = figure.subplots(1, len(use), sharey=True, squeeze=False)[0]
     for panel, (task, found) in zip(panels, use.items()):
         w = torch.stack(list(found.values())).cpu().numpy()                  # (layers, E)
-        image = panel.imshow(w, vmin=0, vmax=1, aspect="auto")
+        image = panel.imshow(w, vmin=0, vmax=top, aspect="auto")
         panel.set(title=task, xlabel="expert")
     panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
     figure.colorbar(image, ax=panels, label="mean weight")
