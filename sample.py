@@ -125,17 +125,13 @@ def load_adapter(model: FluxTransformer, path: Path) -> mole.Adapter:
 
     Raises: FileNotFoundError, ValueError.
     """
-    c, file = model.config, path / "adapter.safetensors" if path.is_dir() else path
-    if (path / "train_config.json").is_file():
-        file, (values, tensors) = path, weights.read_research(path)
-    else:
-        values, tensors = weights.read_adapter(file)
-    config = weights.config_from(mole.AdapterConfig, values, file, whole=True)
+    c, (values, tensors) = model.config, weights.read_adapter(path)
+    config = weights.config_from(mole.AdapterConfig, values, path, whole=True)
     try:
         adapter = mole.Adapter(model, config, c.joint_attention_dim, c.pooled_projection_dim,
                                tensors, baselines.KINDS)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     return adapter.requires_grad_(False).eval()
 
 
@@ -348,13 +344,8 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
 
 
 def save_picture(picture: np.ndarray, path: Path) -> None:
-    """Write aside, then rename: an existing file stays whole until the new one is."""
-    aside = path.with_name(f".{path.stem}.new{path.suffix}")
-    try:
+    with weights.replacing(path) as aside:
         Image.fromarray(picture).save(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def experts_line(chosen: dict[str, Tensor]) -> str:

@@ -13,7 +13,6 @@ Run: python train.py --data tiny --steps 20 --out runs/try
 import argparse
 import json
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -127,7 +126,7 @@ def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.
                                       if name.endswith("router.weight") == routers]}
               for routers, rate in ((False, lr), (True, router_lr))]
     return torch.optim.AdamW([group for group in groups if group["params"]],
-                             betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4)
+                             betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True)
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -135,12 +134,12 @@ def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.
 def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer, step: int,
                     settings: dict) -> None:
     """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed."""
-    mole.save(adapter, out / "adapter.new", step=str(step), settings=json.dumps(settings))
-    torch.save({"step": step, "settings": json.dumps(settings), "optimizer": optimizer.state_dict(),
-                "adapter": {name: p.detach() for name, p in adapter.tensors().items()}},
-               out / "checkpoint.new")
-    os.replace(out / "adapter.new", out / "adapter.safetensors")
-    os.replace(out / "checkpoint.new", out / "checkpoint.pt")    # last: it says that all is there
+    state = {"step": step, "settings": json.dumps(settings), "optimizer": optimizer.state_dict(),
+             "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
+    with (weights.replacing(out / "checkpoint.pt") as last,      # it says that all is there
+          weights.replacing(out / "adapter.safetensors") as first):
+        mole.save(adapter, first, step=str(step), settings=state["settings"])
+        torch.save(state, last)
 
 
 def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer,

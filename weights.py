@@ -197,6 +197,17 @@ def load_part(build: Callable[[Config], Model], config: type[Config], folder: st
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A name to write to. What stood in `file` stays whole until the `with` ends well."""
+    aside = file.with_name(f".{file.stem}.new{file.suffix}")
+    try:
+        yield aside
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """A safetensors file that others may read too: safetensors writes for its owner alone."""
     save_file(tensors, file, metadata={"format": "pt"})
@@ -216,12 +227,8 @@ def save_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
     """Write W + B A by module name, in the one form that diffusers and ComfyUI read alike."""
     tensors = {f"transformer.{name}.lora_{part}.weight": t.detach().float().cpu().contiguous()
                for name, pair in pairs.items() for part, t in zip("AB", pair)}
-    aside = file.with_name(f".{file.name}.new")
-    try:
+    with replacing(file) as aside:
         write_tensors(tensors, aside)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------ the research code's form
@@ -331,8 +338,15 @@ def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     return config, ours
 
 
-def read_adapter(file: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The entries of an adapter's configuration, and its tensors. Raises: ValueError."""
+def read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The entries of an adapter's configuration, and its tensors.
+
+    path: a file, the folder of a run, or a folder of the paper's.
+    Raises: FileNotFoundError, ValueError.
+    """
+    if (path / "train_config.json").is_file():
+        return read_research(path)
+    file = path / "adapter.safetensors" if path.is_dir() else path
     tensors, stored = read_tensors([file]), read_metadata(file).get("adapter")
     if stored is None:
         raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
@@ -344,7 +358,6 @@ def read_adapter(file: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def write_research(file: Path, folder: Path) -> None:
     """Write an adapter of ours as the research code's files. Raises: ValueError."""
-    file = file / "adapter.safetensors" if file.is_dir() else file
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name another folder")
     c, tensors = read_adapter(file)

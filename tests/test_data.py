@@ -98,6 +98,26 @@ def test_a_batch_is_given_the_same_number_of_pictures_and_every_task_occurs():
             data.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
 
 
+def test_an_edit_counts_half():
+    assert np.allclose(data.TinyWorld().chances, np.array([1, 3, 5, 2]) / 11)
+    assert np.allclose(data.TinyWorld(BASE_TASKS).chances, [1 / 4, 3 / 4])
+
+
+@pytest.mark.parametrize("task", BASE_TASKS)
+def test_a_base_sees_big_things_that_its_tests_do_not_hold(task):
+    """A quarter of 200 samples: 50, standard deviation 6; held-out scenes move it little."""
+    rng = np.random.default_rng(0)
+    seen = [data.tiny_sample(rng, task) for _ in range(200)]
+    big = [sample for sample in seen if sample.scene.things[0].radius == BIG]
+    assert 25 <= len(big) <= 75
+    if task == "t2i":                                    # an edit shows the size; here words say it
+        assert all(("big" in s.instruction) == (s.scene.things[0].radius == BIG) for s in seen)
+    if task == "move":                                   # which of two were in front is not said
+        assert all(len(sample.scene.things) == 1 for sample in big)
+    assert all(thing.radius == SMALL for sample in data.tiny_test(task, 50)
+               for thing in sample.scene.things)
+
+
 # ------------------------------------------------------------------------------------------- score
 
 def scenes() -> list[Scene]:

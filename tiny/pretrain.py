@@ -89,8 +89,8 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def save_state(path: Path, **state: object) -> None:
     """Write a checkpoint aside and rename it, so that a kill leaves the previous one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    with weights.replacing(path) as aside:
+        torch.save(state, aside)
 
 
 def load_state(path: Path) -> dict:
@@ -280,8 +280,8 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
             found.setdefault(f"{group}.{name}", []).append(tensor)
     tensors = {name: torch.cat(parts) for name, parts in found.items()}
     work.mkdir(parents=True, exist_ok=True)
-    weights.save_file(tensors, file.with_suffix(".new"))
-    os.replace(file.with_suffix(".new"), file)
+    with weights.replacing(file) as aside:
+        weights.save_file(tensors, aside)
     return tensors
 
 
@@ -367,11 +367,10 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
 
 
 def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int, samples: int,
-                      compiled: bool, batch_size: int = 64, lr: float = 1e-3,
-                      decay: int = 1500) -> None:
+                      compiled: bool, batch_size: int = 64, lr: float = 1e-3) -> None:
     """One of `workers` processes, each with its share of the batch and one thread.
 
-    bf16 passes on copies; fp32 weights, optimizer, average; constant rate, then a decay.
+    bf16 passes on copies; fp32 weights, optimizer, average; the rate falls in the last third.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{(work / 'meeting').resolve()}",
@@ -412,7 +411,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
         for p, m, g in zip(parameters, master, flat.split([m.numel() for m in master])):
             m.grad, p.grad = g.view_as(m), None
         nn.utils.clip_grad_norm_(master, 1.0)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1, (steps - step) / decay)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1, 3 - 3 * step / steps)
         optimizer.step()
         torch._foreach_copy_(copies, master)
         torch._foreach_lerp_(average, master, max(0.001, 1 / (step + 1)))
@@ -444,7 +443,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--vae-steps", type=int, default=3600)
     parser.add_argument("--samples", type=int, default=72_000, help="latents for the transformer")
-    parser.add_argument("--steps", type=int, default=8000, help="of transformer and text encoders")
+    parser.add_argument("--steps", type=int, default=12_000, help="of transformer and text encoders")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():
