@@ -3,9 +3,9 @@
 A sample is an instruction, the picture that it asks for, and the pictures that were given: native
 references (the picture to edit) and clean conditions (edges, depth, pose, a subject, ...).
 
-The tiny world holds 64x64 pictures of one or two objects on a 3x3 grid, or of one stick figure. A
-scene is data; `draw(scene)` is its only picture, so the right answer to every instruction is known
-exactly. One scene in ten is held out of training by a stable hash.
+The tiny world holds 64x64 pictures of one or two objects, small or big, on a 3x3 grid, or of one
+stick figure. A scene is data; `draw(scene)` is its only picture, so the right answer to every
+instruction is known exactly. One scene in ten is held out of training by a stable hash.
 
 Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays until `to_tensor` maps them to [-1, 1].
 

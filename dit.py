@@ -339,7 +339,21 @@ class FluxTransformer(nn.Module):
         return self.proj_out(img)                        # (B, I+R, P)
 
 
-def load_dit(folder: str | Path, device: torch.device | str = "cpu",
+def implied_config(shapes: dict[str, torch.Size]) -> dict:
+    """What a file without config.json says of itself; the released model's rotary axes."""
+    width, channels = shapes["x_embedder.weight"]
+    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
+    return {"in_channels": channels, "num_layers": weights.blocks(shapes, "transformer_blocks."),
+            "num_single_layers": weights.blocks(shapes, "single_transformer_blocks."),
+            "attention_head_dim": head, "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["context_embedder.weight"][1],
+            "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+            "axes_dims_rope": (16, 56, 56),
+            "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes}
+
+
+def load_dit(path: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> FluxTransformer:
-    """Read a FLUX Kontext folder's transformer/. Raises: FileNotFoundError, ValueError."""
-    return weights.load_part(FluxTransformer, DiTConfig, folder, device, dtype)
+    """Read a folder's transformer/, or a file. Raises: FileNotFoundError, ValueError."""
+    return weights.load_part("transformer", FluxTransformer, DiTConfig, implied_config, path,
+                             device, dtype)

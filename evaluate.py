@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 import data
 import weights
 from data import BASE_TASKS, EDITS, NEW_TASKS, Sample, Scene, stack
-from sample import (Pipeline, choose_adapter, condition, generate, load_pipeline, save_picture,
-                    seeded_noise)
+from sample import (Pipeline, add_model_options, choose_adapter, condition, generate, open_model,
+                    save_picture, seeded_noise)
 
 THRESHOLD = 0.03                                         # of the mean squared error
 
@@ -154,7 +154,7 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score a model and an adapter.")
     parser.add_argument("--bench", required=True, choices=["tiny"])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model")
+    add_model_options(parser)
     parser.add_argument("--adapter", help="adapter file or folder, or none; "
                         "by default adapter.safetensors beside the model")
     parser.add_argument("--tasks", nargs="+", default=list(BASE_TASKS + NEW_TASKS),
@@ -163,9 +163,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto",
-                        choices=["auto", "float32", "bfloat16", "float16"])
     args = parser.parse_args()
     if args.number < 1 or args.steps < 1 or not 0 <= args.guidance <= 100:
         raise ValueError(f"--number {args.number} --steps {args.steps} --guidance {args.guidance}: "
@@ -173,7 +170,7 @@ def main() -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
     adapter = choose_adapter(args.adapter, args.model)
-    pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
+    pipe = open_model(args, adapter)
     if pipe.vae.config.sample_size != data.SIZE:
         raise ValueError(f"--bench tiny needs a model for {data.SIZE}x{data.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")

@@ -136,9 +136,12 @@ class InstructionVector(nn.Module):
 # --------------------------------------------------------------------------------- adapted layers
 
 def matches(name: str, *targets: str) -> bool:
-    """Whether a module's dotted name equals a target or ends in "." + it; * is any block index."""
+    """Whether a module's dotted name equals a target or ends in "." + it; * is any block index.
+
+    A target that begins with a dot is the whole name.
+    """
     patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
-    return any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in patterns)
+    return any(re.fullmatch(rf"(.*\.)?{pattern}", f".{name}") for pattern in patterns)
 
 
 @dataclass

@@ -93,28 +93,58 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, paths: list[Path]) -> torch.dtype:
     """auto: bf16 on an accelerator; on a CPU fp32 if that fits in half the memory, else bf16."""
     if name != "auto":
         return getattr(torch, name)
-    stored = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    stored = sum(file.stat().st_size for path in set(paths) for file in
+                 (path.glob("*.safetensors") if path.is_dir() else [path]))
     small = device.type == "cpu" and 2 * stored < memory(device) / 2
     return torch.float32 if small else torch.bfloat16
 
 
-def load_pipeline(folder: str | Path, adapter: str | Path | None = None, device: str = "auto",
-                  dtype: str = "auto") -> Pipeline:
-    """Read a FLUX Kontext folder and any adapter given. Raises: FileNotFoundError, ValueError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such model folder; the embedded one is tiny/model")
+def model_paths(model: Path, vae: Path | None = None, t5: Path | None = None,
+                clip: Path | None = None, tokenizers: Path | None = None) -> dict[str, Path]:
+    """Where each part of a model is: in a folder, in files of their own, or all in one file.
+
+    Raises: FileNotFoundError; ValueError naming the option that is missing.
+    """
+    options = {"--vae": ("vae", vae), "--t5": ("text_encoder_2", t5),
+               "--clip": ("text_encoder", clip)}
+    folder = tokenizers or model
+    if not model.exists():
+        raise FileNotFoundError(f"{model}: no such model; the embedded one is tiny/model")
+    found = {"transformer": model / "transformer" if model.is_dir() else model}
+    if model.is_file():
+        inside = weights.parts_of(model)
+        missing = [option for option, (part, path) in options.items()
+                   if path is None and part not in inside]
+        missing += ["--tokenizers"] if tokenizers is None else []
+        if "transformer" not in inside:
+            raise ValueError(f"{model}: holds no transformer of FLUX, but "
+                             f"{', '.join(inside) or 'nothing that is known'}")
+        if missing:
+            raise ValueError(f"{model}: is one file; name {', '.join(missing)} too (--tokenizers: "
+                             "the folder that holds tokenizer/ and tokenizer_2/)")
+    for part, path in options.values():
+        found[part] = path or (model / part if model.is_dir() else model)
+    return found | {name: folder / name for name in ("tokenizer", "tokenizer_2")}
+
+
+def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: str = "auto",
+                  dtype: str = "auto", **others: Path | None) -> Pipeline:
+    """Read a model and any adapter given. others: as model_paths() takes them.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    paths = model_paths(Path(model), **others)
     where = choose_device(device)
-    kind = choose_dtype(dtype, where, folder)
+    kind = choose_dtype(dtype, where, [paths[part] for part in weights.SIGNS])
     pipe = Pipeline(
-        load_dit(folder / "transformer", where, kind), load_vae(folder / "vae", where, kind),
-        load_t5(folder / "text_encoder_2", where, kind),
-        load_clip(folder / "text_encoder", where, kind),
-        T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer"), None, where, kind)
+        load_dit(paths["transformer"], where, kind), load_vae(paths["vae"], where, kind),
+        load_t5(paths["text_encoder_2"], where, kind),
+        load_clip(paths["text_encoder"], where, kind), T5Tokenizer(paths["tokenizer_2"]),
+        CLIPTokenizer(paths["tokenizer"]), None, where, kind)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter)).to(where)
     return pipe
@@ -223,10 +253,11 @@ def merged(pipe: Pipeline, given: Given) -> Iterator[Routing]:
 
 
 def mergeable(pipe: Pipeline, given: Given) -> bool:
-    """Whether the adapter is a plain LoRA here, and memory holds its layers twice."""
+    """Whether the adapter is a plain LoRA here, and its layers can be added to, and kept twice."""
     layers = pipe.adapter.layers.values()
     return (len(given.pooled) == 1 and not any(getattr(layer, "by_token", False)
                                                for layer in layers)
+            and all(layer.base.weight.dtype.itemsize > 1 for layer in layers)    # no fp8
             and sum(layer.base.weight.nbytes for layer in layers) < memory(pipe.device) / 2)
 
 
@@ -411,6 +442,28 @@ def choose_adapter(name: str | None, model: Path) -> Path | None:
     return beside if beside.is_file() else None
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What open_model() needs; the same for every command."""
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
+                        help="FLUX Kontext folder, or a file with its transformer or all of it")
+    for option, what in (("--vae", "autoencoder"), ("--t5", "T5 text encoder"),
+                         ("--clip", "CLIP text encoder")):
+        parser.add_argument(option, type=Path, metavar="PATH",
+                            help=f"file or folder with the {what}, where --model has none")
+    parser.add_argument("--tokenizers", type=Path, metavar="FOLDER",
+                        help="holds tokenizer/ and tokenizer_2/, where --model is a file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16"],
+                        help="of the model; an adapter is fp32")
+
+
+def open_model(args: argparse.Namespace, adapter: Path | None) -> Pipeline:
+    """The model that a command's options name. Raises: FileNotFoundError, ValueError."""
+    return load_pipeline(args.model, adapter, args.device, args.dtype, vae=args.vae, t5=args.t5,
+                         clip=args.clip, tokenizers=args.tokenizers)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit or make a picture by instruction.")
     parser.add_argument("--instruction", help="what to do, in words")
@@ -418,8 +471,7 @@ def parse() -> argparse.Namespace:
                         help="picture to edit; may be repeated")
     parser.add_argument("--cond", type=Path, action="append", default=[],
                         help="further condition (edges, depth, pose, subject); may be repeated")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
-                        help="FLUX Kontext folder")
+    add_model_options(parser)
     parser.add_argument("--adapter", help="adapter file or folder, or none; "
                         "by default adapter.safetensors beside the model")
     parser.add_argument("--out", type=Path,
@@ -437,9 +489,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--routing", type=Path, metavar="PICTURE",
                         help="draw which experts each layer chose, for --instruction or, by task, "
                         "for a --batch; pictures too only with --out")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto",
-                        choices=["auto", "float32", "bfloat16", "float16"])
     return parser.parse_args()
 
 
@@ -505,7 +554,7 @@ def main() -> None:
         print(f"{args.batch}: nothing to make; all of it is in {args.out or 'out'} already")
         return
     adapter = choose_adapter(args.adapter, args.model)
-    pipe = load_pipeline(args.model, adapter, args.device, args.dtype)
+    pipe = open_model(args, adapter)
     if args.export_lora:
         export_lora(pipe, args.instruction, args.export_lora)
     if args.routing:

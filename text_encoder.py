@@ -183,7 +183,8 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return self.wo(wide.to(self.wo.weight.dtype)).to(x.dtype)
+        wide = wide.float() if self.wo.weight.dtype == torch.float32 else wide
+        return self.wo(wide).to(x.dtype)
 
 
 class T5Block(nn.Module):
@@ -306,10 +307,23 @@ class CLIPEncoder(nn.Module):
 
 # ----------------------------------------------------------------------------------------- loading
 
-def load_t5(folder: str | Path, device: torch.device | str = "cpu",
+def implied_t5(shapes: dict[str, torch.Size]) -> dict:
+    """What a file without config.json says of itself."""
+    first = "encoder.block.0.layer."
+    buckets, heads = shapes[f"{first}0.SelfAttention.relative_attention_bias.weight"]
+    vocab, width = shapes["shared.weight"]
+    return {"vocab_size": vocab, "d_model": width, "num_heads": heads,
+            "d_kv": shapes[f"{first}0.SelfAttention.q.weight"][0] // heads,
+            "d_ff": shapes[f"{first}1.DenseReluDense.wo.weight"][1],
+            "num_layers": weights.blocks(shapes, "encoder.block."),
+            "relative_attention_num_buckets": buckets}
+
+
+def load_t5(path: str | Path, device: torch.device | str = "cpu",
             dtype: torch.dtype | None = None) -> T5Encoder:
-    """Read a FLUX Kontext folder's text_encoder_2/. Raises: FileNotFoundError, ValueError."""
-    model = weights.load_part(T5Encoder, T5Config, folder, device, dtype, weights.tidy_t5)
+    """Read a folder's text_encoder_2/, or a file. Raises: FileNotFoundError, ValueError."""
+    model = weights.load_part("text_encoder_2", T5Encoder, T5Config, implied_t5, path, device,
+                              dtype)
     if dtype == torch.float16:                           # the second feed-forward matrix overflows
         for name, module in model.named_modules():
             if name.endswith(".wo"):
@@ -317,7 +331,18 @@ def load_t5(folder: str | Path, device: torch.device | str = "cpu",
     return model
 
 
-def load_clip(folder: str | Path, device: torch.device | str = "cpu",
+def implied_clip(shapes: dict[str, torch.Size]) -> dict:
+    """What a file without config.json says of itself; heads of 64 channels."""
+    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": width // 64,
+            "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            "num_hidden_layers": weights.blocks(shapes, "text_model.encoder.layers."),
+            "max_position_embeddings":
+                shapes["text_model.embeddings.position_embedding.weight"][0]}
+
+
+def load_clip(path: str | Path, device: torch.device | str = "cpu",
               dtype: torch.dtype | None = None) -> CLIPEncoder:
-    """Read a FLUX Kontext folder's text_encoder/. Raises: FileNotFoundError, ValueError."""
-    return weights.load_part(CLIPEncoder, CLIPConfig, folder, device, dtype, weights.tidy_clip)
+    """Read a folder's text_encoder/, or a file. Raises: FileNotFoundError, ValueError."""
+    return weights.load_part("text_encoder", CLIPEncoder, CLIPConfig, implied_clip, path, device,
+                             dtype)

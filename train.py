@@ -35,8 +35,8 @@ import mole
 import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
-from sample import (Pipeline, condition, generate, load_pipeline, save_picture, seeded_noise,
-                    velocity)
+from sample import (Pipeline, add_model_options, condition, generate, open_model, save_picture,
+                    seeded_noise, velocity)
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
@@ -230,8 +230,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an adapter on a frozen model.")
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
                         help="tiny, a folder (metadata.jsonl) or .jsonl file; one drawn per batch")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
-                        help="FLUX Kontext folder")
+    add_model_options(parser)
     parser.add_argument("--adapter", default="instructmole",
                         choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]])
     parser.add_argument("--config", type=Path, help="JSON of adapter sizes; "
@@ -252,10 +251,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="by default runs/ADAPTER")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in --out, if there is one")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto",
-                        choices=["auto", "float32", "bfloat16", "float16"],
-                        help="of the frozen model; the adapter is fp32")
     return parser.parse_args()
 
 
@@ -276,10 +271,11 @@ def main() -> None:
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
-    side = weights.read_json(args.model / "vae" / "config.json").get("sample_size", 1024)
+    vae = args.vae or args.model / "vae"
+    side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
     sources = [data.open_source(text, (side, side) if side < 512 else None) for text in args.data]
     torch.manual_seed(args.seed)                         # the adapter's first weights
-    pipe = load_pipeline(args.model, None, args.device, args.dtype)
+    pipe = open_model(args, None)
     c = pipe.dit.config
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)

@@ -190,7 +190,18 @@ class AutoEncoder(nn.Module):
         return self.decoder(z / self.config.scaling_factor + self.config.shift_factor)
 
 
-def load_vae(folder: str | Path, device: torch.device | str = "cpu",
+def implied_config(shapes: dict[str, torch.Size]) -> dict:
+    """What a file without config.json says of itself; the rest is the released model's."""
+    levels = weights.blocks(shapes, "encoder.down_blocks.")
+    return {"block_out_channels": tuple(
+                shapes[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"][0]
+                for i in range(levels)),
+            "layers_per_block": weights.blocks(shapes, "encoder.down_blocks.0.resnets."),
+            "latent_channels": shapes["decoder.conv_in.weight"][1], "norm_num_groups": 32,
+            "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def load_vae(path: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> AutoEncoder:
-    """Read the vae/ part of a FLUX Kontext folder. Raises: FileNotFoundError, ValueError."""
-    return weights.load_part(AutoEncoder, VAEConfig, folder, device, dtype)
+    """Read a folder's vae/, or a file. Raises: FileNotFoundError, ValueError."""
+    return weights.load_part("vae", AutoEncoder, VAEConfig, implied_config, path, device, dtype)

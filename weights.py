@@ -20,10 +20,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -115,6 +117,9 @@ def opened(file: Path) -> Iterator[safe_open]:
     """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found")
+    with file.open("rb") as start:
+        if start.read(4) == b"GGUF":
+            raise ValueError(f"{file}: GGUF is not read; take the .safetensors of this model")
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
@@ -154,8 +159,119 @@ def check(expected: dict[str, torch.Size], found: dict[str, torch.Size], where: 
         raise ValueError(f"{where}: tensors do not match the configuration: {'; '.join(problems)}")
 
 
-def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Give a model its tensors, without copying, after all names and shapes have been checked."""
+# ---------------------------------------------------------------------------------------- layouts
+
+# What stands left in a name becomes what stands right, in this order, until the name is the
+# folder's. {a|b}: the rows of one fused tensor, in equal parts; "proj_mlp" takes four of them.
+BFL_TRANSFORMER = {
+    "double_blocks.": "transformer_blocks.", "single_blocks.": "single_transformer_blocks.",
+    "img_in.": "x_embedder.", "txt_in.": "context_embedder.",
+    "time_in.": "time_text_embed.timestep_embedder.",
+    "guidance_in.": "time_text_embed.guidance_embedder.",
+    "vector_in.": "time_text_embed.text_embedder.",
+    "in_layer.": "linear_1.", "out_layer.": "linear_2.",
+    "img_mod.lin.": "norm1.linear.", "txt_mod.lin.": "norm1_context.linear.",
+    "modulation.lin.": "norm.linear.",
+    "img_attn.qkv.": "{attn.to_q|attn.to_k|attn.to_v}.",
+    "txt_attn.qkv.": "{attn.add_q_proj|attn.add_k_proj|attn.add_v_proj}.",
+    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+    "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+    "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+    "norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight",
+    "img_attn.proj.": "attn.to_out.0.", "txt_attn.proj.": "attn.to_add_out.",
+    "img_mlp.0.": "ff.net.0.proj.", "img_mlp.2.": "ff.net.2.",
+    "txt_mlp.0.": "ff_context.net.0.proj.", "txt_mlp.2.": "ff_context.net.2.",
+    "linear1.": "{attn.to_q|attn.to_k|attn.to_v|proj_mlp}.", "linear2.": "proj_out.",
+    "final_layer.linear.": "proj_out.", "final_layer.adaLN_modulation.1.": "norm_out.linear."}
+BFL_VAE = {
+    ".down.": ".down_blocks.", ".up.": ".up_blocks.", ".block.": ".resnets.",
+    ".downsample.": ".downsamplers.0.", ".upsample.": ".upsamplers.0.",
+    ".nin_shortcut.": ".conv_shortcut.", ".norm_out.": ".conv_norm_out.",
+    ".mid.block_1.": ".mid_block.resnets.0.", ".mid.block_2.": ".mid_block.resnets.1.",
+    ".mid.attn_1.norm.": ".mid_block.attentions.0.group_norm.",
+    ".mid.attn_1.proj_out.": ".mid_block.attentions.0.to_out.0.",
+    ".mid.attn_1.": ".mid_block.attentions.0.to_"}
+RENAMES = {"transformer": BFL_TRANSFORMER, "vae": BFL_VAE,
+           "text_encoder_2": {"encoder.embed_tokens.": "shared."}}
+# Before the names of a part, in files that hold several, or that other tools have written.
+PREFIXES = {"transformer": ("model.diffusion_model.", "diffusion_model."),
+            "vae": ("vae.", "first_stage_model."),
+            "text_encoder": ("text_encoders.clip_l.transformer.",),
+            "text_encoder_2": ("text_encoders.t5xxl.transformer.",)}
+SIGNS = {"transformer": "x_embedder.weight", "vae": "decoder.conv_in.weight",
+         "text_encoder": "text_model.embeddings.token_embedding.weight",
+         "text_encoder_2": "shared.weight"}              # a tensor that only this part has
+UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|scaled_fp8|scale_input)"
+                    r"|(vision_model|text_projection|visual_projection)\..*")
+
+
+def renamed(name: str, table: dict[str, str]) -> list[str]:
+    """The folder's names for the parts of one tensor of another layout."""
+    for old, new in table.items():
+        name = name.replace(old, new)
+    before, _, rest = name.partition("{")
+    fused, _, after = rest.partition("}")
+    return [before + part + after for part in fused.split("|")]
+
+
+def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One part's tensors, in any known layout, under the folder's names; slices are views.
+
+    Beside a weight in fp8 there may be a scale, in a tensor named .scale_weight.
+    """
+    for prefix in PREFIXES[part]:
+        inside = {name.removeprefix(prefix): t for name, t in tensors.items()
+                  if name.startswith(prefix)}
+        tensors = inside or tensors
+    levels = {name.split(".")[2] for name in tensors if name.startswith("decoder.up.")}
+    found: dict[str, Tensor] = {}
+    for old, t in tensors.items():
+        if UNUSED.fullmatch(old):
+            continue
+        names = renamed(old, RENAMES.get(part, {}))
+        if old.startswith("final_layer.adaLN") and t.dim():      # (shift, scale) -> (scale, shift)
+            t = torch.cat(t.chunk(2)[::-1])
+        if part == "vae" and t.dim() == 4 and ".attentions." in names[0]:
+            t = t.flatten(1)                             # a 1x1 convolution is a linear layer
+        if levels and old.startswith("decoder.up."):     # counted from the pixels
+            names = [re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks."
+                            f"{len(levels) - 1 - int(level[1])}", names[0])]
+        if part == "text_encoder" and not old.startswith("text_model."):
+            names = [f"text_model.{old}"]
+        shares = [4 if "proj_mlp" in name else 1 for name in names]
+        rows = len(t) // sum(shares) if t.dim() else 0
+        fused = len(names) > 1 and rows * sum(shares) == (len(t) if t.dim() else -1)
+        found |= zip(names, t.split([rows * share for share in shares]) if fused else
+                     [t] * len(names))                   # what cannot be split: check() tells
+    return found
+
+
+def parts_of(file: Path) -> list[str]:
+    """Which parts of a model a file holds, by the folder's names for them."""
+    tensors = read_tensors([file])
+    return [part for part, sign in SIGNS.items() if sign in to_folder(part, tensors)]
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer whose weight is kept in 8 bits and widened when it is used."""
+    scale: Tensor                                        # (), times the weight
+
+    def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
+           dtype: torch.dtype | None = None) -> None:
+    """Give a model its tensors, after all names and shapes have been checked.
+
+    Nothing is copied that has its type already. Weights of linear layers in fp8 stay so; all else
+    becomes `dtype`, or by default the widest type there is. Raises: ValueError.
+    """
+    scales = {name.removesuffix("scale_weight") + "weight": t for name, t in tensors.items()
+              if name.endswith(".scale_weight") and t.numel() == 1}
+    tensors = {name: t for name, t in tensors.items()
+               if not (name.endswith(".scale_weight") and t.numel() == 1)}
     check({name: p.shape for name, p in model.state_dict().items()},
           {name: t.shape for name, t in tensors.items()}, where)
     foreign = [f"{name} ({str(t.dtype).removeprefix('torch.')})"
@@ -163,38 +279,50 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> N
     if foreign:
         raise ValueError(f"{where}: {len(foreign)} tensors hold no floating point numbers, "
                          f"such as {foreign[0]}")
-    model.load_state_dict(tensors, strict=True, assign=True)
+    narrow = {name for name, t in tensors.items() if t.dtype.itemsize == 1}
+    if scales.keys() - narrow:
+        raise ValueError(f"{where}: {min(scales.keys() - narrow)} has a scale, but is not in fp8")
+    if dtype is None:
+        kinds = {t.dtype for name, t in tensors.items() if name not in narrow}
+        dtype = reduce(torch.promote_types, kinds) if kinds else torch.bfloat16
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in narrow & linears.keys():
+        linears[name].__class__ = Float8Linear
+        scale = scales.get(name, torch.ones(()))
+        linears[name].register_buffer("scale", scale.reshape(()), persistent=False)
+    ready = {name: t if name in narrow & linears.keys() else
+             t.to(dtype) * scales[name].to(dtype) if name in scales else t.to(dtype)
+             for name, t in tensors.items()}
+    model.load_state_dict(ready, strict=True, assign=True)
 
 
-def tidy_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP text files: drop what the text encoder does not use, add the prefix where absent."""
-    kept = {name: t for name, t in tensors.items() if not name.endswith("position_ids")
-            and not name.startswith(("vision_model.", "text_projection", "visual_projection",
-                                     "logit_scale"))}
-    return {name if name.startswith("text_model.") else f"text_model.{name}": t
-            for name, t in kept.items()}
+def load_part(part: str, build: Callable[[Config], Model], config: type[Config],
+              implied: Callable[[dict[str, torch.Size]], dict], path: str | Path,
+              device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """Read one part of a Hugging Face folder (config.json and tensors), or of a single file.
 
-
-def tidy_t5(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """T5 files: the embedding is stored as shared.weight, encoder.embed_tokens.weight, or both."""
-    kept, name = dict(tensors), "encoder.embed_tokens.weight"
-    return {"shared.weight": kept.pop(name)} | kept if name in kept else kept
-
-
-def load_part(build: Callable[[Config], Model], config: type[Config], folder: str | Path,
-              device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-              tidy: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> Model:
-    """Read one component of a Hugging Face folder: its config.json, then its tensors.
-
-    The model is built on the meta device, so that nothing is allocated twice. dtype None keeps the
-    file's. The result is frozen and in eval mode. Raises: FileNotFoundError, ValueError.
+    implied: a file's configuration, from its tensors' shapes. The model is built on the meta
+    device, so that nothing is allocated twice; the result is frozen and in eval mode.
+    Raises: FileNotFoundError, ValueError.
     """
-    folder = Path(folder)
-    files, settings = shards(folder), folder / "config.json"
+    path = Path(path)
+    tensors = to_folder(part, read_tensors(shards(path) if path.is_dir() else [path]))
+    if path.is_dir():
+        where, values = path / "config.json", read_json(path / "config.json")
+    else:
+        try:
+            where, values = path, implied({name: t.shape for name, t in tensors.items()})
+        except (LookupError, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{path}: holds no whole {part} ({error!r})") from None
     with torch.device("meta"):
-        model = build(config_from(config, read_json(settings), settings))
-    assign(model, tidy(read_tensors(files)), folder)
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        model = build(config_from(config, values, where))
+    assign(model, tensors, path, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def blocks(shapes: dict[str, torch.Size], prefix: str) -> int:
+    """How many blocks have names that begin with the prefix and a number."""
+    return len({name[len(prefix):].split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
 @contextmanager
@@ -338,19 +466,78 @@ def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     return config, ours
 
 
+# ------------------------------------------------------------------------ other tools' LoRA files
+
+LORA = re.compile(r"(?:transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)?(.+)\."
+                  r"(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
+KOHYA = {old.strip(".").replace(".", "_"): old.strip(".") for old in BFL_TRANSFORMER
+         if not old.endswith("scale")}                   # img_attn_qkv -> img_attn.qkv
+
+
+def dotted(module: str) -> str:
+    """A module's name as kohya's tools write it, without dots -> with dots; others unchanged."""
+    block = re.fullmatch(r"((?:double|single)_blocks)_(\d+)_(.+)", module)
+    inner = block[3] if block else module
+    for flat, name in KOHYA.items():
+        inner = name if inner == flat else inner
+    for outer in ("time_in", "guidance_in", "vector_in"):
+        inner = re.sub(rf"^{outer}_(in|out)_layer$", rf"{outer}.\1_layer", inner)
+    return f"{block[1]}.{block[2]}.{inner}" if block else inner
+
+
+def read_lora(file: Path) -> tuple[dict, dict[str, Tensor]]:
+    """A LoRA of diffusers, ComfyUI or kohya -> our adapter's entries and tensors.
+
+    Layers of lower rank are filled up with zeros, and scales go into B, so that one rank serves
+    all; on a fused layer the slices of B share an A. Raises: ValueError naming a foreign key.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, t in read_tensors([file]).items():
+        found = LORA.fullmatch(name)
+        if not found:
+            raise ValueError(f"{file}: is no adapter of train.py's, and {name} is no part of a "
+                             "LoRA for this transformer")
+        kind = {"lora_down": "lora_A", "lora_up": "lora_B"}.get(found[2], found[2]) or "alpha"
+        module = dotted(found[1]) if name.startswith("lora_unet_") else found[1]
+        parts.setdefault(module, {})[kind] = t
+    stored = read_metadata(file).get("lora_adapter_metadata")
+    told = parse_json(stored, file) if stored else {}
+    pairs = {}
+    for module, found in parts.items():
+        A, B = found.get("lora_A"), found.get("lora_B")
+        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]:
+            raise ValueError(f"{file}: {module} needs lora_A (r, in) and lora_B (out, r)")
+        alpha = next((value for name, value in told.get("transformer.alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?{name}", module)),
+                     told.get("transformer.lora_alpha", len(A)))
+        alpha = found.get("alpha", alpha)
+        B = B.float() * (float(alpha) / len(A))
+        for name, rows in to_folder("transformer", {f"{module}.weight": B}).items():
+            pairs[name.removesuffix(".weight")] = A.float(), rows
+    rank = max(len(A) for A, _ in pairs.values())
+    tensors = {}
+    for name, (A, B) in pairs.items():
+        tensors[f"{name}.lora_A"] = F.pad(A, (0, 0, 0, rank - len(A)))       # (rank, in)
+        tensors[f"{name}.lora_B"] = F.pad(B, (0, rank - len(A)))             # (out, rank)
+    return {"lora_targets": [f".{name}" for name in pairs], "lora_rank": rank, "lora_alpha": rank,
+            "mole_targets": []}, tensors
+
+
+# ---------------------------------------------------------------------------------- any of these
+
 def read_adapter(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The entries of an adapter's configuration, and its tensors.
 
-    path: a file, the folder of a run, or a folder of the paper's.
+    path: a file of ours or another tool's LoRA, the folder of a run, or a folder of the paper's.
     Raises: FileNotFoundError, ValueError.
     """
     if (path / "train_config.json").is_file():
         return read_research(path)
     file = path / "adapter.safetensors" if path.is_dir() else path
-    tensors, stored = read_tensors([file]), read_metadata(file).get("adapter")
+    stored = read_metadata(file).get("adapter")
     if stored is None:
-        raise ValueError(f"{file}: holds no adapter configuration; it was not written by train.py")
-    config = parse_json(stored, file).get("config")
+        return read_lora(file)
+    config, tensors = parse_json(stored, file).get("config"), read_tensors([file])
     if not isinstance(config, dict):
         raise ValueError(f"{file}: its adapter configuration is no JSON object")
     return config, tensors
@@ -361,6 +548,8 @@ def write_research(file: Path, folder: Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name another folder")
     c, tensors = read_adapter(file)
+    if "routing" not in c:
+        raise ValueError(f"{file}: is no adapter of train.py's")
     lora, experts, resampler = {}, {}, {}
     for name, t in tensors.items():
         module, _, last = name.rpartition(".")
@@ -397,24 +586,76 @@ def tally(tensors: dict[str, Tensor]) -> str:
             f"{kinds}")
 
 
+def problem(part: str, tensors: dict[str, Tensor], config: dict | None, where: Path) -> str:
+    """Why a part cannot be used, or nothing. Reads names and shapes alone."""
+    import dit                                           # here, because they import this file
+    import text_encoder
+    import vae
+    build, kind, implied = {
+        "transformer": (dit.FluxTransformer, dit.DiTConfig, dit.implied_config),
+        "vae": (vae.AutoEncoder, vae.VAEConfig, vae.implied_config),
+        "text_encoder": (text_encoder.CLIPEncoder, text_encoder.CLIPConfig,
+                         text_encoder.implied_clip),
+        "text_encoder_2": (text_encoder.T5Encoder, text_encoder.T5Config, text_encoder.implied_t5),
+    }[part]
+    shapes = {name: t.shape for name, t in tensors.items() if not name.endswith(".scale_weight")}
+    try:
+        values = implied(shapes) if config is None else config
+        with torch.device("meta"):
+            model = build(config_from(kind, values, where))
+        check({name: p.shape for name, p in model.state_dict().items()}, shapes, where)
+    except (LookupError, ValueError, ArithmeticError) as error:
+        return str(error) if isinstance(error, ValueError) else f"{where}: {error!r}"
+    return ""
+
+
+def describe_part(part: str, path: Path) -> tuple[str, str]:
+    """A part in a folder or a file: what it is, and what is wrong with it."""
+    tensors = read_tensors(shards(path) if path.is_dir() else [path])
+    found = to_folder(part, tensors)
+    scaled = any(name.endswith(".scale_weight") for name in found)
+    layout = ("ComfyUI, fp8 with scales" if scaled else
+              "Hugging Face" if found.keys() <= tensors.keys() else "original or ComfyUI")
+    config = read_json(path / "config.json") if path.is_dir() else None
+    return (f"{path}: {part}, {layout}, {tally(found)}", problem(part, found, config, path))
+
+
 def describe(path: Path) -> str:
-    """What a file or a folder holds: its parts, tensors, parameters, dtypes."""
+    """What a file or folder is, whether it is whole, and the command that uses it."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
-    if (path / "train_config.json").is_file():
-        return f"{path}: an adapter of the research code, {tally(read_research(path)[1])}"
-    if (path / "adapter.safetensors").is_file():
-        path = path / "adapter.safetensors"
-    if path.is_file() or (path / "config.json").is_file():
-        return f"{path}: {tally(read_tensors(shards(path) if path.is_dir() else [path]))}"
-    parts = [path / part for part in PARTS if (path / part).is_dir()]
-    if not parts:
-        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}), adapter or "
-                         "safetensors file")
-    lines = [f"{part}: {tally(read_tensors(shards(part)))}" if "tokenizer" not in part.name else
-             f"{part}: {len(list(part.iterdir()))} files" for part in parts]
-    missing = [part for part in PARTS if path / part not in parts]
-    return "\n".join(lines + [f"{path}: not whole, without {', '.join(missing)}"] * bool(missing))
+    sample = "python sample.py --instruction TEXT"
+    kind = ("of the research code" if (path / "train_config.json").is_file() else
+            "of train.py's" if (path / "adapter.safetensors").is_file() or (
+                path.is_file() and "adapter" in read_metadata(path)) else
+            "that is a LoRA" if path.is_file() and any(map(LORA.fullmatch, read_tensors([path])))
+            else "")
+    if kind:
+        return (f"{path}: an adapter {kind}, {tally(read_adapter(path)[1])}\n"
+                f"{sample} --adapter {path}")
+    if path.is_dir() and (path / "config.json").is_file():       # one part of a folder
+        where = {part: path for part in SIGNS if part == path.resolve().name}
+    elif path.is_dir():
+        where = {part: path / part for part in SIGNS if (path / part).is_dir()}
+    else:
+        where = {part: path for part in parts_of(path)}
+    if not where:
+        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}), part of one, or "
+                         "adapter")
+    told = [describe_part(part, place) for part, place in where.items()]
+    lines, wrong = [line for line, _ in told], [why for _, why in told if why]
+    whole = path.is_dir() and not (path / "config.json").is_file()
+    missing = [part for part in PARTS if whole and not (path / part).is_dir()]
+    if wrong or missing:
+        return "\n".join([*lines, *wrong] + [f"{path}: without {', '.join(missing)}"]
+                         * bool(missing) + [f"{path}: not whole"])
+    options = {"transformer": "--model", "vae": "--vae", "text_encoder": "--clip",
+               "text_encoder_2": "--t5"}
+    used = f"--model {path}" if "transformer" in where else " ".join(
+        f"{options[part]} {path}" for part in where)
+    others = [] if whole else [f"{option} ..." for part, option in options.items()
+                               if part not in where] + ["--tokenizers ..."]
+    return "\n".join([*lines, f"{path}: whole", " ".join([sample, used, *others])])
 
 
 def main() -> None:

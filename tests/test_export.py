@@ -76,6 +76,22 @@ def test_merged_is_the_same_picture_and_leaves_no_trace(changes):
     assert np.abs(bare.astype(int) - wanted).max() > 3   # the adapter is seen
 
 
+def test_sampling_merges(monkeypatch):
+    pipe = pipeline()
+    inputs, noise = given(pipe), seeded_noise([1], (64, 64))
+    wanted, _ = generate(pipe, inputs, noise, steps=1)
+    for kind in (mole.LoRALinear, mole.MoLELinear):      # no adapted layer is called
+        monkeypatch.setattr(kind, "forward", None)
+    assert np.array_equal(generate(pipe, inputs, noise, steps=1)[0], wanted)
+
+
+def test_fp8_is_served_in_rank_space():
+    pipe = pipeline()
+    layer = next(iter(pipe.adapter.layers.values())).base
+    layer.weight.data = layer.weight.to(torch.float8_e4m3fn)
+    assert not sample.mergeable(pipe, given(pipe))
+
+
 def test_weights_come_back_when_something_fails():
     pipe = pipeline()
     base = {name: p.clone() for name, p in pipe.dit.state_dict().items()}

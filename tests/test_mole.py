@@ -444,6 +444,8 @@ def test_initialisation():
     ("single_transformer_blocks.0.attn.proj_out", "single_transformer_blocks.*.proj_out", False),
     ("x_embedder", "x_embedder", True),
     ("context_embedder", "x_embedder", False),
+    ("proj_out", ".proj_out", True), ("single_transformer_blocks.0.proj_out", ".proj_out", False),
+    ("single_transformer_blocks.0.proj_out", ".single_transformer_blocks.0.proj_out", True),
     ("other_x_embedder", "x_embedder", False),           # the end of a name is not the name
     ("transformer_blocks.0.attn.to_out.0", "attn.to_out.0", True),
     ("transformer_blocks.0.attn.to_add_out", "attn.to_out.0", False)])

@@ -139,7 +139,7 @@ def test_loading_on_the_cpu_copies_nothing(tmp_path: Path) -> None:
         file.truncate(file.seek(0, 2) + 200_000_000)
     (tmp_path / "config.json").write_text("{}")
     before = resident_bytes()
-    model = weights.load_part(lambda config: Wide(), NoConfig, tmp_path)
+    model = weights.load_part("vae", lambda config: Wide(), NoConfig, dict, tmp_path)
     assert resident_bytes() - before < 20_000_000
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
     assert model.weight.shape == (50, 1_000_000) and model.weight[49, -1] == 0
@@ -406,16 +406,18 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
     done = command(tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert len(lines) == 5 and "without tokenizer, tokenizer_2" in lines[4]
+    assert "without tokenizer, tokenizer_2" in lines[4] and lines[5] == f"{tmp_path}: not whole"
     for part in ("tokenizer", "tokenizer_2"):
         (tmp_path / part).mkdir()
-    assert "without" not in weights.describe(tmp_path)
+    assert weights.describe(tmp_path).splitlines()[4:] == [
+        f"{tmp_path}: whole", f"python sample.py --instruction TEXT --model {tmp_path}"]
     tensors = tensors_of("vae")
     expected = (f"{len(tensors)} tensors, "
                 f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")
-    assert [line for line in lines if line.endswith(f"vae: {expected}")]
-    assert weights.describe(tmp_path / "vae" / "model.safetensors").endswith(expected)
-    assert weights.describe(tmp_path / "vae").endswith(expected)             # one part alone
+    assert [line for line in lines if line.endswith(f"vae: vae, Hugging Face, {expected}")]
+    alone = weights.describe(tmp_path / "vae").splitlines()
+    assert alone[0].endswith(expected) and alone[1].endswith("vae: whole")
+    assert f"--vae {tmp_path / 'vae'} --model ... --clip ... --t5 ... --tokenizers ..." in alone[2]
 
 
 @pytest.mark.parametrize("kind", ["missing path", "truncated file"])
