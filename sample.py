@@ -103,32 +103,25 @@ def choose_dtype(name: str, device: torch.device, paths: list[Path]) -> torch.dt
     return torch.float32 if small else torch.bfloat16
 
 
-def model_paths(model: Path, vae: Path | None = None, t5: Path | None = None,
-                clip: Path | None = None, tokenizers: Path | None = None) -> dict[str, Path]:
-    """Where each part of a model is: in a folder, in files of their own, or all in one file.
+def model_paths(model: Path, tokenizers: Path | None = None,
+                **others: Path | None) -> dict[str, Path]:
+    """Where each part of a model is: where it is said to be, else in the model's folder or file.
 
-    Raises: FileNotFoundError; ValueError naming the option that is missing.
+    others: by part. Raises: FileNotFoundError; ValueError naming the option that is missing.
     """
-    options = {"--vae": ("vae", vae), "--t5": ("text_encoder_2", t5),
-               "--clip": ("text_encoder", clip)}
-    folder = tokenizers or model
     if not model.exists():
         raise FileNotFoundError(f"{model}: no such model; the embedded one is tiny/model")
-    found = {"transformer": model / "transformer" if model.is_dir() else model}
-    if model.is_file():
-        inside = weights.parts_of(model)
-        missing = [option for option, (part, path) in options.items()
-                   if path is None and part not in inside]
-        missing += ["--tokenizers"] if tokenizers is None else []
-        if "transformer" not in inside:
-            raise ValueError(f"{model}: holds no transformer of FLUX, but "
-                             f"{', '.join(inside) or 'nothing that is known'}")
-        if missing:
-            raise ValueError(f"{model}: is one file; name {', '.join(missing)} too (--tokenizers: "
-                             "the folder that holds tokenizer/ and tokenizer_2/)")
-    for part, path in options.values():
-        found[part] = path or (model / part if model.is_dir() else model)
-    return found | {name: folder / name for name in ("tokenizer", "tokenizer_2")}
+    found = weights.places(model) | {part: path for part, path in others.items() if path}
+    if tokenizers:
+        found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
+    missing = {option: 0 for part, option in weights.OPTIONS.items() if part not in found}
+    if missing:
+        raise ValueError(f"{model}: is no whole model; name {', '.join(missing)} too "
+                         "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
+    for path in found.values():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not found")
+    return found
 
 
 def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: str = "auto",
@@ -138,13 +131,13 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     Raises: FileNotFoundError, ValueError.
     """
     paths = model_paths(Path(model), **others)
+    t5_tokens, clip_tokens = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
     where = choose_device(device)
     kind = choose_dtype(dtype, where, [paths[part] for part in weights.SIGNS])
     pipe = Pipeline(
         load_dit(paths["transformer"], where, kind), load_vae(paths["vae"], where, kind),
         load_t5(paths["text_encoder_2"], where, kind),
-        load_clip(paths["text_encoder"], where, kind), T5Tokenizer(paths["tokenizer_2"]),
-        CLIPTokenizer(paths["tokenizer"]), None, where, kind)
+        load_clip(paths["text_encoder"], where, kind), t5_tokens, clip_tokens, None, where, kind)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter)).to(where)
     return pipe
@@ -446,9 +439,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What open_model() needs; the same for every command."""
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny/model",
                         help="FLUX Kontext folder, or a file with its transformer or all of it")
-    for option, what in (("--vae", "autoencoder"), ("--t5", "T5 text encoder"),
-                         ("--clip", "CLIP text encoder")):
-        parser.add_argument(option, type=Path, metavar="PATH",
+    for part, what in (("vae", "autoencoder"), ("text_encoder_2", "T5 text encoder"),
+                       ("text_encoder", "CLIP text encoder")):
+        parser.add_argument(weights.OPTIONS[part], dest=part, type=Path, metavar="PATH",
                             help=f"file or folder with the {what}, where --model has none")
     parser.add_argument("--tokenizers", type=Path, metavar="FOLDER",
                         help="holds tokenizer/ and tokenizer_2/, where --model is a file")
@@ -460,8 +453,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace, adapter: Path | None) -> Pipeline:
     """The model that a command's options name. Raises: FileNotFoundError, ValueError."""
-    return load_pipeline(args.model, adapter, args.device, args.dtype, vae=args.vae, t5=args.t5,
-                         clip=args.clip, tokenizers=args.tokenizers)
+    others = {name: getattr(args, name) for name in
+              ("vae", "text_encoder", "text_encoder_2", "tokenizers")}
+    return load_pipeline(args.model, adapter, args.device, args.dtype, **others)
 
 
 def parse() -> argparse.Namespace:

@@ -183,7 +183,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        wide = wide.float() if self.wo.weight.dtype == torch.float32 else wide
+        wide = wide.float() if x.dtype == torch.float16 else wide            # it overflows
         return self.wo(wide).to(x.dtype)
 
 
@@ -324,9 +324,9 @@ def load_t5(path: str | Path, device: torch.device | str = "cpu",
     """Read a folder's text_encoder_2/, or a file. Raises: FileNotFoundError, ValueError."""
     model = weights.load_part("text_encoder_2", T5Encoder, T5Config, implied_t5, path, device,
                               dtype)
-    if dtype == torch.float16:                           # the second feed-forward matrix overflows
+    if model.shared.weight.dtype == torch.float16:       # the second feed-forward matrix overflows
         for name, module in model.named_modules():
-            if name.endswith(".wo"):
+            if name.endswith(".wo") and not isinstance(module, weights.Float8Linear):
                 module.float()
     return model
 

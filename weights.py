@@ -93,9 +93,6 @@ def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool 
 
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of one component: those its index names, else the only one there."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: not found; "
-                                f"a FLUX Kontext folder holds {', '.join(PARTS)}")
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         names = read_json(indices[0]).get("weight_map")
@@ -125,6 +122,11 @@ def opened(file: Path) -> Iterator[safe_open]:
             yield handle
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def files_of(path: Path) -> list[Path]:
+    """The safetensors files of a part: those of its folder, or the one file."""
+    return shards(path) if path.is_dir() else [path]
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
@@ -199,11 +201,15 @@ PREFIXES = {"transformer": ("model.diffusion_model.", "diffusion_model."),
             "vae": ("vae.", "first_stage_model."),
             "text_encoder": ("text_encoders.clip_l.transformer.",),
             "text_encoder_2": ("text_encoders.t5xxl.transformer.",)}
+OPTIONS = {"transformer": "--model", "vae": "--vae", "text_encoder": "--clip",
+           "text_encoder_2": "--t5", "tokenizer": "--tokenizers", "tokenizer_2": "--tokenizers"}
 SIGNS = {"transformer": "x_embedder.weight", "vae": "decoder.conv_in.weight",
          "text_encoder": "text_model.embeddings.token_embedding.weight",
          "text_encoder_2": "shared.weight"}              # a tensor that only this part has
 UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|scaled_fp8|scale_input)"
-                    r"|(vision_model|text_projection|visual_projection)\..*")
+                    r"|(vision_model|text_projection|visual_projection)(\..*)?")
+FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+READ = FP8 | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def renamed(name: str, table: dict[str, str]) -> list[str]:
@@ -234,64 +240,82 @@ def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             t = torch.cat(t.chunk(2)[::-1])
         if part == "vae" and t.dim() == 4 and ".attentions." in names[0]:
             t = t.flatten(1)                             # a 1x1 convolution is a linear layer
-        if levels and old.startswith("decoder.up."):     # counted from the pixels
-            names = [re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks."
-                            f"{len(levels) - 1 - int(level[1])}", names[0])]
+        if old.startswith("decoder.up."):                # counted from the pixels
+            names = [re.sub(r"(?<=up_blocks\.)\d{1,3}", lambda i: str(len(levels) - 1 - int(i[0])),
+                            names[0])]
         if part == "text_encoder" and not old.startswith("text_model."):
             names = [f"text_model.{old}"]
         shares = [4 if "proj_mlp" in name else 1 for name in names]
-        rows = len(t) // sum(shares) if t.dim() else 0
-        fused = len(names) > 1 and rows * sum(shares) == (len(t) if t.dim() else -1)
-        found |= zip(names, t.split([rows * share for share in shares]) if fused else
-                     [t] * len(names))                   # what cannot be split: check() tells
+        rows, odd = divmod(len(t), sum(shares)) if t.dim() else (0, 1)
+        new = dict(zip(names, [t] * len(names) if odd else       # check() tells of those
+                       t.split([rows * share for share in shares])))
+        if new.keys() & found.keys() - {"shared.weight"}:
+            raise ValueError(f"{old} has the place of another tensor, {min(new)}")
+        found |= new
     return found
 
 
-def parts_of(file: Path) -> list[str]:
-    """Which parts of a model a file holds, by the folder's names for them."""
-    tensors = read_tensors([file])
-    return [part for part, sign in SIGNS.items() if sign in to_folder(part, tensors)]
+def places(path: Path) -> dict[str, Path]:
+    """Where the parts lie that a model's folder, the folder of one part, or a file holds."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        return {part: path / part for part in PARTS if (path / part).is_dir()}
+    tensors = read_tensors(files_of(path))
+    return {part: path for part, sign in SIGNS.items() if sign in to_folder(part, tensors)}
+
+
+class Widened(torch.autograd.Function):
+    """x @ W.T + b. Keeps W in 8 bits for the backward pass, not its wide copy."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W, scale)
+        ctx.kind = x.dtype                               # autocast may make grad narrower
+        return F.linear(x, W.to(x.dtype).mul_(scale), b)                     # (..., out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        W, scale = ctx.saved_tensors
+        return (grad @ W.to(grad.dtype).mul_(scale)).to(ctx.kind), None, None, None
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer whose weight is kept in 8 bits and widened when it is used."""
+    """A frozen linear layer whose weight is kept in 8 bits and widened when it is used."""
     scale: Tensor                                        # (), times the weight
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
-        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        return Widened.apply(x, self.weight, self.scale, self.bias)
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
-           dtype: torch.dtype | None = None) -> None:
-    """Give a model its tensors, after all names and shapes have been checked.
+           device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+    """Give a model its tensors, after all names, shapes and types have been checked.
 
-    Nothing is copied that has its type already. Weights of linear layers in fp8 stay so; all else
-    becomes `dtype`, or by default the widest type there is. Raises: ValueError.
+    Nothing is copied that has its type and place already. Weights of linear layers in fp8 stay so;
+    all else becomes `dtype`, or by default the widest type there is. Raises: ValueError.
     """
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     scales = {name.removesuffix("scale_weight") + "weight": t for name, t in tensors.items()
-              if name.endswith(".scale_weight") and t.numel() == 1}
-    tensors = {name: t for name, t in tensors.items()
-               if not (name.endswith(".scale_weight") and t.numel() == 1)}
+              if name.endswith(".scale_weight")}
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".scale_weight")}
     check({name: p.shape for name, p in model.state_dict().items()},
           {name: t.shape for name, t in tensors.items()}, where)
-    foreign = [f"{name} ({str(t.dtype).removeprefix('torch.')})"
-               for name, t in tensors.items() if not t.is_floating_point()]
-    if foreign:
-        raise ValueError(f"{where}: {len(foreign)} tensors hold no floating point numbers, "
-                         f"such as {foreign[0]}")
-    narrow = {name for name, t in tensors.items() if t.dtype.itemsize == 1}
-    if scales.keys() - narrow:
-        raise ValueError(f"{where}: {min(scales.keys() - narrow)} has a scale, but is not in fp8")
-    if dtype is None:
-        kinds = {t.dtype for name, t in tensors.items() if name not in narrow}
-        dtype = reduce(torch.promote_types, kinds) if kinds else torch.bfloat16
-    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, t in tensors.items():
+        if t.dtype not in READ:
+            raise ValueError(f"{where}: {name} holds {str(t.dtype).removeprefix('torch.')}, which "
+                             "is not read")
+    narrow = {name for name, t in tensors.items() if t.dtype in FP8}
+    if narrow and torch.device(device).type == "mps":
+        raise ValueError(f"{where}: mps holds no fp8; take a bf16 file, or --device cpu")
+    for name, scale in scales.items():
+        if name not in narrow & linears.keys() or scale.numel() != 1:
+            raise ValueError(f"{where}: {name} has a scale, but is no layer in fp8 with one scale")
+    kinds = {t.dtype for name, t in tensors.items() if name not in narrow}
+    dtype = dtype or (reduce(torch.promote_types, kinds) if kinds else torch.bfloat16)
     for name in narrow & linears.keys():
         linears[name].__class__ = Float8Linear
-        scale = scales.get(name, torch.ones(()))
-        linears[name].register_buffer("scale", scale.reshape(()), persistent=False)
-    ready = {name: t if name in narrow & linears.keys() else
-             t.to(dtype) * scales[name].to(dtype) if name in scales else t.to(dtype)
+        scale = scales.get(name, torch.ones(())).reshape(()).to(device)
+        linears[name].register_buffer("scale", scale, persistent=False)
+    ready = {name: t.to(device, None if name in narrow & linears.keys() else dtype)
              for name, t in tensors.items()}
     model.load_state_dict(ready, strict=True, assign=True)
 
@@ -301,23 +325,25 @@ def load_part(part: str, build: Callable[[Config], Model], config: type[Config],
               device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
     """Read one part of a Hugging Face folder (config.json and tensors), or of a single file.
 
-    implied: a file's configuration, from its tensors' shapes. The model is built on the meta
-    device, so that nothing is allocated twice; the result is frozen and in eval mode.
+    implied: a file's configuration, from its tensors' shapes, where no config.json lies beside it.
+    The model is built on the meta device, so that nothing is allocated twice; the result is frozen
+    and in eval mode.
     Raises: FileNotFoundError, ValueError.
     """
     path = Path(path)
-    tensors = to_folder(part, read_tensors(shards(path) if path.is_dir() else [path]))
-    if path.is_dir():
-        where, values = path / "config.json", read_json(path / "config.json")
-    else:
-        try:
-            where, values = path, implied({name: t.shape for name, t in tensors.items()})
-        except (LookupError, ValueError, ArithmeticError) as error:
-            raise ValueError(f"{path}: holds no whole {part} ({error!r})") from None
-    with torch.device("meta"):
-        model = build(config_from(config, values, where))
-    assign(model, tensors, path, dtype)
-    return model.to(device).eval().requires_grad_(False)
+    settings = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    tensors = read_tensors(files_of(path))
+    try:
+        tensors = to_folder(part, tensors)
+        given = path.is_dir() or settings.is_file()
+        values = (read_json(settings) if given else
+                  implied({name: t.shape for name, t in tensors.items()}))
+        with torch.device("meta"):
+            model = build(config_from(config, values, settings if given else path))
+    except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path}: holds no whole {part} ({error})") from None
+    assign(model, tensors, path, device, dtype)
+    return model.eval().requires_grad_(False)
 
 
 def blocks(shapes: dict[str, torch.Size], prefix: str) -> int:
@@ -470,6 +496,8 @@ def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 LORA = re.compile(r"(?:transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)?(.+)\."
                   r"(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
+LAYER = re.compile(r"((single_)?transformer_blocks\.\d+|x_embedder|context_embedder|proj_out"
+                   r"|time_text_embed|norm_out)\.")        # what the folder's names begin with
 KOHYA = {old.strip(".").replace(".", "_"): old.strip(".") for old in BFL_TRANSFORMER
          if not old.endswith("scale")}                   # img_attn_qkv -> img_attn.qkv
 
@@ -478,11 +506,26 @@ def dotted(module: str) -> str:
     """A module's name as kohya's tools write it, without dots -> with dots; others unchanged."""
     block = re.fullmatch(r"((?:double|single)_blocks)_(\d+)_(.+)", module)
     inner = block[3] if block else module
-    for flat, name in KOHYA.items():
-        inner = name if inner == flat else inner
-    for outer in ("time_in", "guidance_in", "vector_in"):
-        inner = re.sub(rf"^{outer}_(in|out)_layer$", rf"{outer}.\1_layer", inner)
+    inner = re.sub(r"^(time|guidance|vector)_in_(in|out)_layer$", r"\1_in.\2_layer", inner)
+    inner = KOHYA.get(inner, inner)
     return f"{block[1]}.{block[2]}.{inner}" if block else inner
+
+
+def strength(module: str, found: dict[str, Tensor], told: dict, file: Path) -> float:
+    """What a layer's B A counts: alpha / r, with alpha beside it, in the metadata, or r itself."""
+    rank = len(found["lora_A"])
+    try:
+        alpha = next((value for name, value in told.get("transformer.alpha_pattern", {}).items()
+                      if re.fullmatch(rf"(.*\.)?({name})", module)),        # as PEFT reads them
+                     told.get("transformer.lora_alpha", rank))
+        root = 0.5 if told.get("transformer.use_rslora") else 1
+        scale = float(found.get("alpha", alpha)) / rank ** root
+        if not math.isfinite(scale):
+            raise ValueError(f"{scale}")
+        return scale
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError,
+            re.error) as error:
+        raise ValueError(f"{file}: the alpha of {module} is no number ({error})") from None
 
 
 def read_lora(file: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -494,33 +537,35 @@ def read_lora(file: Path) -> tuple[dict, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, t in read_tensors([file]).items():
         found = LORA.fullmatch(name)
-        if not found:
+        module = found and (dotted(found[1]) if name.startswith("lora_unet_") else found[1])
+        kind = found and ({"lora_down": "lora_A", "lora_up": "lora_B"}.get(found[2], found[2])
+                          or "alpha")
+        if not found or kind in parts.setdefault(module, {}):
             raise ValueError(f"{file}: is no adapter of train.py's, and {name} is no part of a "
-                             "LoRA for this transformer")
-        kind = {"lora_down": "lora_A", "lora_up": "lora_B"}.get(found[2], found[2]) or "alpha"
-        module = dotted(found[1]) if name.startswith("lora_unet_") else found[1]
-        parts.setdefault(module, {})[kind] = t
+                             "LoRA for this transformer, or is there twice")
+        parts[module][kind] = t
     stored = read_metadata(file).get("lora_adapter_metadata")
     told = parse_json(stored, file) if stored else {}
-    pairs = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for module, found in parts.items():
         A, B = found.get("lora_A"), found.get("lora_B")
-        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]:
+        if (A is None or B is None or A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]
+                or not A.numel() * B.numel()):
             raise ValueError(f"{file}: {module} needs lora_A (r, in) and lora_B (out, r)")
-        alpha = next((value for name, value in told.get("transformer.alpha_pattern", {}).items()
-                      if re.fullmatch(rf"(.*\.)?{name}", module)),
-                     told.get("transformer.lora_alpha", len(A)))
-        alpha = found.get("alpha", alpha)
-        B = B.float() * (float(alpha) / len(A))
-        for name, rows in to_folder("transformer", {f"{module}.weight": B}).items():
-            pairs[name.removesuffix(".weight")] = A.float(), rows
-    rank = max(len(A) for A, _ in pairs.values())
-    tensors = {}
+        B = B.float() * strength(module, found, told, file)
+        new = to_folder("transformer", {f"{module}.weight": B})
+        if not new or new.keys() & pairs.keys() or not all(map(LAYER.match, new)):
+            raise ValueError(f"{file}: {module} is no layer, or is there under two names")
+        pairs |= {name: (A.float(), rows) for name, rows in new.items()}
+    if not pairs:
+        raise ValueError(f"{file}: holds no tensors")
+    rank, tensors = max(len(A) for A, _ in pairs.values()), {}
     for name, (A, B) in pairs.items():
+        name = name.removesuffix(".weight")
         tensors[f"{name}.lora_A"] = F.pad(A, (0, 0, 0, rank - len(A)))       # (rank, in)
         tensors[f"{name}.lora_B"] = F.pad(B, (0, rank - len(A)))             # (out, rank)
-    return {"lora_targets": [f".{name}" for name in pairs], "lora_rank": rank, "lora_alpha": rank,
-            "mole_targets": []}, tensors
+    return {"lora_targets": [f".{name.removesuffix('.weight')}" for name in pairs],
+            "lora_rank": rank, "lora_alpha": rank, "mole_targets": []}, tensors
 
 
 # ---------------------------------------------------------------------------------- any of these
@@ -586,45 +631,31 @@ def tally(tensors: dict[str, Tensor]) -> str:
             f"{kinds}")
 
 
-def problem(part: str, tensors: dict[str, Tensor], config: dict | None, where: Path) -> str:
-    """Why a part cannot be used, or nothing. Reads names and shapes alone."""
+def describe_part(part: str, path: Path) -> tuple[str, str]:
+    """A part in a folder or a file: what it is, and what is wrong with it."""
     import dit                                           # here, because they import this file
     import text_encoder
     import vae
-    build, kind, implied = {
-        "transformer": (dit.FluxTransformer, dit.DiTConfig, dit.implied_config),
-        "vae": (vae.AutoEncoder, vae.VAEConfig, vae.implied_config),
-        "text_encoder": (text_encoder.CLIPEncoder, text_encoder.CLIPConfig,
-                         text_encoder.implied_clip),
-        "text_encoder_2": (text_encoder.T5Encoder, text_encoder.T5Config, text_encoder.implied_t5),
-    }[part]
-    shapes = {name: t.shape for name, t in tensors.items() if not name.endswith(".scale_weight")}
-    try:
-        values = implied(shapes) if config is None else config
-        with torch.device("meta"):
-            model = build(config_from(kind, values, where))
-        check({name: p.shape for name, p in model.state_dict().items()}, shapes, where)
-    except (LookupError, ValueError, ArithmeticError) as error:
-        return str(error) if isinstance(error, ValueError) else f"{where}: {error!r}"
-    return ""
-
-
-def describe_part(part: str, path: Path) -> tuple[str, str]:
-    """A part in a folder or a file: what it is, and what is wrong with it."""
-    tensors = read_tensors(shards(path) if path.is_dir() else [path])
+    load = {"transformer": dit.load_dit, "vae": vae.load_vae,
+            "text_encoder": text_encoder.load_clip, "text_encoder_2": text_encoder.load_t5}[part]
+    tensors = read_tensors(files_of(path))
     found = to_folder(part, tensors)
     scaled = any(name.endswith(".scale_weight") for name in found)
     layout = ("ComfyUI, fp8 with scales" if scaled else
               "Hugging Face" if found.keys() <= tensors.keys() else "original or ComfyUI")
-    config = read_json(path / "config.json") if path.is_dir() else None
-    return (f"{path}: {part}, {layout}, {tally(found)}", problem(part, found, config, path))
+    try:
+        load(path, "meta")                               # all its checks, and no memory
+        wrong = ""
+    except ValueError as error:
+        wrong = str(error)
+    return f"{path}: {part}, {layout}, {tally(found)}", wrong
 
 
 def describe(path: Path) -> str:
     """What a file or folder is, whether it is whole, and the command that uses it."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
-    sample = "python sample.py --instruction TEXT"
+    sample = "python sample.py --instruction TEXT"       # FLUX.1-dev has Kontext's very names
     kind = ("of the research code" if (path / "train_config.json").is_file() else
             "of train.py's" if (path / "adapter.safetensors").is_file() or (
                 path.is_file() and "adapter" in read_metadata(path)) else
@@ -633,29 +664,19 @@ def describe(path: Path) -> str:
     if kind:
         return (f"{path}: an adapter {kind}, {tally(read_adapter(path)[1])}\n"
                 f"{sample} --adapter {path}")
-    if path.is_dir() and (path / "config.json").is_file():       # one part of a folder
-        where = {part: path for part in SIGNS if part == path.resolve().name}
-    elif path.is_dir():
-        where = {part: path / part for part in SIGNS if (path / part).is_dir()}
-    else:
-        where = {part: path for part in parts_of(path)}
-    if not where:
+    found = places(path)
+    if not found:
         raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}), part of one, or "
                          "adapter")
-    told = [describe_part(part, place) for part, place in where.items()]
+    told = [describe_part(part, place) for part, place in found.items() if part in SIGNS]
     lines, wrong = [line for line, _ in told], [why for _, why in told if why]
-    whole = path.is_dir() and not (path / "config.json").is_file()
-    missing = [part for part in PARTS if whole and not (path / part).is_dir()]
-    if wrong or missing:
-        return "\n".join([*lines, *wrong] + [f"{path}: without {', '.join(missing)}"]
-                         * bool(missing) + [f"{path}: not whole"])
-    options = {"transformer": "--model", "vae": "--vae", "text_encoder": "--clip",
-               "text_encoder_2": "--t5"}
-    used = f"--model {path}" if "transformer" in where else " ".join(
-        f"{options[part]} {path}" for part in where)
-    others = [] if whole else [f"{option} ..." for part, option in options.items()
-                               if part not in where] + ["--tokenizers ..."]
-    return "\n".join([*lines, f"{path}: whole", " ".join([sample, used, *others])])
+    folder = path not in found.values()
+    wrong += [f"{path}: without {part}" for part in PARTS if folder and part not in found]
+    if wrong:
+        return "\n".join([*lines, *wrong, f"{path}: not whole"])
+    used = [f"--model {path}"] if folder else [
+        f"{OPTIONS[part]} {found.get(part, '...')}" for part in SIGNS] + ["--tokenizers ..."]
+    return "\n".join([*lines, f"{path}: whole", " ".join([sample, *used])])
 
 
 def main() -> None:

@@ -132,6 +132,13 @@ def test_tokens_have_no_council_and_are_served_in_rank_space(changes):
                           served(pipe, inputs, noise, steps=2))
 
 
+def test_tokens_have_no_use_of_experts_to_draw():
+    one = "transformer_blocks.1.ff.net.2"
+    use = sample.expert_use(pipeline(token_targets=(one,)), ["a star"])
+    assert use and one not in use
+    assert not sample.expert_use(pipeline(routing="token"), ["a star"])
+
+
 def test_several_instructions_have_no_common_council():
     pipe = pipeline()
     inputs = given(pipe, 2)

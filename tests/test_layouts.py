@@ -395,16 +395,75 @@ def test_parts_may_lie_elsewhere(tmp_path):
     file = tmp_path / "vae.safetensors"
     file.write_bytes((paths["vae"] / "diffusion_pytorch_model.safetensors").read_bytes())
     assert model_paths(tiny, vae=file)["vae"] == file
+    with pytest.raises(FileNotFoundError, match="tokenizer: not found"):
+        model_paths(tiny, tokenizers=tmp_path)
+    for name in ("tokenizer", "tokenizer_2"):
+        (tmp_path / name).mkdir()
     assert model_paths(tiny, tokenizers=tmp_path)["tokenizer"] == tmp_path / "tokenizer"
+
+
+def test_a_folders_own_file_has_the_folders_configuration(tmp_path):
+    wanted = run("text_encoder", from_folder("text_encoder", tmp_path))
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = text_encoder.load_clip(tmp_path / "model.safetensors")
+    assert not torch.equal(run("text_encoder", model), wanted)
+
+
+@pytest.mark.parametrize("metadata", [
+    {"transformer.alpha_pattern": None}, {"transformer.alpha_pattern": {"(": 1}},
+    {"transformer.lora_alpha": [1]}, {"transformer.lora_alpha": 1e400}])
+def test_alphas_that_are_no_numbers_are_named(tmp_path, metadata):
+    lora_file("diffusers, metadata", some_lora({"x_embedder": torch.ones(256, 64)}),
+              tmp_path / "lora.safetensors")
+    save_file(weights.read_tensors([tmp_path / "lora.safetensors"]), tmp_path / "bad.safetensors",
+              {"lora_adapter_metadata": json.dumps(metadata)})
+    with pytest.raises(ValueError, match="bad.safetensors: the alpha of x_embedder"):
+        weights.read_lora(tmp_path / "bad.safetensors")
+
+
+def test_rank_stabilised_lora_counts_alpha_over_the_root(tmp_path):
+    A, B = torch.ones(4, 64), torch.ones(256, 4)
+    metadata = json.dumps({"transformer.lora_alpha": 6, "transformer.use_rslora": True})
+    save_file({f"transformer.x_embedder.lora_{part}.weight": t for part, t in zip("AB", (A, B))},
+              tmp_path / "lora.safetensors", {"lora_adapter_metadata": metadata})
+    _, tensors = weights.read_lora(tmp_path / "lora.safetensors")
+    assert torch.equal(tensors["x_embedder.lora_B"], 3 * B)
+
+
+def test_two_tensors_for_one_place_are_refused(tmp_path):
+    tensors = original("transformer") | {"x_embedder.weight": torch.zeros(256, 64)}
+    save_file(tensors, tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match="one.safetensors.*has the place of another"):
+        dit.load_dit(tmp_path / "one.safetensors")
+    pair = {f"{prefix}.lora_{part}.weight": torch.ones(2, 64) if part == "A" else torch.ones(256, 2)
+            for prefix in ("transformer.x_embedder", "diffusion_model.img_in") for part in "AB"}
+    save_file(pair, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="under two names"):
+        weights.read_lora(tmp_path / "lora.safetensors")
+
+
+def test_fp8_weights_are_kept_in_fp8_for_backward(tmp_path):
+    save_file(in_fp8(original("transformer"), scaled=True)[0], tmp_path / "fp8.safetensors")
+    model = dit.load_dit(tmp_path / "fp8.safetensors", dtype=torch.float32)
+    layer = model.transformer_blocks[0].ff.net[2]
+    x = torch.randn(3, 1024, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(x)
+    assert not any(t.shape == layer.weight.shape and t.dtype == torch.float32 for t in kept)
+    out.sum().backward()
+    wanted = (layer.weight.float() * layer.scale).sum(0).expand(3, -1)
+    assert torch.allclose(x.grad, wanted, atol=1e-5)     # 256 numbers near 0.02, in another order
 
 
 def test_what_a_file_lacks_is_named(tmp_path):
     file = tmp_path / "flux.safetensors"
     save_file(original("transformer"), file)
-    with pytest.raises(ValueError, match="name --vae, --t5, --clip, --tokenizers too"):
+    with pytest.raises(ValueError, match="name --vae, --clip, --t5, --tokenizers too"):
         model_paths(file)
     with pytest.raises(ValueError, match="name --clip too"):
-        model_paths(file, vae=file, t5=file, tokenizers=tmp_path)
+        model_paths(file, vae=file, text_encoder_2=file, tokenizers=tmp_path)
     save_file(original("vae"), file)
-    with pytest.raises(ValueError, match="no transformer of FLUX, but vae"):
+    with pytest.raises(ValueError, match="name --model, --clip"):
         model_paths(file)
