@@ -655,7 +655,7 @@ def describe(path: Path) -> str:
     """What a file or folder is, whether it is whole, and the command that uses it."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
-    sample = "python sample.py --instruction TEXT"       # FLUX.1-dev has Kontext's very names
+    sample = "python sample.py --instruction TEXT"
     kind = ("of the research code" if (path / "train_config.json").is_file() else
             "of train.py's" if (path / "adapter.safetensors").is_file() or (
                 path.is_file() and "adapter" in read_metadata(path)) else
