@@ -666,10 +666,10 @@ def open_source(text: str,
 
 
 def batches(sources: list[tuple["TinyWorld | Folder", float]], size: int, seed: int,
-            start: int = 0) -> Iterator[list[Sample]]:
+            start: int = 0, stride: int = 1) -> Iterator[list[Sample]]:
     """One source per batch, by weight. Batch number i depends on the seed and i alone."""
     weights = np.array([weight for _, weight in sources])
-    for i in count(start):
+    for i in count(start, stride):
         rng = np.random.default_rng([seed, i])
         yield sources[rng.choice(len(sources), p=weights / weights.sum())][0].draw(rng, size)
 

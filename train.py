@@ -13,6 +13,7 @@ Run: python train.py --data tiny --steps 20 --out runs/try
 import argparse
 import json
 import math
+import os
 import pickle
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -120,6 +122,25 @@ def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], fa
     return totals
 
 
+def average(adapter: mole.Adapter, losses: dict[str, float], accumulate: int) -> dict[str, float]:
+    """Gradients and losses: from sums over a process's micro-batches to means over all of them.
+
+    What follows the batch without a gradient (Expert Race's thresholds) is averaged too.
+    """
+    number = dist.get_world_size() if dist.is_initialized() else 1
+    values = torch.tensor(list(losses.values()), dtype=torch.float64)
+    for p in adapter.tensors().values():
+        if number > 1:
+            dist.all_reduce(p.data if p.grad is None else p.grad)
+        if p.grad is not None:
+            p.grad /= number * accumulate
+        elif number > 1:
+            p.data /= number
+    if number > 1:
+        dist.all_reduce(values)
+    return dict(zip(losses, (values / number).tolist()))
+
+
 def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.optim.AdamW:
     """AdamW; the routers have their own rate. All its states are fp32, as the adapter is."""
     groups = [{"lr": rate, "params": [p for name, p in adapter.tensors().items()
@@ -132,9 +153,10 @@ def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.
 # ------------------------------------------------------------------------------------------ files
 
 def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer, step: int,
-                    settings: dict) -> None:
+                    number: int, settings: dict) -> None:
     """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed."""
-    state = {"step": step, "settings": json.dumps(settings), "optimizer": optimizer.state_dict(),
+    state = {"step": step, "number": number, "settings": json.dumps(settings),
+             "optimizer": optimizer.state_dict(),
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
     with (weights.replacing(out / "checkpoint.pt") as last,      # it says that all is there
           weights.replacing(out / "adapter.safetensors") as first):
@@ -143,13 +165,14 @@ def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
 
 
 def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer,
-                    settings: dict) -> int:
-    """Take up the run in `out`; -> the next step. Raises: ValueError when it was another run."""
+                    settings: dict) -> tuple[int, int]:
+    """Take up the run in `out`; -> next step, next micro-batch. Raises: ValueError if another's."""
     file = out / "checkpoint.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         before = weights.parse_json(state["settings"], file)
-        adapted, optimized, step = state["adapter"], state["optimizer"], state["step"]
+        adapted, optimized = state["adapter"], state["optimizer"]
+        start = state["step"], state["number"]
     except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
             pickle.UnpicklingError) as error:
         raise ValueError(f"{file}: cannot be read ({error!r}); name another --out") from None
@@ -159,7 +182,7 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
                          f"not {settings[changed[0]]!r}")
     adapter.fill(adapted)
     optimizer.load_state_dict(optimized)
-    return step
+    return start
 
 
 def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
@@ -178,32 +201,32 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
 
 # --------------------------------------------------------------------------------------- the loop
 
-def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dict) -> None:
+def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dict,
+          rank: int, workers: int) -> None:
+    """Run the steps that are left. Of the micro-batches, this process takes every workers-th."""
     adapter, out = pipe.adapter.train(), args.out
     optimizer = make_optimizer(adapter, args.lr,
                                args.lr / 2 if args.router_lr is None else args.router_lr)
     rates = [group["lr"] for group in optimizer.param_groups]
     resumed = args.resume and (out / "checkpoint.pt").is_file()
-    start = load_checkpoint(out, adapter, optimizer, settings) if resumed else 0
+    start, number = load_checkpoint(out, adapter, optimizer, settings) if resumed else (0, 0)
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0]
                for i, (source, _) in enumerate(sources * -(-8 // len(sources)))][:8]
-    batches = data.batches(sources, args.batch_size, args.seed, start * args.accumulate)
+    batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
-               mininterval=2)
-    log_file = out / "log.jsonl"
+               mininterval=2, disable=rank > 0)
+    log_file = out / "log.jsonl" if rank == 0 else Path(os.devnull)
     kept = log_file.read_text().splitlines(True)[:start] if log_file.is_file() else []
     with log_file.open("w") as log:
         log.writelines(kept)                             # what came after the checkpoint is redone
         for step in bar:
             began = time.time()
-            number = step * args.accumulate              # of the step's first micro-batch
-            micro = [(args.seed * 2 ** 32 + number + i, next(batches))
-                     for i in range(args.accumulate)]
+            micro = [(args.seed * 2 ** 32 + i, next(batches)) for i in
+                     range(number + rank, number + args.accumulate * workers, workers)]
+            number += args.accumulate * workers          # of the next step's first micro-batch
             losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.checkpoint,
                                 args.shift)
-            for p in adapter.tensors().values():
-                if p.grad is not None:
-                    p.grad /= args.accumulate
+            losses = average(adapter, losses, args.accumulate)
             norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
             if not math.isfinite(losses["loss"] + norm):
                 raise ValueError(f"step {step}: the loss is no number any more; the last "
@@ -220,10 +243,22 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                 "norm": round(norm, 4), "tasks": tasks,
                 "seconds": round(time.time() - began, 3)}) + "\n")
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
                 log.flush()
-                save_checkpoint(out, adapter, optimizer, step + 1, settings)
+                save_checkpoint(out, adapter, optimizer, step + 1, number, settings)
                 sample_sheet(pipe, preview, out / f"samples_{step + 1:06d}.png")
+
+
+def join(args: argparse.Namespace) -> tuple[int, int]:
+    """This process's rank and how many torchrun started: (0, 1) without it. Each has its device."""
+    rank, workers = (int(os.environ.get(name, alone)) for name, alone in
+                     (("RANK", 0), ("WORLD_SIZE", 1)))
+    if workers > 1:
+        if args.device in ("auto", "cuda") and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group()                        # NCCL between GPUs, Gloo between CPUs
+    return rank, workers
 
 
 def parse() -> argparse.Namespace:
@@ -274,6 +309,7 @@ def main() -> None:
     vae = args.vae or args.model / "vae"
     side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
     sources = [data.open_source(text, (side, side) if side < 512 else None) for text in args.data]
+    rank, workers = join(args)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe = open_model(args, None)
     c = pipe.dit.config
@@ -285,10 +321,13 @@ def main() -> None:
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype)}
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args, pipe, sources, settings)
-    print(f"{args.out / 'adapter.safetensors'}: "
-          f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
-          f"{args.steps} steps")
+    train(args, pipe, sources, settings, rank, workers)
+    if rank == 0:
+        print(f"{args.out / 'adapter.safetensors'}: "
+              f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
+              f"{args.steps} steps")
+    if workers > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

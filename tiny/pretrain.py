@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ from vae import AutoEncoder, VAEConfig, load_vae
 
 NAMES = [*data.SHAPES, *data.FIGURES, *data.COLOURS, "big"]  # what a thing may be called
 LENGTH = 28                                              # tokens; the longest instruction has 25
+FAST = (torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else
+        torch.float32)                                   # other CPUs have no fast bf16
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64, 64],
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -221,7 +224,7 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
         img = crops(step, batch)                         # (B, 3, H / 2, W / 2)
         generator = torch.Generator().manual_seed(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
             mean, logvar = (part.float() for part in model.moments(img))
             noise = torch.randn(mean.shape, generator=generator)
             out_img = model.decoder(mean + (0.5 * logvar).exp() * noise).float()
@@ -262,7 +265,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     file = work / "latents.safetensors"
     if file.is_file():
         return weights.read_tensors([file])
-    rng, vae = np.random.default_rng(3), load_vae(out / "vae")
+    rng, vae = np.random.default_rng(3), load_vae(out / "vae", dtype=FAST)
     t5, clip = T5Tokenizer(out / "tokenizer_2"), CLIPTokenizer(out / "tokenizer")
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
@@ -274,7 +277,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
         pictures = {"target": [s.target for s in samples]} | (
             {"ref": [s.images[0] for s in samples]} if group == "edit" else {})
         with torch.no_grad():
-            parts |= {name: vae.encode(data.to_tensor(p).bfloat16())
+            parts |= {name: vae.encode(data.to_tensor(p).to(FAST))
                       for name, p in pictures.items()}
         for name, tensor in parts.items():
             found.setdefault(f"{group}.{name}", []).append(tensor)
@@ -366,6 +369,46 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
     return F.mse_loss(v[:, :x0.shape[1]].float(), noise - x0)
 
 
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices whose singular values are all about 1. (n, a, b) -> (n, a, b)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):                                   # an odd polynomial of the singular values
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, so that a matrix learns all its directions at one pace.
+
+    For the matrices of hidden layers; the step is scaled to the size that AdamW's would have. Each
+    process makes orthogonal its share of the matrices. (torch.optim.Muon computes in bf16 alone.)
+    Reference: Jordan et al., 2024, "Muon"; the scale: Liu et al., arXiv 2502.16982.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float = 0.01):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group, rank, workers = self.param_groups[0], dist.get_rank(), dist.get_world_size()
+        stacks: dict[torch.Size, list[Tensor]] = {}      # matrices of one shape are one batch
+        for p in group["params"]:
+            stacks.setdefault(p.shape, []).append(p)
+            self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+        for shape, stack in stacks.items():
+            steps = torch.zeros(len(stack), *shape)
+            ahead = [p.grad.lerp(self.state[p]["momentum"], 0.95) for p in stack[rank::workers]]
+            if ahead:
+                steps[rank::workers] = orthogonal(torch.stack(ahead))
+            dist.all_reduce(steps)
+            for p, step in zip(stack, steps):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(step, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
 def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int, samples: int,
                       compiled: bool, batch_size: int = 64, lr: float = 1e-3) -> None:
     """One of `workers` processes, each with its share of the batch and one thread.
@@ -384,10 +427,17 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     state = load_state(work / "transformer.pt")
     if state["step"]:
         master, average = state["master"], state["average"]
-    optimizer = torch.optim.AdamW(master, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    hidden = {id(module.weight) for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and re.search(r"block|layers", name)}
+    chosen = [id(p) in hidden for p in model.parameters()]
+    rates = (3 * lr, lr)
+    optimizers = (Muon([m for m, own in zip(master, chosen) if own], lr=rates[0]),
+                  torch.optim.AdamW([m for m, own in zip(master, chosen) if not own], lr=rates[1],
+                                    betas=(0.9, 0.99), weight_decay=0.01, fused=True))
     if state["step"]:
-        optimizer.load_state_dict(state["optimizer"])
-    model["dit"].bfloat16()
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    model["dit"].to(FAST)
     for block in (*model["dit"].transformer_blocks, *model["dit"].single_transformer_blocks):
         if compiled:
             block.compile(dynamic=False)
@@ -411,15 +461,16 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
         for p, m, g in zip(parameters, master, flat.split([m.numel() for m in master])):
             m.grad, p.grad = g.view_as(m), None
         nn.utils.clip_grad_norm_(master, 1.0)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1, 3 - 3 * step / steps)
-        optimizer.step()
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 200, 1, 3 - 3 * step / steps)
+            optimizer.step()
         torch._foreach_copy_(copies, master)
         torch._foreach_lerp_(average, master, max(0.001, 1 / (step + 1)))
         smooth[group] = 0.98 * smooth.get(group, loss.item()) + 0.02 * loss.item()
         bar.set_postfix(**{name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
         if rank == 0 and (step % 250 == 249 or step + 1 == steps):
             save_state(work / "transformer.pt", step=step + 1, master=master, average=average,
-                       optimizer=optimizer.state_dict())
+                       optimizers=[optimizer.state_dict() for optimizer in optimizers])
             save_models(model, average, out if step + 1 == steps else work / "model")
 
 
