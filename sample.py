@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import baselines
@@ -40,6 +40,7 @@ from vae import AutoEncoder, load_vae
 PREFERRED = [(672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248),
              (880, 1184), (944, 1104), (1024, 1024), (1104, 944), (1184, 880), (1248, 832),
              (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)]
+ROOM = 0.8                                               # of a device's memory, for weights
 
 
 @dataclass
@@ -93,12 +94,10 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def choose_dtype(name: str, device: torch.device, paths: list[Path]) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
     """auto: bf16 on an accelerator; on a CPU fp32 if that fits in half the memory, else bf16."""
     if name != "auto":
         return getattr(torch, name)
-    stored = sum(file.stat().st_size for path in set(paths) for file in
-                 (path.glob("*.safetensors") if path.is_dir() else [path]))
     small = device.type == "cpu" and 2 * stored < memory(device) / 2
     return torch.float32 if small else torch.bfloat16
 
@@ -128,18 +127,24 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
                   dtype: str = "auto", **others: Path | None) -> Pipeline:
     """Read a model and any adapter given. others: as model_paths() takes them.
 
+    A model that fills the device stays mapped on disk; its parts visit the device in turn.
     Raises: FileNotFoundError, ValueError.
     """
     paths = model_paths(Path(model), **others)
     t5_tokens, clip_tokens = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
     where = choose_device(device)
-    kind = choose_dtype(dtype, where, [paths[part] for part in weights.SIGNS])
+    stored = sum(file.stat().st_size for path in {paths[part] for part in weights.SIGNS}
+                 for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
+    kind = choose_dtype(dtype, where, stored)
+    home = where if stored < ROOM * memory(where) else torch.device("cpu")
     pipe = Pipeline(
-        load_dit(paths["transformer"], where, kind), load_vae(paths["vae"], where, kind),
-        load_t5(paths["text_encoder_2"], where, kind),
-        load_clip(paths["text_encoder"], where, kind), t5_tokens, clip_tokens, None, where, kind)
+        load_dit(paths["transformer"], home, kind), load_vae(paths["vae"], home, kind),
+        load_t5(paths["text_encoder_2"], home, kind),
+        load_clip(paths["text_encoder"], home, kind), t5_tokens, clip_tokens, None, where, kind)
     if adapter is not None:
-        pipe.adapter = load_adapter(pipe.dit, Path(adapter)).to(where)
+        pipe.adapter = load_adapter(pipe.dit, Path(adapter))
+        for p in pipe.adapter.tensors().values():        # and not the model's weights in its layers
+            p.data = p.data.to(where)
     return pipe
 
 
@@ -158,6 +163,69 @@ def load_adapter(model: FluxTransformer, path: Path) -> mole.Adapter:
     return adapter.requires_grad_(False).eval()
 
 
+# ------------------------------------------------------------------- models larger than the device
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def away(pipe: Pipeline) -> bool:
+    """Whether the transformer is kept elsewhere than on the device that computes."""
+    return pipe.dit.proj_out.weight.device.type != pipe.device.type
+
+
+@contextmanager
+def visiting(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the `with` the model's weights are on the device; then they are where they were."""
+    kept = [(t, t.data) for t in weights_of(model)]
+    try:
+        for t, home in kept:
+            t.data = home.to(device)
+        yield
+    finally:
+        for t, home in kept:
+            t.data = home
+
+
+@contextmanager
+def streamed(model: FluxTransformer, device: torch.device) -> Iterator[Callable]:
+    """A `run` for the transformer: its blocks visit the device one after another.
+
+    While one computes, the next is on its way; there are never more than two.
+    """
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    road = torch.cuda.Stream(device) if device.type == "cuda" else None
+    visits: dict[nn.Module, ExitStack] = {}
+
+    def fetch(block: nn.Module) -> None:
+        if block not in visits:
+            visit = visits[block] = ExitStack()
+            with torch.cuda.stream(road) if road else nullcontext():
+                visit.enter_context(visiting(block, device))
+            for t in weights_of(block) if road else ():  # the device may need them longer
+                t.record_stream(torch.cuda.current_stream(device))
+
+    def run(block: nn.Module, *args: object) -> object:
+        fetch(block)
+        if road:
+            torch.cuda.current_stream(device).wait_stream(road)
+        out = block(*args)                               # an accelerator is not waited for
+        for ahead in blocks[blocks.index(block) + 1:][:1]:
+            fetch(ahead)
+        visits.pop(block).close()
+        return out
+
+    with ExitStack() as rest:
+        for part in model.children():
+            if not isinstance(part, nn.ModuleList):
+                rest.enter_context(visiting(part, device))
+        try:
+            yield run
+        finally:
+            for visit in visits.values():
+                visit.close()
+
+
 # --------------------------------------------------------------------------------- what is given
 
 def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
@@ -167,9 +235,11 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
     Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
     references and clean conditions, any number of each. Units: pictures in [-1, 1].
     """
-    with torch.no_grad():
+    with torch.no_grad(), visiting(pipe.t5, pipe.device):
         txt = pipe.t5(pipe.t5_tokens(instructions).to(pipe.device))          # (B, T, D)
+    with torch.no_grad(), visiting(pipe.clip, pipe.device):
         pooled = pipe.clip(pipe.clip_tokens(instructions).to(pipe.device))   # (B, D')
+    with torch.no_grad(), visiting(pipe.vae, pipe.device):
         latents = [pipe.vae.encode(p.to(pipe.device, pipe.dtype))            # each (B, C, h, w)
                    for p in (*images, *conds)]
     ids = [i.to(pipe.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
@@ -192,12 +262,12 @@ def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, gi
 
 # ---------------------------------------------------------------------------------------- sampling
 
-def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int,
-            guidance: float) -> Iterator[Tensor]:
+def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int, guidance: float,
+            run: Callable = dit.call) -> Iterator[Tensor]:
     """Euler steps from noise to latents, in fp32; yields the latents after each step.
 
     Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. When there is an adapter, call within
-    `with pipe.adapter.serve(...)` or `with merged(...)`.
+    `with pipe.adapter.serve(...)` or `with merged(...)`; run: as the transformer takes it.
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)
@@ -206,7 +276,7 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Given, steps: int,
     for t, t_next in zip(times, times[1:]):
         now = torch.full((len(x),), t, device=pipe.device)
         with torch.no_grad():
-            v = velocity(pipe.dit, x.to(pipe.dtype), now, scale, given, h, w)
+            v = velocity(pipe.dit, x.to(pipe.dtype), now, scale, given, h, w, run)
         x = x + (t_next - t) * v.float()
         yield dit.unpack(x, h, w)
 
@@ -250,7 +320,8 @@ def mergeable(pipe: Pipeline, given: Given) -> bool:
     layers = pipe.adapter.layers.values()
     return (len(given.pooled) == 1 and not any(getattr(layer, "by_token", False)
                                                for layer in layers)
-            and all(layer.base.weight.dtype.itemsize > 1 for layer in layers)    # no fp8
+            and all(layer.base.weight.dtype.itemsize > 1                         # no fp8
+                    and layer.base.weight.device.type == pipe.device.type for layer in layers)
             and sum(layer.base.weight.nbytes for layer in layers) < memory(pipe.device) / 2)
 
 
@@ -260,13 +331,20 @@ def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guida
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
     """
-    serving = (nullcontext() if pipe.adapter is None else
-               merged(pipe, given) if mergeable(pipe, given) else
-               pipe.adapter.serve(given.txt, given.pooled))
-    with torch.no_grad(), serving as routing:
-        for latents in tqdm(denoise(pipe, noise, given, steps, guidance), desc="steps",
+    size, run = sum(t.nbytes for t in weights_of(pipe.dit)), dit.call
+    with torch.no_grad(), ExitStack() as stack:
+        if away(pipe) and size > ROOM * memory(pipe.device):
+            run = stack.enter_context(streamed(pipe.dit, pipe.device))
+        else:
+            stack.enter_context(visiting(pipe.dit, pipe.device))
+        routing = stack.enter_context(
+            nullcontext() if pipe.adapter is None else
+            merged(pipe, given) if mergeable(pipe, given) else
+            pipe.adapter.serve(given.txt, given.pooled))
+        for latents in tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
                             total=steps, disable=not bar, leave=False):
             pass
+    with torch.no_grad(), visiting(pipe.vae, pipe.device):
         img = pipe.vae.decode(latents.to(pipe.dtype)).float()            # (B, 3, H, W) in [-1, 1]
     img = ((img.clamp(-1, 1) + 1) * 127.5).round().byte()                # rounded, not truncated
     return img.permute(0, 2, 3, 1).cpu().numpy(), routing.weights if routing else {}
@@ -476,6 +554,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=2.5)
     parser.add_argument("--size", help="WIDTHxHEIGHT; else that of --image, at the model's scale")
+    parser.add_argument("--keep-size", action="store_true",
+                        help="give the result the size of the first --image")
     parser.add_argument("--num", type=int, default=1, help="pictures, with --seed, --seed + 1, ...")
     parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
                         help="write the adapter, as this instruction routes it, as a plain LoRA; "
@@ -516,6 +596,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: with --batch this must be a folder")
         return jobs if make else [replace(job, outs=[]) for job in jobs]
+    if args.keep_size and not args.image:
+        raise ValueError("--keep-size: there is no --image whose size could be kept")
     if not args.instruction.strip():
         raise ValueError("--instruction is empty: say what to show, or what to change")
     checked_text(args.instruction, "--instruction")
@@ -566,8 +648,14 @@ def main() -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             noise = seeded_noise([seed], (width, height), pipe.vae.config.latent_channels)
             pictures, chosen = generate(pipe, given, noise, args.steps, args.guidance, bar=True)
-            save_picture(pictures[0], out)
-            print(f"{out}: {width}x{height}, {args.steps} steps, seed {seed}, "
+            picture, told = pictures[0], f"{width}x{height}"
+            if args.keep_size and images:
+                picture = resize(Image.fromarray(picture), images[0].size)
+                told = f"{images[0].width}x{images[0].height}, made at {told}"
+            elif images and images[0].size != (width, height):
+                told += f" (the picture to edit: {images[0].width}x{images[0].height})"
+            save_picture(picture, out)
+            print(f"{out}: {told}, {args.steps} steps, seed {seed}, "
                   f"{time.time() - start:.1f} s{experts_line(chosen)}")
             start = time.time()
 

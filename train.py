@@ -38,7 +38,7 @@ import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
 from sample import (Pipeline, add_model_options, condition, generate, open_model, save_picture,
-                    seeded_noise, velocity)
+                    seeded_noise, velocity, visiting)
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
@@ -90,7 +90,7 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: b
     target = to_tensor([s.target for s in samples])      # (B, 3, H, W)
     given = condition(pipe, instructions, images, conds)
     h, w = (side // pipe.vae.config.factor for side in target.shape[-2:])
-    with torch.no_grad():
+    with torch.no_grad(), visiting(pipe.vae, pipe.device):
         shape = (len(samples), pipe.vae.config.latent_channels, h, w)
         x0 = pipe.vae.encode(target.to(pipe.device, pipe.dtype),
                              torch.randn(shape).to(pipe.device, pipe.dtype))
@@ -312,6 +312,7 @@ def main() -> None:
     rank, workers = join(args)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe = open_model(args, None)
+    pipe.dit.to(pipe.device)                             # the other parts may only visit it
     c = pipe.dit.config
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,55 @@ def test_sizes(base):
     assert output_size(base, [Image.new("RGB", (400, 300))], None) == (64, 64)
 
 
+# ------------------------------------------------------------------ models larger than the device
+
+def test_parts_visit_the_device_and_come_back(base):
+    """Within the `with` all weights are there; then the very same memory is in its place again."""
+    before = {name: t.data_ptr() for name, t in base.vae.state_dict().items()}
+    with sample.visiting(base.vae, torch.float64):       # a type in place of a device
+        assert {t.dtype for t in base.vae.state_dict().values()} == {torch.float64}
+    assert {name: t.data_ptr() for name, t in base.vae.state_dict().items()} == before
+
+
+def test_blocks_are_streamed_one_ahead(base, monkeypatch):
+    """A stand-in for the device counts who is there: the block at work and the next, never more."""
+    model, here, most, order = base.dit, [], [], []
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    real = sample.visiting
+
+    @contextmanager
+    def counted(part, where):
+        here.append(part)
+        most.append(sum(b in here for b in blocks))
+        with real(part, torch.float64):                  # a type in place of a device
+            yield
+        here.remove(part)
+    monkeypatch.setattr(sample, "visiting", counted)
+    with sample.streamed(model, torch.device("cpu")) as run:
+        assert {id(part) for part in here} == {id(part) for name, part in model.named_children()
+                                               if "blocks" not in name}
+        for block in blocks:
+            def work():
+                order.append(block)
+                assert {t.dtype for t in block.parameters()} == {torch.float64}
+            monkeypatch.setattr(block, "forward", work)
+            run(block)
+    assert order == blocks and max(most) == 2 and not here
+
+
+def test_a_streamed_model_makes_the_same_picture(adapted, monkeypatch):
+    """The whole of generate(), with a device that is too small and called by another name."""
+    given, noise = condition(adapted, ["make it red"], [], []), seeded_noise([0], (64, 64))
+    monkeypatch.setattr(sample, "mergeable", lambda *_: False)               # streamed is unmerged
+    plain, _ = generate(adapted, given, noise, steps=2)
+    real, calls = sample.streamed, []
+    monkeypatch.setattr(sample, "streamed", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(sample, "away", lambda pipe: True)
+    monkeypatch.setattr(sample, "memory", lambda device: 2 ** 20)
+    streamed, _ = generate(adapted, given, noise, steps=2)
+    assert calls and np.array_equal(plain, streamed)
+
+
 # -------------------------------------------------------------------------------------- the command
 
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
@@ -146,6 +196,18 @@ def test_several_pictures_have_the_seeds_that_follow(tmp_path, monkeypatch, caps
                    "--out", tmp_path / "b.png")[0] == 0
     assert ((tmp_path / "a_1.png").read_bytes() == (tmp_path / "b.png").read_bytes()
             != (tmp_path / "a_0.png").read_bytes())
+
+
+def test_the_result_may_keep_the_size_of_its_picture(tmp_path, monkeypatch, capsys):
+    Image.open(PICTURE).resize((150, 40)).save(tmp_path / "wide.png")
+    out = tmp_path / "out.png"
+    for arguments, size in (((), (64, 64)), (("--keep-size",), (150, 40))):
+        code, printed, _ = command(monkeypatch, capsys, "--instruction", "make it red", "--image",
+                                   tmp_path / "wide.png", "--steps", 1, "--out", out, *arguments)
+        assert code == 0 and Image.open(out).size == size
+        assert "64x64" in printed and "150x40" in printed                    # what was done is said
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a star", "--keep-size")
+    assert code == 2 and "--keep-size" in err
 
 
 def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
