@@ -88,19 +88,18 @@ def schedule(steps: int, tokens: int) -> Tensor:
 
 
 def rope(ids: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> Tensor:
-    """Rotation table for position ids (S, 3) -> (2, S, d/2) fp32: cosines, sines."""
+    """Rotation table for position ids (S, 3) -> (S, d/2) complex: cos + i sin of the angles."""
     angles = [ids[:, i, None].cpu().double()
               * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
               for i, dim in enumerate(axes)]             # fp64 on the CPU: some devices have none
     angle = torch.cat(angles, dim=1)                     # (S, d/2)
-    return torch.stack([angle.cos(), angle.sin()]).float().to(ids.device)
+    return torch.complex(angle.cos().float(), angle.sin().float()).to(ids.device)
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs by their angles, in fp32. x (B, N, S, d), pe (2, S, d/2)."""
-    cos, sin = pe
-    x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)                     # each (B, N, S, d/2)
-    return torch.stack([x0 * cos - x1 * sin, x0 * sin + x1 * cos], -1).flatten(-2).to(x.dtype)
+    """Turn neighbouring channel pairs by their angles, in fp32. x (B, N, S, d), pe (S, d/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))          # (B, N, S, d/2)
+    return torch.view_as_real(pairs * pe).flatten(-2).to(x.dtype)
 
 
 def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
@@ -210,9 +209,9 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with rotary positions; q may hold fewer, leading, tokens than k.
 
-    q (B, N, S', d), k, v (B, N, S, d), pe (2, S, d/2) -> (B, S', D).
+    q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D).
     """
-    q, k, dtype = rotate(q, pe[:, :q.shape[2]]), rotate(k, pe), v.dtype
+    q, k, dtype = rotate(q, pe[:q.shape[2]]), rotate(k, pe), v.dtype
     if dtype == torch.bfloat16 and q.requires_grad and q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()        # there its backward takes 10 times as long
     out = F.scaled_dot_product_attention(q, k, v)        # (B, N, S', d)
@@ -328,7 +327,7 @@ class FluxTransformer(nn.Module):
             ids.append(cond_ids)
             streams.append(self.x_embedder(cond))        # (B, Q, D)
             vecs.append(self.time_text_embed(torch.zeros_like(t), guidance, pooled))
-        pe = rope(torch.cat(ids), self.config.axes_dims_rope)                # (2, S, d/2)
+        pe = rope(torch.cat(ids), self.config.axes_dims_rope)                # (S, d/2)
         txt = self.context_embedder(txt)                 # (B, T, D)
         for block in self.transformer_blocks:
             txt, streams = run(block, txt, streams, vecs, pe)

@@ -15,9 +15,11 @@ import json
 import math
 import os
 import pickle
+import signal
+import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -201,6 +203,26 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
 
 # --------------------------------------------------------------------------------------- the loop
 
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM writes to, so that a step ends before the run does.
+
+    A second one does not wait.
+    """
+    asked: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
 def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dict,
           rank: int, workers: int) -> None:
     """Run the steps that are left. Of the micro-batches, this process takes every workers-th."""
@@ -217,7 +239,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                mininterval=2, disable=rank > 0)
     log_file = out / "log.jsonl" if rank == 0 else Path(os.devnull)
     kept = log_file.read_text().splitlines(True)[:start] if log_file.is_file() else []
-    with log_file.open("w") as log:
+    with log_file.open("w") as log, signals() as asked:
         log.writelines(kept)                             # what came after the checkpoint is redone
         for step in bar:
             began = time.time()
@@ -226,7 +248,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
             number += args.accumulate * workers          # of the next step's first micro-batch
             losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.checkpoint,
                                 args.shift)
-            losses = average(adapter, losses, args.accumulate)
+            losses = average(adapter, losses | {"asked": len(asked)}, args.accumulate)
+            leave = losses.pop("asked") > 0              # processes leave together
             norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
             if not math.isfinite(losses["loss"] + norm):
                 raise ValueError(f"step {step}: the loss is no number any more; the last "
@@ -243,9 +266,15 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                 "norm": round(norm, 4), "tasks": tasks,
                 "seconds": round(time.time() - began, 3)}) + "\n")
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
-            if rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            if rank == 0 and (due or leave):
                 log.flush()
                 save_checkpoint(out, adapter, optimizer, step + 1, number, settings)
+            if leave and step + 1 < args.steps:
+                bar.close()
+                print(f"stopped after {step + 1} steps; --resume goes on", file=sys.stderr)
+                sys.exit(130)
+            if rank == 0 and due:
                 sample_sheet(pipe, preview, out / f"samples_{step + 1:06d}.png")
 
 
