@@ -413,7 +413,8 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
                       compiled: bool, batch_size: int = 64, lr: float = 1e-3) -> None:
     """One of `workers` processes, each with its share of the batch and one thread.
 
-    bf16 passes on copies; fp32 weights, optimizer, average; the rate falls in the last third.
+    Muon for the hidden matrices, AdamW for the rest; the rates fall in the last third. Both passes
+    see copies of the fp32 weights, in FAST in the transformer.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{(work / 'meeting').resolve()}",
@@ -429,14 +430,13 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
         master, average = state["master"], state["average"]
     hidden = {id(module.weight) for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and re.search(r"block|layers", name)}
-    chosen = [id(p) in hidden for p in model.parameters()]
+    matrices, others = ([m for m, p in zip(master, model.parameters()) if (id(p) in hidden) == own]
+                        for own in (True, False))
     rates = (3 * lr, lr)
-    optimizers = (Muon([m for m, own in zip(master, chosen) if own], lr=rates[0]),
-                  torch.optim.AdamW([m for m, own in zip(master, chosen) if not own], lr=rates[1],
-                                    betas=(0.9, 0.99), weight_decay=0.01, fused=True))
-    if state["step"]:
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    optimizers = (Muon(matrices, rates[0]), torch.optim.AdamW(
+        others, rates[1], betas=(0.9, 0.99), weight_decay=0.01, fused=True))
+    for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
+        optimizer.load_state_dict(saved)
     model["dit"].to(FAST)
     for block in (*model["dit"].transformer_blocks, *model["dit"].single_transformer_blocks):
         if compiled:
@@ -465,7 +465,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
             optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 200, 1, 3 - 3 * step / steps)
             optimizer.step()
         torch._foreach_copy_(copies, master)
-        torch._foreach_lerp_(average, master, max(0.001, 1 / (step + 1)))
+        torch._foreach_lerp_(average, master, max(0.003, 1 / (step + 1)))
         smooth[group] = 0.98 * smooth.get(group, loss.item()) + 0.02 * loss.item()
         bar.set_postfix(**{name: f"{value:.4f}" for name, value in smooth.items()}, refresh=False)
         if rank == 0 and (step % 250 == 249 or step + 1 == steps):
@@ -494,7 +494,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--vae-steps", type=int, default=3600)
     parser.add_argument("--samples", type=int, default=72_000, help="latents for the transformer")
-    parser.add_argument("--steps", type=int, default=12_000, help="of transformer and text encoders")
+    parser.add_argument("--steps", type=int, default=5000, help="of transformer and text encoders")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():
