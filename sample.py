@@ -87,8 +87,9 @@ def choose_device(name: str) -> torch.device:
 
 def memory(device: torch.device) -> int:
     """Bytes: on a CUDA device those that are free, elsewhere all that the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":                            # what PyTorch keeps for itself is free too
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
     if not hasattr(os, "sysconf"):                       # Windows does not say
         return 16 * 2 ** 30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -127,7 +128,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
                   dtype: str = "auto", **others: Path | None) -> Pipeline:
     """Read a model and any adapter given. others: as model_paths() takes them.
 
-    A model that fills the device stays mapped on disk; its parts visit the device in turn.
+    A model that would fill the device stays where it is mapped; its parts visit the device in turn.
     Raises: FileNotFoundError, ValueError.
     """
     paths = model_paths(Path(model), **others)
@@ -136,11 +137,15 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     stored = sum(file.stat().st_size for path in {paths[part] for part in weights.SIGNS}
                  for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
     kind = choose_dtype(dtype, where, stored)
-    home = where if stored < ROOM * memory(where) else torch.device("cpu")
+    needed = stored * kind.itemsize / 2                  # files hold two bytes a weight, or fewer
+    home = where if needed < ROOM * memory(where) else torch.device("cpu")
     pipe = Pipeline(
         load_dit(paths["transformer"], home, kind), load_vae(paths["vae"], home, kind),
         load_t5(paths["text_encoder_2"], home, kind),
         load_clip(paths["text_encoder"], home, kind), t5_tokens, clip_tokens, None, where, kind)
+    if where.type == "mps" and any(t.dtype in weights.FP8 for t in
+                                   weights_of(pipe.dit) + weights_of(pipe.t5)):
+        raise ValueError(f"{model}: mps holds no fp8; take a bf16 file, or --device cpu")
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter))
         for p in pipe.adapter.tensors().values():        # and not the model's weights in its layers
@@ -169,19 +174,23 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def away(pipe: Pipeline) -> bool:
-    """Whether the transformer is kept elsewhere than on the device that computes."""
-    return pipe.dit.proj_out.weight.device.type != pipe.device.type
+def fits(model: nn.Module, device: torch.device) -> bool:
+    """Whether the device has the model's weights, or room for them."""
+    away = [t.nbytes for t in weights_of(model) if t.device.type != device.type]
+    return not away or sum(away) < ROOM * memory(device)
 
 
 @contextmanager
-def visiting(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the `with` the model's weights are on the device; then they are where they were."""
+def visiting(model: nn.Module, device: torch.device) -> Iterator[Callable]:
+    """Within the `with` the model's weights are on the device; then they are where they were.
+
+    Gives a plain `run` for the transformer.
+    """
     kept = [(t, t.data) for t in weights_of(model)]
     try:
         for t, home in kept:
             t.data = home.to(device)
-        yield
+        yield dit.call
     finally:
         for t, home in kept:
             t.data = home
@@ -197,21 +206,22 @@ def streamed(model: FluxTransformer, device: torch.device) -> Iterator[Callable]
     road = torch.cuda.Stream(device) if device.type == "cuda" else None
     visits: dict[nn.Module, ExitStack] = {}
 
-    def fetch(block: nn.Module) -> None:
+    def wait() -> None:                                  # until what was asked has been computed
+        if road:
+            torch.cuda.current_stream(device).synchronize()
+
+    def fetch(block: nn.Module) -> None:                 # ends when the copy does
         if block not in visits:
-            visit = visits[block] = ExitStack()
+            visits[block] = ExitStack()
             with torch.cuda.stream(road) if road else nullcontext():
-                visit.enter_context(visiting(block, device))
-            for t in weights_of(block) if road else ():  # the device may need them longer
-                t.record_stream(torch.cuda.current_stream(device))
+                visits[block].enter_context(visiting(block, device))
 
     def run(block: nn.Module, *args: object) -> object:
         fetch(block)
-        if road:
-            torch.cuda.current_stream(device).wait_stream(road)
-        out = block(*args)                               # an accelerator is not waited for
+        out = block(*args)                               # a GPU is asked, and not waited for
         for ahead in blocks[blocks.index(block) + 1:][:1]:
             fetch(ahead)
+        wait()
         visits.pop(block).close()
         return out
 
@@ -222,6 +232,7 @@ def streamed(model: FluxTransformer, device: torch.device) -> Iterator[Callable]
         try:
             yield run
         finally:
+            wait()
             for visit in visits.values():
                 visit.close()
 
@@ -235,8 +246,9 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
     Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
     references and clean conditions, any number of each. Units: pictures in [-1, 1].
     """
-    with torch.no_grad(), visiting(pipe.t5, pipe.device):
-        txt = pipe.t5(pipe.t5_tokens(instructions).to(pipe.device))          # (B, T, D)
+    where = pipe.device if fits(pipe.t5, pipe.device) else torch.device("cpu")
+    with torch.no_grad(), visiting(pipe.t5, where):
+        txt = pipe.t5(pipe.t5_tokens(instructions).to(where)).to(pipe.device)    # (B, T, D)
     with torch.no_grad(), visiting(pipe.clip, pipe.device):
         pooled = pipe.clip(pipe.clip_tokens(instructions).to(pipe.device))   # (B, D')
     with torch.no_grad(), visiting(pipe.vae, pipe.device):
@@ -331,12 +343,9 @@ def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guida
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
     """
-    size, run = sum(t.nbytes for t in weights_of(pipe.dit)), dit.call
+    whole = fits(pipe.dit, pipe.device)
     with torch.no_grad(), ExitStack() as stack:
-        if away(pipe) and size > ROOM * memory(pipe.device):
-            run = stack.enter_context(streamed(pipe.dit, pipe.device))
-        else:
-            stack.enter_context(visiting(pipe.dit, pipe.device))
+        run = stack.enter_context((visiting if whole else streamed)(pipe.dit, pipe.device))
         routing = stack.enter_context(
             nullcontext() if pipe.adapter is None else
             merged(pipe, given) if mergeable(pipe, given) else

@@ -39,8 +39,8 @@ import mole
 import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
-from sample import (Pipeline, add_model_options, condition, generate, open_model, save_picture,
-                    seeded_noise, velocity, visiting)
+from sample import (Pipeline, add_model_options, choose_device, condition, generate, open_model,
+                    save_picture, seeded_noise, velocity, visiting)
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
@@ -132,12 +132,12 @@ def average(adapter: mole.Adapter, losses: dict[str, float], accumulate: int) ->
     number = dist.get_world_size() if dist.is_initialized() else 1
     values = torch.tensor(list(losses.values()), dtype=torch.float64)
     for p in adapter.tensors().values():
-        if number > 1:
-            dist.all_reduce(p.data if p.grad is None else p.grad)
+        value = p.grad if p.requires_grad else p.data
+        if number > 1 and value is not None:
+            dist.all_reduce(value)
+            value /= number
         if p.grad is not None:
-            p.grad /= number * accumulate
-        elif number > 1:
-            p.data /= number
+            p.grad /= accumulate
     if number > 1:
         dist.all_reduce(values)
     return dict(zip(losses, (values / number).tolist()))
@@ -207,12 +207,12 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
 def signals() -> Iterator[list[int]]:
     """A list that Ctrl-C or SIGTERM writes to, so that a step ends before the run does.
 
-    A second one does not wait.
+    A second Ctrl-C does not wait.
     """
     asked: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
     before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
@@ -270,23 +270,30 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
             if rank == 0 and (due or leave):
                 log.flush()
                 save_checkpoint(out, adapter, optimizer, step + 1, number, settings)
-            if leave and step + 1 < args.steps:
-                bar.close()
-                print(f"stopped after {step + 1} steps; --resume goes on", file=sys.stderr)
-                sys.exit(130)
             if rank == 0 and due:
                 sample_sheet(pipe, preview, out / f"samples_{step + 1:06d}.png")
+            if leave and step + 1 < args.steps:
+                if workers > 1:
+                    dist.barrier()                       # until the first one has saved
+                bar.close()
+                if rank == 0:
+                    print(f"stopped after {step + 1} steps; --resume goes on", file=sys.stderr)
+                sys.exit(130)
 
 
 def join(args: argparse.Namespace) -> tuple[int, int]:
-    """This process's rank and how many torchrun started: (0, 1) without it. Each has its device."""
+    """This process's rank and how many torchrun started: (0, 1) without it. Each has its GPU."""
     rank, workers = (int(os.environ.get(name, alone)) for name, alone in
                      (("RANK", 0), ("WORLD_SIZE", 1)))
     if workers > 1:
-        if args.device in ("auto", "cuda") and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group()                        # NCCL between GPUs, Gloo between CPUs
+        cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+        if cuda:
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+            torch.cuda.set_device(choose_device(args.device))
+        elif args.device not in ("auto", "cpu"):
+            raise ValueError(f"--device {args.device}: with several processes write auto, cuda "
+                             "(one GPU each) or cpu")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return rank, workers
 
 

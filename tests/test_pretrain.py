@@ -14,6 +14,8 @@ def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
         paths = ["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *STAGES, *paths, *arguments])
         pretrain.main()
+    run("--steps", "1")
+    (tmp_path / "model/model_index.json").unlink()       # as if it had been stopped there
     run("--steps", "2")
     written = (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes()
     run("--steps", "2")                                  # finished stages are skipped

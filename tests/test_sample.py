@@ -149,16 +149,39 @@ def test_blocks_are_streamed_one_ahead(base, monkeypatch):
 
 
 def test_a_streamed_model_makes_the_same_picture(adapted, monkeypatch):
-    """The whole of generate(), with a device that is too small and called by another name."""
+    """The whole of generate(), where a device is said to lack room for the transformer."""
     given, noise = condition(adapted, ["make it red"], [], []), seeded_noise([0], (64, 64))
     monkeypatch.setattr(sample, "mergeable", lambda *_: False)               # streamed is unmerged
     plain, _ = generate(adapted, given, noise, steps=2)
     real, calls = sample.streamed, []
     monkeypatch.setattr(sample, "streamed", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(sample, "away", lambda pipe: True)
-    monkeypatch.setattr(sample, "memory", lambda device: 2 ** 20)
+    monkeypatch.setattr(sample, "fits", lambda model, device: model is not adapted.dit)
     streamed, _ = generate(adapted, given, noise, steps=2)
     assert calls and np.array_equal(plain, streamed)
+
+
+def test_what_has_room_on_a_device(base, monkeypatch):
+    size = sum(t.nbytes for t in base.vae.state_dict().values())
+    for room, answer in ((2 * size, True), (size, False)):
+        monkeypatch.setattr(sample, "memory", lambda device: room)
+        assert sample.fits(base.vae, torch.device("meta")) == answer
+        assert sample.fits(base.vae, torch.device("cpu"))                    # it is there already
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("room", [0, 10 ** 9])
+def test_visits_on_a_gpu(room, monkeypatch):
+    """Blocks one by one, or parts in turn: the picture of a pipeline that stays on the device."""
+    stays = load_pipeline(MODEL, None, "cuda", "float32")
+    real = sample.memory
+    monkeypatch.setattr(sample, "memory", lambda device: room if room else 1)
+    visits = load_pipeline(MODEL, None, "cuda", "float32")
+    if room:
+        visits.dit.cpu()
+    noise = seeded_noise([0], (64, 64))
+    one, two = (made(pipe, ["a red star"], [], [], noise, 3)[0] for pipe in (stays, visits))
+    assert real(torch.device("cuda")) > 0 and np.abs(one.astype(int) - two).max() <= 1
+    assert next(visits.dit.parameters()).device.type == "cpu"
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -184,24 +184,24 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
     """The step is finished and saved; resumed, the file is that of a run without a stop."""
-    common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "60",
+    common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "600",
               "--adapter", "lora", "--out"]
     quiet = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "env":
              os.environ | {"OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen([*common, str(tmp_path / "stopped")], **quiet)
     told = ""
-    while not re.search(r"[1-9]/60", told):              # training has begun
-        told += process.stderr.read(1)
+    while not re.search(r"[1-9]\d*/600", told):          # training has begun
+        letter = process.stderr.read(1)
+        assert letter, told
+        told += letter
     process.send_signal(kind)
     told += process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in told, told
     done = int(re.search(r"stopped after (\d+) steps; --resume goes on", told)[1])
     lines = (tmp_path / "stopped/log.jsonl").read_text().splitlines()
-    assert 0 < done < 60 and len(lines) == done
-    for more in (["stopped", "--resume"], ["whole"]):
-        subprocess.run([*common, str(tmp_path / more[0]), *more[1:]], check=True, **quiet)
-    assert len({(tmp_path / name / "adapter.safetensors").read_bytes()
-                for name in ("stopped", "whole")}) == 1
+    assert 0 < done < 600 and len(lines) == done
+    state = torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)
+    assert state["step"] == state["number"] == done      # what resuming starts from, see above
 
 
 @pytest.mark.parametrize("kind", ["instructmole", "race"])
@@ -220,7 +220,10 @@ def test_two_processes_are_two_micro_batches(tmp_path, kind):
         assert near or name.endswith("threshold"), name  # it moves once a step, not once a batch
     logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
             for name in ("two", "one")]
-    assert logs[0]["flow"] == pytest.approx(logs[1]["flow"], rel=1e-4)
+    for name in ("flow", "norm"):                        # AdamW would not see a forgotten division
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-3)
+    moved = [float(t) for name, t in two.items() if name.endswith("threshold")]
+    assert all(moved) and len(moved) == (9 if kind == "race" else 0)
 
 
 def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):

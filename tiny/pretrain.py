@@ -397,7 +397,9 @@ class Muon(torch.optim.Optimizer):
         stacks: dict[torch.Size, list[Tensor]] = {}      # matrices of one shape are one batch
         for p in group["params"]:
             stacks.setdefault(p.shape, []).append(p)
-            self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            self.state[p]["momentum"].lerp_(p.grad, 0.05)
         for shape, stack in stacks.items():
             steps = torch.zeros(len(stack), *shape)
             ahead = [p.grad.lerp(self.state[p]["momentum"], 0.95) for p in stack[rank::workers]]
@@ -435,7 +437,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     rates = (3 * lr, lr)
     optimizers = (Muon(matrices, rates[0]), torch.optim.AdamW(
         others, rates[1], betas=(0.9, 0.99), weight_decay=0.01, fused=True))
-    for optimizer, saved in zip(optimizers, state.get("optimizers", ())):
+    for optimizer, saved in zip(optimizers, state["optimizers"] if state["step"] else ()):
         optimizer.load_state_dict(saved)
     model["dit"].to(FAST)
     for block in (*model["dit"].transformer_blocks, *model["dit"].single_transformer_blocks):
