@@ -16,7 +16,7 @@ Source: arXiv 2512.21788 and its public code. This file knows nn.Linear and modu
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -279,14 +279,13 @@ class Adapter(nn.Module):
         self.routings: list[Routing] = []                # the last one holds; layers share the list
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         for name, base in linears.items():
-            if matches(name, *c.mole_targets, *c.token_targets):
-                kind = kinds["token" if matches(name, *c.token_targets) else c.routing]
-                layer = kind(base, c, name, pooled_width, self.routings)
+            key = name.replace(".", "/")
+            if matches(name, *c.token_targets):
+                self.layers[key] = kinds["token"](base, c, name, pooled_width, self.routings)
+            elif matches(name, *c.mole_targets):
+                self.layers[key] = kinds[c.routing](base, c, name, pooled_width, self.routings)
             elif matches(name, *c.lora_targets):
-                layer = LoRALinear(base, c)
-            else:
-                continue
-            self.layers[name.replace(".", "/")] = layer
+                self.layers[key] = LoRALinear(base, c)
         self.instruction = None
         if c.resampler and (c.mole_targets or c.token_targets):
             self.instruction = InstructionVector(c, text_width, pooled_width).to(base.weight.device)
@@ -319,8 +318,8 @@ class Adapter(nn.Module):
         """
         return {name.replace("/", "."): layer.plain(routing) for name, layer in self.layers.items()}
 
-    @contextmanager
-    def serve(self, txt: Tensor, pooled: Tensor, losses: bool = False) -> Iterator[Routing]:
+    def serve(self, txt: Tensor, pooled: Tensor,
+              losses: bool = False) -> AbstractContextManager[Routing]:
         """Route the model's calls within the `with` by these instructions.
 
         txt (B, T, text width), pooled (B, D); losses: collect the auxiliary losses too. Noise and
@@ -330,8 +329,7 @@ class Adapter(nn.Module):
         if self.instruction is not None:
             own = self.instruction.latents.dtype
             z = self.instruction(txt.to(own), pooled.to(own))
-        with self.use(Routing(z, losses)) as routing:
-            yield routing
+        return self.use(Routing(z, losses))
 
     @contextmanager
     def use(self, routing: Routing) -> Iterator[Routing]:

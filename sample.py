@@ -135,7 +135,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     t5_tokens, clip_tokens = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
     where = choose_device(device)
     stored = sum(file.stat().st_size for path in {paths[part] for part in weights.SIGNS}
-                 for file in (path.glob("*.safetensors") if path.is_dir() else [path]))
+                 for file in weights.files_of(path))
     kind = choose_dtype(dtype, where, stored)
     needed = stored * kind.itemsize / 2                  # files hold two bytes a weight, or fewer
     home = where if needed < ROOM * memory(where) else torch.device("cpu")
@@ -503,11 +503,9 @@ def draw_routing(use: dict[str, dict[str, Tensor]]) -> np.ndarray:
 
 def show_routing(pipe: Pipeline, jobs: list[Job], file: Path) -> None:
     """Draw which experts each layer chose, by the jobs' tasks. Raises: ValueError if none did."""
-    tasks: dict[str, list[str]] = {}
-    for job in jobs:
-        tasks.setdefault(job.task, []).append(job.instruction)
-    use = {} if pipe.adapter is None else {task: expert_use(pipe, texts)
-                                           for task, texts in tasks.items()}
+    use = {} if pipe.adapter is None else {
+        task: expert_use(pipe, [job.instruction for job in jobs if job.task == task])
+        for task in dict.fromkeys(job.task for job in jobs)}
     if not any(use.values()):
         raise ValueError(f"--routing {file}: no layer here is routed by the instruction")
     save_picture(draw_routing(use), file)

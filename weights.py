@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def read_json(path: Path) -> dict:
@@ -91,20 +90,21 @@ def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool 
     return cls(**found)
 
 
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of one component: those its index names, else the only one there."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+def files_of(path: Path) -> list[Path]:
+    """A part's safetensors files: the one given, or its folder's, by the index if there is one."""
+    if not path.is_dir():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
         names = read_json(indices[0]).get("weight_map")
         if not isinstance(names, dict) or not all(
-                isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors")
-                for n in names.values()):
-            raise ValueError(f"{indices[0]}: weight_map must name "
-                             ".safetensors files of the same folder")
-        return [folder / name for name in sorted(set(names.values()))]
-    files = sorted(folder.glob("*.safetensors"))
+                Path(str(n)).name == n and n.endswith(".safetensors") for n in names.values()):
+            raise ValueError(f"{indices[0]}: weight_map must name files of the same folder, "
+                             "all .safetensors")
+        return [path / name for name in sorted(set(names.values()))]
+    files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise FileNotFoundError(f"{folder}: expected one .safetensors file or an index, "
+        raise FileNotFoundError(f"{path}: expected one .safetensors file or an index, "
                                 f"found {len(files)} files")
     return files
 
@@ -122,11 +122,6 @@ def opened(file: Path) -> Iterator[safe_open]:
             yield handle
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-
-
-def files_of(path: Path) -> list[Path]:
-    """The safetensors files of a part: those of its folder, or the one file."""
-    return shards(path) if path.is_dir() else [path]
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
@@ -258,7 +253,7 @@ def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def places(path: Path) -> dict[str, Path]:
     """Where the parts lie that a model's folder, the folder of one part, or a file holds."""
     if path.is_dir() and not (path / "config.json").is_file():
-        return {part: path / part for part in PARTS if (path / part).is_dir()}
+        return {part: path / part for part in OPTIONS if (path / part).is_dir()}
     tensors = read_tensors(files_of(path))
     return {part: path for part, sign in SIGNS.items() if sign in to_folder(part, tensors)}
 
@@ -301,22 +296,18 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
           {name: t.shape for name, t in tensors.items()}, where)
     for name, t in tensors.items():
         if t.dtype not in READ:
-            raise ValueError(f"{where}: {name} holds {str(t.dtype).removeprefix('torch.')}, which "
-                             "is not read")
-    narrow = {name for name, t in tensors.items() if t.dtype in FP8}
-    if narrow and torch.device(device).type == "mps":
-        raise ValueError(f"{where}: mps holds no fp8; take a bf16 file, or --device cpu")
+            raise ValueError(f"{where}: {name} holds {t.dtype}, which is not read")
+    kinds = {t.dtype for t in tensors.values()}
+    narrow = {name for name in linears if tensors[name].dtype in FP8}
     for name, scale in scales.items():
-        if name not in narrow & linears.keys() or scale.numel() != 1:
+        if name not in narrow or scale.numel() != 1:
             raise ValueError(f"{where}: {name} has a scale, but is no layer in fp8 with one scale")
-    kinds = {t.dtype for name, t in tensors.items() if name not in narrow}
-    dtype = dtype or (reduce(torch.promote_types, kinds) if kinds else torch.bfloat16)
-    for name in narrow & linears.keys():
+    dtype = dtype or reduce(torch.promote_types, kinds - FP8 or {torch.bfloat16})
+    for name in narrow:
         linears[name].__class__ = Float8Linear
         scale = scales.get(name, torch.ones(())).reshape(()).to(device)
         linears[name].register_buffer("scale", scale, persistent=False)
-    ready = {name: t.to(device, None if name in narrow & linears.keys() else dtype)
-             for name, t in tensors.items()}
+    ready = {name: t.to(device, None if name in narrow else dtype) for name, t in tensors.items()}
     model.load_state_dict(ready, strict=True, assign=True)
 
 
@@ -476,12 +467,15 @@ def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
             ours[name.replace("gate.weight", "router.weight")] = t
     for (layer, side), parts in experts.items():         # (in, r) or (r, out) -> side by side
         name, dim = ("experts_A", 1) if side == "left" else ("experts_B", 0)
-        ours[f"{layer}.{name}"] = torch.cat([parts[e] for e in sorted(parts)], dim)
+        try:
+            ours[f"{layer}.{name}"] = torch.cat([parts[e] for e in sorted(parts)], dim)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"{file}: experts of {layer} do not fit together ({error})") from None
     if config["mole_targets"] and config.get("resampler", True):
         file = folder / "condition_type_embedder.pt"
         found, query = read_pickle(file, "condition_type_embedder"), "layers.0.0.to_q.weight"
-        if query not in found:
-            raise ValueError(f"{file}: has no tensor {query}")
+        if query not in found or found[query].dim() != 2:
+            raise ValueError(f"{file}: has no matrix {query}")
         inner, width = found[query].shape
         ours |= {f"instruction.{name}": t for name, t in found.items()}
         heads = config.get("resampler_heads", 12)
@@ -495,25 +489,24 @@ def read_research(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 # ------------------------------------------------------------------------ other tools' LoRA files
 
 LORA = re.compile(r"(?:transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)?(.+)\."
-                  r"(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
-LAYER = re.compile(r"((single_)?transformer_blocks\.\d+|x_embedder|context_embedder|proj_out"
-                   r"|time_text_embed|norm_out)\.")        # what the folder's names begin with
+                  r"(?:lora_(A|B|down|up)(?:\.default)?\.weight|alpha)")
+LAYER = re.compile(r"((single_)?transformer_blocks\.\d+|time_text_embed|norm_out)\..+"
+                   r"|x_embedder|context_embedder|proj_out")                 # the folder's names
 KOHYA = {old.strip(".").replace(".", "_"): old.strip(".") for old in BFL_TRANSFORMER
          if not old.endswith("scale")}                   # img_attn_qkv -> img_attn.qkv
 
 
 def dotted(module: str) -> str:
     """A module's name as kohya's tools write it, without dots -> with dots; others unchanged."""
-    block = re.fullmatch(r"((?:double|single)_blocks)_(\d+)_(.+)", module)
-    inner = block[3] if block else module
-    inner = re.sub(r"^(time|guidance|vector)_in_(in|out)_layer$", r"\1_in.\2_layer", inner)
-    inner = KOHYA.get(inner, inner)
-    return f"{block[1]}.{block[2]}.{inner}" if block else inner
+    name = re.sub(r"^(double|single)_blocks_(\d+)_", r"\1_blocks.\2.", module)
+    name = re.sub(r"^(time|guidance|vector)_in_(in|out)_layer$", r"\1_in.\2_layer", name)
+    block, dot, inner = name.rpartition(".")
+    return block + dot + KOHYA.get(inner, inner)
 
 
 def strength(module: str, found: dict[str, Tensor], told: dict, file: Path) -> float:
     """What a layer's B A counts: alpha / r, with alpha beside it, in the metadata, or r itself."""
-    rank = len(found["lora_A"])
+    rank = len(found["A"])
     try:
         alpha = next((value for name, value in told.get("transformer.alpha_pattern", {}).items()
                       if re.fullmatch(rf"(.*\.)?({name})", module)),        # as PEFT reads them
@@ -537,35 +530,32 @@ def read_lora(file: Path) -> tuple[dict, dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, t in read_tensors([file]).items():
         found = LORA.fullmatch(name)
-        module = found and (dotted(found[1]) if name.startswith("lora_unet_") else found[1])
-        kind = found and ({"lora_down": "lora_A", "lora_up": "lora_B"}.get(found[2], found[2])
-                          or "alpha")
-        if not found or kind in parts.setdefault(module, {}):
+        layer = parts.setdefault(dotted(found[1]), {}) if found else {}
+        kind = found and {"down": "A", "up": "B", None: "alpha"}.get(found[2], found[2])
+        if not found or kind in layer:
             raise ValueError(f"{file}: is no adapter of train.py's, and {name} is no part of a "
                              "LoRA for this transformer, or is there twice")
-        parts[module][kind] = t
-    stored = read_metadata(file).get("lora_adapter_metadata")
-    told = parse_json(stored, file) if stored else {}
+        layer[kind] = t
+    told = parse_json(read_metadata(file).get("lora_adapter_metadata") or "{}", file)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for module, found in parts.items():
-        A, B = found.get("lora_A"), found.get("lora_B")
-        if (A is None or B is None or A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1]
-                or not A.numel() * B.numel()):
+        A, B = (found.get(side, torch.empty(0)) for side in "AB")            # none: refused
+        if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() * B.numel():
             raise ValueError(f"{file}: {module} needs lora_A (r, in) and lora_B (out, r)")
         B = B.float() * strength(module, found, told, file)
-        new = to_folder("transformer", {f"{module}.weight": B})
-        if not new or new.keys() & pairs.keys() or not all(map(LAYER.match, new)):
+        new = {name.removesuffix(".weight"): (A.float(), rows) for name, rows in
+               to_folder("transformer", {f"{module}.weight": B}).items()}
+        if not new or new.keys() & pairs.keys() or not all(map(LAYER.fullmatch, new)):
             raise ValueError(f"{file}: {module} is no layer, or is there under two names")
-        pairs |= {name: (A.float(), rows) for name, rows in new.items()}
+        pairs |= new
     if not pairs:
         raise ValueError(f"{file}: holds no tensors")
     rank, tensors = max(len(A) for A, _ in pairs.values()), {}
     for name, (A, B) in pairs.items():
-        name = name.removesuffix(".weight")
         tensors[f"{name}.lora_A"] = F.pad(A, (0, 0, 0, rank - len(A)))       # (rank, in)
         tensors[f"{name}.lora_B"] = F.pad(B, (0, rank - len(A)))             # (out, rank)
-    return {"lora_targets": [f".{name.removesuffix('.weight')}" for name in pairs],
-            "lora_rank": rank, "lora_alpha": rank, "mole_targets": []}, tensors
+    return {"lora_targets": [f".{name}" for name in pairs], "lora_rank": rank,
+            "lora_alpha": rank, "mole_targets": []}, tensors
 
 
 # ---------------------------------------------------------------------------------- any of these
@@ -666,12 +656,12 @@ def describe(path: Path) -> str:
                 f"{sample} --adapter {path}")
     found = places(path)
     if not found:
-        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(PARTS)}), part of one, or "
-                         "adapter")
+        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(OPTIONS)}), part of one, "
+                         "or adapter")
     told = [describe_part(part, place) for part, place in found.items() if part in SIGNS]
     lines, wrong = [line for line, _ in told], [why for _, why in told if why]
     folder = path not in found.values()
-    wrong += [f"{path}: without {part}" for part in PARTS if folder and part not in found]
+    wrong += [f"{path}: without {part}" for part in OPTIONS if folder and part not in found]
     if wrong:
         return "\n".join([*lines, *wrong, f"{path}: not whole"])
     used = [f"--model {path}"] if folder else [

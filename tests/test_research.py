@@ -179,7 +179,12 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, capsys
     ("pytorch_lora_weights.safetensors", None, "pytorch_lora"),
     ("pytorch_lora_weights.safetensors", b"x" * 50, "pytorch_lora"),
     ("condition_type_embedder.pt", None, "condition_type_embedder.pt"),
+    ("mole_experts.pt", {f"transformer_blocks.0.ff.net.2.experts.{e}.left": torch.ones(e + 2, 3)
+                         for e in range(2)}, "do not fit together"),
+    ("mole_experts.pt", {"a.experts.0.left": torch.ones(2)}, "do not fit together"),
     ("condition_type_embedder.pt", {}, "condition_type_embedder.pt"),
+    ("condition_type_embedder.pt",
+     {"condition_type_embedder": {"layers.0.0.to_q.weight": torch.ones(3)}}, "no matrix"),
     ("condition_type_embedder.pt", {"condition_type_embedder": 3}, "condition_type_embedder.pt"),
     ("train_config.json", b"{", "JSON"), ("train_config.json", b'{"moe_config": 3}', "objects"),
     ("train_config.json", b'{"moe_config": {"mole_expert": "SoftMoE"}}', "SoftMoE"),
