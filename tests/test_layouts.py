@@ -37,6 +37,10 @@ PARTS = {"transformer": (DIT, dit.DiTConfig, dit.FluxTransformer, dit.load_dit),
                             text_encoder.load_t5)}
 
 
+ROUNDING = 1e-6                                          # slices lie elsewhere in memory: some CPUs
+                                                         # then add in another order
+
+
 def keys(name: str) -> dict:
     return json.loads((KEYS / f"{name}.json").read_text())
 
@@ -141,7 +145,8 @@ def test_whole_size_clip_is_implied():
 def test_a_file_gives_what_the_folder_gives(tmp_path, part):
     save_file(original(part), tmp_path / "one.safetensors")
     wanted = run(part, from_folder(part, tmp_path / "folder"))
-    assert torch.equal(run(part, PARTS[part][3](tmp_path / "one.safetensors")), wanted)
+    found = run(part, PARTS[part][3](tmp_path / "one.safetensors"))
+    assert (found - wanted).abs().max() <= ROUNDING
 
 
 def test_slices_of_fused_tensors_are_views():
@@ -177,7 +182,8 @@ def test_one_file_may_hold_all_parts(tmp_path):
               tmp_path / "all.safetensors")
     for part in PARTS:
         wanted = run(part, from_folder(part, tmp_path / part))
-        assert torch.equal(run(part, PARTS[part][3](tmp_path / "all.safetensors")), wanted)
+        found = run(part, PARTS[part][3](tmp_path / "all.safetensors"))
+        assert (found - wanted).abs().max() <= ROUNDING
 
 
 def test_clip_and_t5_as_other_tools_write_them(tmp_path):

@@ -14,7 +14,8 @@ import mole
 import sample
 import train
 import weights
-from test_golden import BUILDS, CASES, build_config, forward, golden, part
+from test_golden import (BUILDS, CASES, build_config, forward, frequencies,  # noqa: F401
+                         golden, part)
 from test_sample import MODEL, PICTURE, ROOT, command
 
 PUBLISHED = {

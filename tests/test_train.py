@@ -204,11 +204,13 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
     assert state["step"] == state["number"] == done      # what resuming starts from, see above
 
 
-@pytest.mark.parametrize("kind", ["instructmole", "race"])
-def test_two_processes_are_two_micro_batches(tmp_path, kind):
-    """Each takes its own samples; their gradients' mean is that of one process's accumulation."""
+def test_two_processes_are_two_micro_batches(tmp_path):
+    """Each takes its own samples; their gradients' mean is that of one process's accumulation.
+
+    Expert Race, because it also has thresholds, which follow the batches without a gradient.
+    """
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
-              "--adapter", kind]
+              "--adapter", "race"]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *common,
                     "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
     subprocess.run([sys.executable, *common, "--accumulate", "2", "--out", str(tmp_path / "one")],
@@ -223,7 +225,7 @@ def test_two_processes_are_two_micro_batches(tmp_path, kind):
     for name in ("flow", "norm"):                        # AdamW would not see a forgotten division
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-3)
     moved = [float(t) for name, t in two.items() if name.endswith("threshold")]
-    assert all(moved) and len(moved) == (9 if kind == "race" else 0)
+    assert all(moved) and len(moved) == 9
 
 
 def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
