@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_research import Bomb
 from test_weights import ROOT, assert_same, load, shard
 
-import weights
+from data import pick
 
 PART = "text_encoder_2"
 Random = np.random.Generator
@@ -22,10 +23,6 @@ Random = np.random.Generator
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def pick(rng: Random, options):
-    return options[int(rng.integers(len(options)))]
 
 
 def edit_header(change: Callable[[Random, dict, list[str]], object]) -> Callable:
@@ -103,16 +100,6 @@ def lead_out(rng: Random, folder: Path) -> None:
             value["weight_map"][name] = pick(rng, [
                 "../outside.safetensors", str(folder.parent / "outside.safetensors")])
     index.write_text(json.dumps(value))
-
-
-class Bomb:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.file,)
 
 
 def pickled(rng: Random, folder: Path) -> None:

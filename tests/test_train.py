@@ -183,7 +183,7 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
-    """The step is finished and saved; resumed, the file is that of a run without a stop."""
+    """The step is finished and saved, with all that resuming starts from (tested above)."""
     common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "600",
               "--adapter", "lora", "--out"]
     quiet = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "env":
@@ -201,7 +201,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
     lines = (tmp_path / "stopped/log.jsonl").read_text().splitlines()
     assert 0 < done < 600 and len(lines) == done
     state = torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)
-    assert state["step"] == state["number"] == done      # what resuming starts from, see above
+    assert state["step"] == state["number"] == done
 
 
 def test_two_processes_are_two_micro_batches(tmp_path):

@@ -34,7 +34,7 @@ from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5En
 from vae import AutoEncoder, VAEConfig, load_vae
 
 NAMES = [*data.SHAPES, *data.FIGURES, *data.COLOURS, "big"]  # what a thing may be called
-LENGTH = 28                                              # tokens; the longest instruction has 25
+LENGTH = 28                                              # tokens; the longest instruction has 26
 FAST = (torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else
         torch.float32)                                   # other CPUs have no fast bf16
 
@@ -444,7 +444,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
         if compiled:
             block.compile(dynamic=False)
     parameters = list(model.parameters())
-    copies = [p.data for p in parameters]                # what both passes see, bf16 in the DiT
+    copies = [p.data for p in parameters]                # what both passes see
     torch._foreach_copy_(copies, master)
     bar, smooth = trange(state["step"], steps, initial=state["step"], total=steps,
                          desc="transformer", mininterval=10, disable=rank > 0), {}
