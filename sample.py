@@ -143,9 +143,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
         load_dit(paths["transformer"], home, kind), load_vae(paths["vae"], home, kind),
         load_t5(paths["text_encoder_2"], home, kind),
         load_clip(paths["text_encoder"], home, kind), t5_tokens, clip_tokens, None, where, kind)
-    if where.type == "mps" and any(t.dtype in weights.FP8 for t in
-                                   weights_of(pipe.dit) + weights_of(pipe.t5)):
-        raise ValueError(f"{model}: mps holds no fp8; take a bf16 file, or --device cpu")
+    weights.check_device(weights_of(pipe.dit) + weights_of(pipe.t5), where, model)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter))
         for p in pipe.adapter.tensors().values():        # and not the model's weights in its layers

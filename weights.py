@@ -281,6 +281,12 @@ class Float8Linear(nn.Linear):
         return Widened.apply(x, self.weight, self.scale, self.bias)
 
 
+def check_device(tensors: Iterable[Tensor], device: torch.device | str, where: object) -> None:
+    """Raises: ValueError for fp8 on a device that holds none."""
+    if torch.device(device).type == "mps" and any(t.dtype in FP8 for t in tensors):
+        raise ValueError(f"{where}: mps holds no fp8; take a bf16 file, or --device cpu")
+
+
 def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
            device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
     """Give a model its tensors, after all names, shapes and types have been checked.
@@ -297,6 +303,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
     for name, t in tensors.items():
         if t.dtype not in READ:
             raise ValueError(f"{where}: {name} holds {t.dtype}, which is not read")
+    check_device(tensors.values(), device, where)
     kinds = {t.dtype for t in tensors.values()}
     narrow = {name for name in linears if tensors[name].dtype in FP8}
     for name, scale in scales.items():

@@ -232,6 +232,12 @@ def test_a_scale_without_its_weight_is_refused(tmp_path):
         dit.load_dit(tmp_path / "one.safetensors")
 
 
+def test_fp8_on_a_device_that_holds_none_is_refused_before_it_goes_there():
+    layer = nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match="mps holds no fp8"):
+        weights.assign(layer, {"weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "f", "mps")
+
+
 def test_float8_linear_follows_the_type_of_its_input():
     layer = nn.Linear(8, 5).requires_grad_(False)
     layer.weight.data = layer.weight.to(torch.float8_e4m3fn)
