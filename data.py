@@ -326,7 +326,8 @@ BASE_TASKS = ("t2i", "recolour", "reshape", "move", "remove", "add", "background
 NEW_TASKS = ("canny", "depth", "pose", "fill", "subject", "multi", "mixed")
 EDITS = BASE_TASKS[1:]
 # A batch holds tasks that are given the same number of native and clean pictures.
-GROUPS = (("t2i",), EDITS, ("canny", "depth", "pose", "fill", "subject"), ("multi", "mixed"))
+PAIRS = ("multi", "mixed")
+GROUPS = (("t2i",), EDITS, ("canny", "depth", "pose", "fill", "subject"), PAIRS)
 
 
 def pick(rng: np.random.Generator, options):
@@ -503,13 +504,14 @@ def neighbours(scene: Scene) -> Iterator[Scene]:
 class TinyWorld:
     """Endless samples of the tiny world, for training. `tasks` may restrict it, e.g. BASE_TASKS.
 
-    A group is as likely as its tasks are together; an edit, which the base knows, counts half.
+    A group is as likely as its tasks are together; an edit, which a base knows, counts half, and
+    a task of two conditions twice.
     """
 
     def __init__(self, tasks: tuple[str, ...] = BASE_TASKS + NEW_TASKS):
         self.groups = [group for tasks_of in GROUPS
                        if (group := [t for t in tasks_of if t in tasks])]
-        sizes = np.array([sum(.5 if task in EDITS else 1 for task in group)
+        sizes = np.array([sum(.5 if task in EDITS else 2 if task in PAIRS else 1 for task in group)
                           for group in self.groups])
         self.chances = sizes / sizes.sum()
 

@@ -352,7 +352,7 @@ def implied_config(shapes: dict[str, torch.Size]) -> dict:
 
 
 def load_dit(path: str | Path, device: torch.device | str = "cpu",
-             dtype: torch.dtype | None = None) -> FluxTransformer:
+             dtype: torch.dtype | None = None, keep: bool = False) -> FluxTransformer:
     """Read a folder's transformer/, or a file. Raises: FileNotFoundError, ValueError."""
     return weights.load_part("transformer", FluxTransformer, DiTConfig, implied_config, path,
-                             device, dtype)
+                             device, dtype, keep)

@@ -96,11 +96,17 @@ def memory(device: torch.device) -> int:
 
 
 def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
-    """auto: bf16 on an accelerator; on a CPU fp32 if that fits in half the memory, else bf16."""
+    """auto: bf16 on an accelerator; on a CPU only where it is fast and the model large.
+
+    Large: in fp32 it would not fit in half the memory.
+    """
     if name != "auto":
         return getattr(torch, name)
-    small = device.type == "cpu" and 2 * stored < memory(device) / 2
-    return torch.float32 if small else torch.bfloat16
+    able = torch.cpu.get_capabilities()
+    fast = device.type != "cpu" or any(able.get(kind) for kind in ("amx_bf16", "avx512_bf16",
+                                                                   "bf16"))
+    large = device.type != "cpu" or 2 * stored >= memory(device) / 2
+    return torch.bfloat16 if fast and large else torch.float32
 
 
 def model_paths(model: Path, tokenizers: Path | None = None,
@@ -139,9 +145,10 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     kind = choose_dtype(dtype, where, stored)
     needed = stored * kind.itemsize / 2                  # files hold two bytes a weight, or fewer
     home = where if needed < ROOM * memory(where) else torch.device("cpu")
+    keep = where.type == "cpu" and needed >= memory(where) / 2   # widened where they are used
     pipe = Pipeline(
-        load_dit(paths["transformer"], home, kind), load_vae(paths["vae"], home, kind),
-        load_t5(paths["text_encoder_2"], home, kind),
+        load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], home, kind),
+        load_t5(paths["text_encoder_2"], home, kind, keep),
         load_clip(paths["text_encoder"], home, kind), t5_tokens, clip_tokens, None, where, kind)
     weights.check_device(weights_of(pipe.dit) + weights_of(pipe.t5), where, model)
     if adapter is not None:
@@ -330,7 +337,7 @@ def mergeable(pipe: Pipeline, given: Given) -> bool:
     layers = pipe.adapter.layers.values()
     return (len(given.pooled) == 1 and not any(getattr(layer, "by_token", False)
                                                for layer in layers)
-            and all(layer.base.weight.dtype.itemsize > 1                         # no fp8
+            and all(not isinstance(layer.base, weights.NarrowLinear)
                     and layer.base.weight.device.type == pipe.device.type for layer in layers)
             and sum(layer.base.weight.nbytes for layer in layers) < memory(pipe.device) / 2)
 

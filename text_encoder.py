@@ -320,13 +320,13 @@ def implied_t5(shapes: dict[str, torch.Size]) -> dict:
 
 
 def load_t5(path: str | Path, device: torch.device | str = "cpu",
-            dtype: torch.dtype | None = None) -> T5Encoder:
+            dtype: torch.dtype | None = None, keep: bool = False) -> T5Encoder:
     """Read a folder's text_encoder_2/, or a file. Raises: FileNotFoundError, ValueError."""
     model = weights.load_part("text_encoder_2", T5Encoder, T5Config, implied_t5, path, device,
-                              dtype)
+                              dtype, keep)
     if model.shared.weight.dtype == torch.float16:       # the second feed-forward matrix overflows
         for name, module in model.named_modules():
-            if name.endswith(".wo") and not isinstance(module, weights.Float8Linear):
+            if name.endswith(".wo") and not isinstance(module, weights.NarrowLinear):
                 module.float()
     return model
 

@@ -39,6 +39,7 @@ import mole
 import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
+from muon import Muon
 from sample import (Pipeline, add_model_options, choose_device, condition, generate, open_model,
                     save_picture, seeded_noise, velocity, visiting)
 
@@ -143,22 +144,30 @@ def average(adapter: mole.Adapter, losses: dict[str, float], accumulate: int) ->
     return dict(zip(losses, (values / number).tolist()))
 
 
-def make_optimizer(adapter: mole.Adapter, lr: float, router_lr: float) -> torch.optim.AdamW:
-    """AdamW; the routers have their own rate. All its states are fp32, as the adapter is."""
-    groups = [{"lr": rate, "params": [p for name, p in adapter.tensors().items()
-                                      if name.endswith("router.weight") == routers]}
-              for routers, rate in ((False, lr), (True, router_lr))]
-    return torch.optim.AdamW([group for group in groups if group["params"]],
-                             betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, fused=True)
+def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
+                    kind: str = "adamw") -> list[torch.optim.Optimizer]:
+    """AdamW; the routers have their own rate. All states are fp32, as the adapter is.
+
+    kind "muon": Muon at twice the rate for the matrices A and B, AdamW for the rest.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
+    for name, p in adapter.tensors().items():
+        groups["routers" if name.endswith("router.weight") else
+               "matrices" if name.endswith(("_A", "_B")) and kind == "muon" else "others"].append(p)
+    adamw = [{"params": groups[name], "lr": rate}
+             for name, rate in (("others", lr), ("routers", router_lr)) if groups[name]]
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
+                                    fused=True)] if adamw else []
+    return optimizers + ([Muon(groups["matrices"], 2 * lr, 1e-4)] if groups["matrices"] else [])
 
 
 # ------------------------------------------------------------------------------------------ files
 
-def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer, step: int,
-                    number: int, settings: dict) -> None:
+def save_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.optim.Optimizer],
+                    step: int, number: int, settings: dict) -> None:
     """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed."""
     state = {"step": step, "number": number, "settings": json.dumps(settings),
-             "optimizer": optimizer.state_dict(),
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
     with (weights.replacing(out / "checkpoint.pt") as last,      # it says that all is there
           weights.replacing(out / "adapter.safetensors") as first):
@@ -166,14 +175,14 @@ def save_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
         torch.save(state, last)
 
 
-def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Optimizer,
+def load_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.optim.Optimizer],
                     settings: dict) -> tuple[int, int]:
     """Take up the run in `out`; -> next step, next micro-batch. Raises: ValueError if another's."""
     file = out / "checkpoint.pt"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         before = weights.parse_json(state["settings"], file)
-        adapted, optimized = state["adapter"], state["optimizer"]
+        adapted, optimized = state["adapter"], state["optimizers"]
         start = state["step"], state["number"]
     except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
             pickle.UnpicklingError) as error:
@@ -183,7 +192,8 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizer: torch.optim.Opt
         raise ValueError(f"--resume: {out} began with {changed[0]} = {before.get(changed[0])!r}, "
                          f"not {settings[changed[0]]!r}")
     adapter.fill(adapted)
-    optimizer.load_state_dict(optimized)
+    for optimizer, own in zip(optimizers, optimized, strict=True):
+        optimizer.load_state_dict(own)
     return start
 
 
@@ -227,11 +237,12 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
           rank: int, workers: int) -> None:
     """Run the steps that are left. Of the micro-batches, this process takes every workers-th."""
     adapter, out = pipe.adapter.train(), args.out
-    optimizer = make_optimizer(adapter, args.lr,
-                               args.lr / 2 if args.router_lr is None else args.router_lr)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizers = make_optimizers(adapter, args.lr, args.lr / 2 if args.router_lr is None else
+                                 args.router_lr, args.optimizer)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     resumed = args.resume and (out / "checkpoint.pt").is_file()
-    start, number = load_checkpoint(out, adapter, optimizer, settings) if resumed else (0, 0)
+    start, number = load_checkpoint(out, adapter, optimizers, settings) if resumed else (0, 0)
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0]
                for i, (source, _) in enumerate(sources * -(-8 // len(sources)))][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
@@ -256,10 +267,11 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                                  f"checkpoint, if any, is in {out}. Try a smaller --lr")
             decay = (0.5 * (1 + math.cos(math.pi * step / args.steps))
                      if args.schedule == "cosine" else 1.0)
-            for group, rate in zip(optimizer.param_groups, rates):
+            for group, rate in zip(groups, rates):
                 group["lr"] = rate * decay
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             tasks = sorted({s.task for _, samples in micro for s in samples})
             log.write(json.dumps({
                 "step": step, **{name: round(value, 6) for name, value in losses.items()},
@@ -269,7 +281,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
             due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if rank == 0 and (due or leave):
                 log.flush()
-                save_checkpoint(out, adapter, optimizer, step + 1, number, settings)
+                save_checkpoint(out, adapter, optimizers, step + 1, number, settings)
             if rank == 0 and due:
                 sample_sheet(pipe, preview, out / f"samples_{step + 1:06d}.png")
             if leave and step + 1 < args.steps:
@@ -311,6 +323,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--router-lr", type=float, help="by default half of --lr")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"],
+                        help="muon: for the matrices A and B, at twice the rate; the rest by adamw")
     parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
                         help="of the learning rates")
     parser.add_argument("--shift", type=float, default=1.0, help="of the times: above 1, more are "
@@ -354,7 +368,7 @@ def main() -> None:
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "accumulate", "lr", "router_lr",
-                 "schedule", "shift", "seed")}
+                 "optimizer", "schedule", "shift", "seed")}
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype)}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -259,23 +259,27 @@ def places(path: Path) -> dict[str, Path]:
 
 
 class Widened(torch.autograd.Function):
-    """x @ W.T + b. Keeps W in 8 bits for the backward pass, not its wide copy."""
+    """x @ W.T + b. Keeps the narrow W for the backward pass, not its wide copy."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, W: Tensor, scale: Tensor | None, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(W, scale)
         ctx.kind = x.dtype                               # autocast may make grad narrower
-        return F.linear(x, W.to(x.dtype).mul_(scale), b)                     # (..., out)
+        return F.linear(x, Widened.wide(W, scale, x.dtype), b)               # (..., out)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         W, scale = ctx.saved_tensors
-        return (grad @ W.to(grad.dtype).mul_(scale)).to(ctx.kind), None, None, None
+        return (grad @ Widened.wide(W, scale, grad.dtype)).to(ctx.kind), None, None, None
+
+    @staticmethod
+    def wide(W: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return W.to(dtype) if scale is None else W.to(dtype).mul_(scale)
 
 
-class Float8Linear(nn.Linear):
-    """A frozen linear layer whose weight is kept in 8 bits and widened when it is used."""
-    scale: Tensor                                        # (), times the weight
+class NarrowLinear(nn.Linear):
+    """A frozen linear layer whose weight is kept in fewer bits and widened when it is used."""
+    scale: Tensor | None                                 # (), times the weight
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
         return Widened.apply(x, self.weight, self.scale, self.bias)
@@ -288,11 +292,13 @@ def check_device(tensors: Iterable[Tensor], device: torch.device | str, where: o
 
 
 def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
-           device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> None:
+           device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+           keep: bool = False) -> None:
     """Give a model its tensors, after all names, shapes and types have been checked.
 
-    Nothing is copied that has its type and place already. Weights of linear layers in fp8 stay so;
-    all else becomes `dtype`, or by default the widest type there is. Raises: ValueError.
+    Nothing is copied that has its type and place already. Weights of linear layers in fp8 stay so,
+    with `keep` all that are narrower than `dtype`; all else becomes `dtype`, or by default the
+    widest type there is. Raises: ValueError.
     """
     linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     scales = {name.removesuffix("scale_weight") + "weight": t for name, t in tensors.items()
@@ -305,14 +311,15 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
             raise ValueError(f"{where}: {name} holds {t.dtype}, which is not read")
     check_device(tensors.values(), device, where)
     kinds = {t.dtype for t in tensors.values()}
-    narrow = {name for name in linears if tensors[name].dtype in FP8}
     for name, scale in scales.items():
-        if name not in narrow or scale.numel() != 1:
+        if name not in linears or tensors[name].dtype not in FP8 or scale.numel() != 1:
             raise ValueError(f"{where}: {name} has a scale, but is no layer in fp8 with one scale")
     dtype = dtype or reduce(torch.promote_types, kinds - FP8 or {torch.bfloat16})
+    narrow = {name for name in linears if tensors[name].dtype in FP8
+              or keep and tensors[name].dtype.itemsize < dtype.itemsize}
     for name in narrow:
-        linears[name].__class__ = Float8Linear
-        scale = scales.get(name, torch.ones(())).reshape(()).to(device)
+        linears[name].__class__ = NarrowLinear
+        scale = scales[name].reshape(()).to(device) if name in scales else None
         linears[name].register_buffer("scale", scale, persistent=False)
     ready = {name: t.to(device, None if name in narrow else dtype) for name, t in tensors.items()}
     model.load_state_dict(ready, strict=True, assign=True)
@@ -320,10 +327,12 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
 
 def load_part(part: str, build: Callable[[Config], Model], config: type[Config],
               implied: Callable[[dict[str, torch.Size]], dict], path: str | Path,
-              device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
+              device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+              keep: bool = False) -> Model:
     """Read one part of a Hugging Face folder (config.json and tensors), or of a single file.
 
-    implied: a file's configuration, from its tensors' shapes, where no config.json lies beside it.
+    implied: a file's configuration, from its tensors' shapes, where no config.json lies beside it;
+    keep: as assign() takes it.
     The model is built on the meta device, so that nothing is allocated twice; the result is frozen
     and in eval mode.
     Raises: FileNotFoundError, ValueError.
@@ -340,7 +349,7 @@ def load_part(part: str, build: Callable[[Config], Model], config: type[Config],
             model = build(config_from(config, values, settings if given else path))
     except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: holds no whole {part} ({error})") from None
-    assign(model, tensors, path, device, dtype)
+    assign(model, tensors, path, device, dtype, keep)
     return model.eval().requires_grad_(False)
 
 

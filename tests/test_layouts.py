@@ -171,7 +171,7 @@ def test_fp8_is_the_widened_weights(tmp_path, part, scaled):
     save_file(wide, tmp_path / "wide.safetensors")
     load = PARTS[part][3]
     model = load(tmp_path / "fp8.safetensors", dtype=torch.float32)
-    kept = [m for m in model.modules() if isinstance(m, weights.Float8Linear)]
+    kept = [m for m in model.modules() if isinstance(m, weights.NarrowLinear)]
     assert kept and all(m.weight.dtype == torch.float8_e4m3fn for m in kept)
     wanted = run(part, load(tmp_path / "wide.safetensors", dtype=torch.float32))
     assert torch.allclose(run(part, model), wanted, atol=1e-6, rtol=1e-6)
@@ -238,10 +238,10 @@ def test_fp8_on_a_device_that_holds_none_is_refused_before_it_goes_there():
         weights.assign(layer, {"weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "f", "mps")
 
 
-def test_float8_linear_follows_the_type_of_its_input():
+def test_narrow_linear_follows_the_type_of_its_input():
     layer = nn.Linear(8, 5).requires_grad_(False)
     layer.weight.data = layer.weight.to(torch.float8_e4m3fn)
-    layer.__class__ = weights.Float8Linear
+    layer.__class__ = weights.NarrowLinear
     layer.register_buffer("scale", torch.tensor(0.5), persistent=False)
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), F.linear(x, layer.weight.float() * 0.5, layer.bias))

@@ -168,6 +168,37 @@ def test_what_has_room_on_a_device(base, monkeypatch):
         assert sample.fits(base.vae, torch.device("cpu"))                    # it is there already
 
 
+@pytest.mark.parametrize("able", ["avx2", "amx_bf16", "avx512_bf16", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_type_to_compute_in(able, device, monkeypatch):
+    """auto: bf16 where it is fast and the model large; what is asked for is given."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "avx": True})
+    monkeypatch.setattr(sample, "memory", lambda device: 400)
+    large, small = (sample.choose_dtype("auto", torch.device(device), size) for size in (100, 99))
+    wide, narrow = torch.float32, torch.bfloat16
+    assert large == (wide if device == "cpu" and able == "avx2" else narrow)
+    assert small == (wide if device == "cpu" else narrow)
+    assert sample.choose_dtype("float16", torch.device(device), 10) == torch.float16
+
+
+def test_a_model_too_large_to_widen_is_widened_layer_by_layer(adapted, monkeypatch):
+    """The same numbers multiplied in the same type, unmerged: within 1/255 of the whole in fp32."""
+    files = [file for part in weights.SIGNS for file in weights.files_of(MODEL / part)]
+    needed = 2 * sum(file.stat().st_size for file in files)
+    given, noise = condition(adapted, ["make it red"], [], []), seeded_noise([0], (64, 64))
+    wanted, _ = generate(adapted, given, noise, steps=3)
+    for room, number in ((2 * needed + 2, 0), (2 * needed, 100)):
+        monkeypatch.setattr(sample, "memory", lambda device: room)
+        pipe = load_pipeline(MODEL, ROOT / "tiny/adapter.safetensors", "cpu", "float32")
+        kept = [layer for part in (pipe.dit, pipe.t5) for layer in part.modules()
+                if isinstance(layer, weights.NarrowLinear)]
+        assert len(kept) >= number and (number or not kept)
+        assert all(layer.weight.dtype == torch.bfloat16 for layer in kept)
+        assert sample.mergeable(pipe, given) == (not kept)
+        made, _ = generate(pipe, condition(pipe, ["make it red"], [], []), noise, steps=3)
+        assert np.abs(made.astype(int) - wanted).max() <= 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("room", [0, 10 ** 9])
 def test_visits_on_a_gpu(room, monkeypatch):

@@ -29,6 +29,7 @@ import data
 import dit
 import weights
 from dit import DiTConfig, FluxTransformer
+from muon import Muon
 from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
                           clip_bpe)
 from vae import AutoEncoder, VAEConfig, load_vae
@@ -367,48 +368,6 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
     half = model["dit"].proj_out.weight.dtype
     v = model["dit"](img.to(half), txt.to(half), pooled.to(half), t, guidance, torch.cat(ids))
     return F.mse_loss(v[:, :x0.shape[1]].float(), noise - x0)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest matrices whose singular values are all about 1. (n, a, b) -> (n, a, b)."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):                                   # an odd polynomial of the singular values
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, so that a matrix learns all its directions at one pace.
-
-    For the matrices of hidden layers; the step is scaled to the size that AdamW's would have. Each
-    process makes orthogonal its share of the matrices. (torch.optim.Muon computes in bf16 alone.)
-    Reference: Jordan et al., 2024, "Muon"; the scale: Liu et al., arXiv 2502.16982.
-    """
-
-    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float = 0.01):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        group, rank, workers = self.param_groups[0], dist.get_rank(), dist.get_world_size()
-        stacks: dict[torch.Size, list[Tensor]] = {}      # matrices of one shape are one batch
-        for p in group["params"]:
-            stacks.setdefault(p.shape, []).append(p)
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            self.state[p]["momentum"].lerp_(p.grad, 0.05)
-        for shape, stack in stacks.items():
-            steps = torch.zeros(len(stack), *shape)
-            ahead = [p.grad.lerp(self.state[p]["momentum"], 0.95) for p in stack[rank::workers]]
-            if ahead:
-                steps[rank::workers] = orthogonal(torch.stack(ahead))
-            dist.all_reduce(steps)
-            for p, step in zip(stack, steps):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(step, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int, samples: int,
