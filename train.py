@@ -45,6 +45,7 @@ from sample import (Pipeline, add_model_options, choose_device, condition, gener
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
 GUIDANCE = 1.0                                           # what the model is told while training
 
 
@@ -165,36 +166,59 @@ def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
 
 def save_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.optim.Optimizer],
                     step: int, number: int, settings: dict) -> None:
-    """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed."""
+    """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed.
+
+    The checkpoint before stays beside it.
+    """
     state = {"step": step, "number": number, "settings": json.dumps(settings),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers],
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
-    with (weights.replacing(out / "checkpoint.pt") as last,      # it says that all is there
+    with (weights.replacing(out / CHECKPOINTS[0]) as last,      # it says that all is there
           weights.replacing(out / "adapter.safetensors") as first):
         mole.save(adapter, first, step=str(step), settings=state["settings"])
         torch.save(state, last)
+        if (out / CHECKPOINTS[0]).is_file():
+            (out / CHECKPOINTS[0]).replace(out / CHECKPOINTS[1])
+
+
+def read_checkpoint(out: Path) -> dict | None:
+    """The last checkpoint in `out` that is whole, or None if there is none. Raises: ValueError."""
+    broken = []
+    for file in (out / name for name in CHECKPOINTS):
+        if file.is_file():
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                state["settings"] = weights.parse_json(state["settings"], file)
+                if all(name in state for name in ("adapter", "optimizers", "step", "number")):
+                    return state
+                broken.append(f"{file}: is no checkpoint")
+            except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
+                    pickle.UnpicklingError) as error:
+                broken.append(f"{file}: cannot be read ({error!r})")
+            print(f"{broken[-1]}; looking for the one before", file=sys.stderr)
+    if broken:
+        raise ValueError(f"{broken[0]}; name another --out")
+    return None
 
 
 def load_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.optim.Optimizer],
                     settings: dict) -> tuple[int, int]:
     """Take up the run in `out`; -> next step, next micro-batch. Raises: ValueError if another's."""
-    file = out / "checkpoint.pt"
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        before = weights.parse_json(state["settings"], file)
-        adapted, optimized = state["adapter"], state["optimizers"]
-        start = state["step"], state["number"]
-    except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(f"{file}: cannot be read ({error!r}); name another --out") from None
+    state = read_checkpoint(out)
+    if state is None:
+        return 0, 0
+    before = state["settings"]
     changed = [name for name in settings if settings[name] != before.get(name)]
-    if changed:
+    if changed == ["micro_batches"]:                     # another number of processes may go on
+        print(f"note: a step is now {settings['micro_batches']} micro-batches, it was "
+              f"{before.get('micro_batches')}", file=sys.stderr)
+    elif changed:
         raise ValueError(f"--resume: {out} began with {changed[0]} = {before.get(changed[0])!r}, "
                          f"not {settings[changed[0]]!r}")
-    adapter.fill(adapted)
-    for optimizer, own in zip(optimizers, optimized, strict=True):
+    adapter.fill(state["adapter"])
+    for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
-    return start
+    return state["step"], state["number"]
 
 
 def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
@@ -241,17 +265,19 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                                  args.router_lr, args.optimizer)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
-    resumed = args.resume and (out / "checkpoint.pt").is_file()
-    start, number = load_checkpoint(out, adapter, optimizers, settings) if resumed else (0, 0)
+    start, number = (load_checkpoint(out, adapter, optimizers, settings) if args.resume
+                     else (0, 0))
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0]
                for i, (source, _) in enumerate(sources * -(-8 // len(sources)))][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
                mininterval=2, disable=rank > 0)
     log_file = out / "log.jsonl" if rank == 0 else Path(os.devnull)
-    kept = log_file.read_text().splitlines(True)[:start] if log_file.is_file() else []
-    with log_file.open("w") as log, signals() as asked:
-        log.writelines(kept)                             # what came after the checkpoint is redone
+    if rank == 0:                                        # what came after the checkpoint is redone
+        kept = log_file.read_text().splitlines(True)[:start] if log_file.is_file() else []
+        with weights.replacing(log_file) as aside:
+            aside.write_text("".join(kept))
+    with log_file.open("a") as log, signals() as asked:
         for step in bar:
             began = time.time()
             micro = [(args.seed * 2 ** 32 + i, next(batches)) for i in
@@ -352,7 +378,7 @@ def main() -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
     if not args.resume and any((args.out / name).exists() for name in
-                               ("checkpoint.pt", "adapter.safetensors")):
+                               (*CHECKPOINTS, "adapter.safetensors")):
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
@@ -367,10 +393,11 @@ def main() -> None:
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
     settings = {name: str(getattr(args, name)) for name in
-                ("data", "adapter", "steps", "batch_size", "accumulate", "lr", "router_lr",
-                 "optimizer", "schedule", "shift", "seed")}
+                ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
+                 "schedule", "shift", "seed")}
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
-                 "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype)}
+                 "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype),
+                 "micro_batches": str(args.accumulate * workers)}            # in each step
     args.out.mkdir(parents=True, exist_ok=True)
     train(args, pipe, sources, settings, rank, workers)
     if rank == 0:

@@ -360,11 +360,16 @@ def blocks(shapes: dict[str, torch.Size], prefix: str) -> int:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to. What stood in `file` stays whole until the `with` ends well."""
+    """A name to write to. What stood in `file` stays whole until the `with` ends well.
+
+    Raises: OSError when the disk is full.
+    """
     aside = file.with_name(f".{file.stem}.new{file.suffix}")
     try:
         yield aside
         os.replace(aside, file)
+    except (SafetensorError, RuntimeError) as error:     # the libraries' words for OSError
+        raise OSError(f"{file}: cannot be written ({error})") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import data
 import dit
 import mole
 import train
+import weights
 from sample import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +105,7 @@ def test_only_the_adapter_is_trained_and_in_fp32():
 
 def test_routers_have_their_own_rate():
     pipe = make_pipeline()
-    optimizer = train.make_optimizer(pipe.adapter, 1e-4, 5e-5)
+    optimizer, = train.make_optimizers(pipe.adapter, 1e-4, 5e-5)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in pipe.adapter.tensors().items():
         assert rates[id(p)] == (5e-5 if name.endswith("router.weight") else 1e-4)
@@ -159,7 +161,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("kind", ["instructmole", "token"])
-def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
+def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2",
               "--lr", "1e-3", "--adapter", kind]
     def command(*rest: object) -> None:
@@ -179,6 +181,62 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch):
     steps = [json.loads(line)["step"]
              for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 3]
+    (tmp_path / "broken/checkpoint.pt").write_bytes(b"torn")                 # step 2's is left
+    (tmp_path / "broken/adapter.safetensors").unlink()
+    calls = iter([False, False])
+    command("--steps", 4, "--save-every", 4, "--out", tmp_path / "broken", "--resume")
+    assert len({(tmp_path / name / "adapter.safetensors").read_bytes()
+                for name in ("whole", "broken")}) == 1
+    assert "looking for the one before" in capsys.readouterr().err
+
+
+def test_killed_at_any_moment_nothing_is_lost():
+    """Three kills here; python tests/kills.py --kills 30 for more."""
+    done = subprocess.run([sys.executable, ROOT / "tests/kills.py", "--kills", "3", "--steps", "8",
+                           "--longest", "1.5"], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and done.stdout.startswith("3 kills"), done.stdout + done.stderr
+
+
+def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
+    """Two micro-batches a step by one process, then one: it goes on where the data stopped."""
+    seen, real = [], train.accumulate
+    monkeypatch.setattr(train, "accumulate", lambda pipe, micro, *rest: seen.extend(
+        seed for seed, _ in micro) or real(pipe, micro, *rest))
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
+              "5", "--out", str(tmp_path / "run"), "--resume", "--save-every", "2"]
+    monkeypatch.setattr(sys, "argv", [*common, "--accumulate", "2"])
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.main()                                     # stopped after two steps
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", common)
+    train.main()
+    assert seen == list(range(7)) and "now 1 micro-batches, it was 2" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stands for the disk; one line, and the run goes on later."""
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
+              "3", "--save-every", "1", "--out", str(tmp_path / "run")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def full(*_: object) -> None:                        # after the first checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    monkeypatch.setattr(train, "sample_sheet", full)
+    monkeypatch.setattr(sys, "argv", common)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            weights.run(train.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and printed.startswith("error") and "run" in printed
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"adapter.safetensors",
+                                                              "checkpoint.pt", "log.jsonl"}
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [*common, "--resume"])
+    train.main()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
@@ -253,7 +311,6 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
 
 def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
     """Another configuration in the same file, a checkpoint that is none: one line, nothing lost."""
-    import weights
     config, out = tmp_path / "config.json", tmp_path / "run"
     config.write_text((ROOT / "tiny/adapter.json").read_text())
     monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
@@ -273,7 +330,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
     config.write_text((ROOT / "tiny/adapter.json").read_text())
     whole = torch.load(out / "checkpoint.pt", weights_only=True)
     for content in (b"", b"no checkpoint", (out / "checkpoint.pt").read_bytes()[:999],
-                    {name: value for name, value in whole.items() if name != "optimizer"},
+                    {name: value for name, value in whole.items() if name != "optimizers"},
                     whole | {"settings": "[]"}, [1]):
         if isinstance(content, bytes):
             (out / "checkpoint.pt").write_bytes(content)
@@ -290,7 +347,6 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
     (["--data", "tiny", "--lr", "nan"], "--lr"),
     (["--data", "tiny", "--device", "cuda:99"], "--device")])
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypatch, capsys):
-    import weights
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *arguments])
     with pytest.raises(SystemExit) as stopped:
         weights.run(train.main)
