@@ -13,8 +13,10 @@ Run: python data.py        # writes one sample of every task to tiny_world.png
 """
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count
@@ -529,13 +531,25 @@ def tiny_test(task: str, number: int, seed: int = 0) -> list[Sample]:
 
 # ---------------------------------------------------------------------------- a user's own folder
 
+MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
 NAMES = {"target": ("target", "file_name", "image_path", "image", "output_image"),
          "instruction": ("instruction", "prompt", "caption", "text"),
          "images": ("images", "input_images", "kontext_images", "control_path", "cond_image"),
          "conds": ("conds",)}
 
 
-def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
+@contextmanager
+def noting(bad: list[str] | None) -> Iterator[None]:
+    """Write what is wrong with a row to `bad`, if there is such a list, instead of raising it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if bad is None:
+            raise
+        bad.append(" ".join(str(error).split()))
+
+
+def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl file, each with words for where it stands. Raises: ValueError."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -543,14 +557,16 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            where = f"{file} line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object like {{\"instruction\": ...}}")
-            yield where, row
+            where, row = f"{file} line {number}", None
+            with noting(bad):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where}: not valid JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: expected an object like {{\"instruction\": ...}}")
+            if isinstance(row, dict):
+                yield where, row
 
 
 def entry(row: dict, name: str, where: str) -> object:
@@ -588,6 +604,17 @@ def row_paths(row: dict, name: str, where: str) -> list[str]:
     return paths
 
 
+def located(path: str, folder: Path, root: Path | None, where: str) -> Path:
+    """Where a row's path leads. Raises: ValueError if out of `root`, by default the data's folder.
+
+    Paths are taken as written: links inside the folder are their owner's business.
+    """
+    whole, root = Path(os.path.abspath(folder / path)), Path(os.path.abspath(root or folder))
+    if not whole.is_relative_to(root):
+        raise ValueError(f"{where}: {path!r} leads out of {root}; --data-root FOLDER allows more")
+    return whole
+
+
 def read_picture(path: Path, where: str) -> Image.Image:
     """load_image, with the row named in its errors."""
     try:
@@ -613,24 +640,35 @@ class Folder:
     Each line is an object: target (path), instruction (str), images (paths of native references),
     conds (paths of clean conditions), task (str); the last three may be absent, a single path may
     stand for a list. size: (W, H) that every picture takes, or None to keep each near its own size,
-    the longer side at most 512; the first reference takes the target's, as in sampling.
+    the longer side at most 512; the first reference takes the target's, as in sampling. root: the
+    folder that no path may leave, by default the file's own. bad: a list that takes the bad lines'
+    errors; one line in ten may be bad.
     Raises: FileNotFoundError, ValueError; they name the line.
     """
 
-    def __init__(self, path: str | Path, size: tuple[int, int] | None = None):
+    def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
+                 root: Path | None = None, bad: list[str] | None = None):
         path = Path(path)
         self.file, self.size = path / "metadata.jsonl" if path.is_dir() else path, size
         if not self.file.is_file():
             raise FileNotFoundError(f"{self.file}: not found; a data folder needs metadata.jsonl")
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
-        for where, row in read_rows(self.file):
-            instruction, target = (row_text(row, name, where) for name in ("instruction", "target"))
-            images, conds = (row_paths(row, name, where) for name in ("images", "conds"))
-            paths = [self.file.parent / path for path in (target, *images, *conds)]
-            sizes = [self.size_of(path, where) for path in paths]
-            sizes[1:2] = sizes[:1] if images else sizes[1:2]
-            self.groups.setdefault((len(images), *sizes), []).append(
-                Row(instruction, paths, sizes, len(images), str(row.get("task", "")), where))
+        folder, worse = self.file.parent, None if bad is None else []
+        for where, row in read_rows(self.file, worse):
+            with noting(worse):
+                instruction, target = (row_text(row, name, where)
+                                       for name in ("instruction", "target"))
+                images, conds = (row_paths(row, name, where) for name in ("images", "conds"))
+                paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
+                sizes = [self.size_of(path, where) for path in paths]
+                sizes[1:2] = sizes[:1] if images else sizes[1:2]
+                self.groups.setdefault((len(images), *sizes), []).append(
+                    Row(instruction, paths, sizes, len(images), str(row.get("task", "")), where))
+        if worse and len(worse) > MOST_BAD * (len(worse) + sum(map(len, self.groups.values()))):
+            raise ValueError(f"{self.file}: {len(worse)} lines are bad, which is too many to skip; "
+                             f"the first: {worse[0]}")
+        if bad is not None:
+            bad.extend(worse)
         if not self.groups:
             raise ValueError(f"{self.file}: holds no rows")
 
@@ -654,9 +692,12 @@ class Folder:
         return [self.read(rows[i]) for i in chosen]
 
 
-def open_source(text: str,
-                size: tuple[int, int] | None = None) -> tuple["TinyWorld | Folder", float]:
-    """A command line's SOURCE[:weight] -> (source, weight). SOURCE: tiny | FOLDER | FILE.jsonl."""
+def open_source(text: str, size: tuple[int, int] | None = None, root: Path | None = None,
+                bad: list[str] | None = None) -> tuple["TinyWorld | Folder", float]:
+    """A command line's SOURCE[:weight] -> (source, weight). SOURCE: tiny | FOLDER | FILE.jsonl.
+
+    size, root, bad: as Folder takes them.
+    """
     name, colon, weight = text.rpartition(":")
     try:
         name, value = (name, float(weight)) if colon else (text, 1.0)
@@ -664,7 +705,7 @@ def open_source(text: str,
         name, value = text, 1.0
     if not 0 < value < float("inf"):
         raise ValueError(f"--data {text}: the weight must be a positive number")
-    return (TinyWorld() if name == "tiny" else Folder(name, size)), value
+    return (TinyWorld() if name == "tiny" else Folder(name, size, root, bad)), value
 
 
 def batches(sources: list[tuple["TinyWorld | Folder", float]], size: int, seed: int,

@@ -339,6 +339,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an adapter on a frozen model.")
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
                         help="tiny, a folder (metadata.jsonl) or .jsonl file; one drawn per batch")
+    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="that no path in the data "
+                        "may leave; by default the folder of the file that names it")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave bad lines out, one in ten at most; list them at the end")
     add_model_options(parser)
     parser.add_argument("--adapter", default="instructmole",
                         choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]])
@@ -384,7 +388,9 @@ def main() -> None:
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
     vae = args.vae or args.model / "vae"
     side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
-    sources = [data.open_source(text, (side, side) if side < 512 else None) for text in args.data]
+    bad: list[str] | None = [] if args.skip_bad else None
+    sources = [data.open_source(text, (side, side) if side < 512 else None, args.data_root, bad)
+               for text in args.data]
     rank, workers = join(args)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe = open_model(args, None)
@@ -404,6 +410,8 @@ def main() -> None:
         print(f"{args.out / 'adapter.safetensors'}: "
               f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
               f"{args.steps} steps")
+        if bad:
+            print(f"{len(bad)} bad lines of the data were skipped:", *bad, sep="\n  ")
     if workers > 1:
         dist.destroy_process_group()
 

@@ -2,8 +2,8 @@
 
 Writes a Hugging Face folder of 34 GB in bf16 (removed afterwards), then runs sample.py's own
 command on it at 512x512 with one reference: time to the first step, seconds per step, and the most
-memory that was its own (not the operating system's cache of files). Beside them two floors from the same
-run: reading the transformer's files once, and its matrix products at the rate of one large product.
+memory that was its own (not the operating system's cache of files). Beside them two floors from the
+same run: reading the transformer's files once, and its matrix products at the rate of one large product.
 
 Run: python bench/whole.py --folder /a/disk/with/40/GB
 """
@@ -187,7 +187,8 @@ def main() -> None:
               f"{steps[0] - began:.1f} s; steps of {', '.join(f'{s:.1f}' for s in each)} s\n"
               f"matrix products: {flops / 1e12:.1f} TFLOP, {flops / rate:.1f} s at the "
               f"{rate / 1e9:.0f} GFLOP/s of one large product; reached "
-              f"{flops / rate / each[-1]:.0%}\nmemory of its own at most {most / 1e9:.2f} GB", flush=True)
+              f"{flops / rate / each[-1]:.0%}\n"
+              f"memory of its own at most {most / 1e9:.2f} GB", flush=True)
         if args.diffusers:
             forget(folder)
             lines, _, whole, most = watch("--peer", folder, picture)

@@ -1,5 +1,6 @@
 """The tiny world, its score, pictures from files, and a user's folder."""
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -254,6 +255,35 @@ def test_a_folder_of_pictures(tmp_path):
 def test_bad_rows_are_named(tmp_path, row, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         folder(tmp_path, [{"target": "0.png", "instruction": "a"}, row])
+    kept = [{"target": "0.png", "instruction": str(i)} for i in range(9)]
+    bad: list[str] = []
+    with pytest.raises((ValueError, FileNotFoundError)):
+        folder(tmp_path, [*kept, row])
+    source = data.Folder(tmp_path, bad=bad)              # one line in ten
+    assert len(bad) == 1 and re.search(words.replace("line 2", "line 10"), bad[0])
+    assert sum(map(len, source.groups.values())) == 9
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(ValueError, match="too many"):
+        data.Folder(tmp_path, bad=bad)
+    assert len(bad) == 1
+
+
+def test_paths_stay_in_the_folder(tmp_path):
+    """As written; a link inside the folder may lead anywhere."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "out.png")
+    (inner / "link.png").symlink_to(tmp_path / "out.png")
+    for path in ("../out.png", str(tmp_path / "out.png"), "a/../../out.png", "../innermost/x.png"):
+        for row in ({"target": path}, {"target": "link.png", "images": [path]}):
+            with pytest.raises(ValueError, match="line 1.*leads out"):
+                folder(inner, [row | {"instruction": "a"}])
+    source = folder(inner, [{"target": "link.png", "instruction": "a", "conds": "./0.png"}])
+    assert source.draw(np.random.default_rng(0), 1)[0].conds
+    with pytest.raises(ValueError, match="leads out"):
+        folder(inner, [{"target": "../out.png", "instruction": "a"}])
+    data.Folder(inner, root=tmp_path)
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
