@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-import data
 import weights
-from data import BASE_TASKS, EDITS, NEW_TASKS, Sample, Scene, stack
+from data import Sample, stack
 from sample import (Pipeline, add_model_options, choose_adapter, condition, generate, open_model,
                     save_picture, seeded_noise)
+from tiny import world
+from tiny.world import BASE_TASKS, EDITS, NEW_TASKS, Scene
 
 THRESHOLD = 0.03                                         # of the mean squared error
 
@@ -44,8 +45,8 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> float:
 @lru_cache(maxsize=2)
 def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Drawings of neighbouring scenes in [-1, 1], (n, H W 3) float32, and squared norms (n,)."""
-    truth = data.draw(scene)
-    others = [picture for picture in map(data.draw, data.neighbours(scene))
+    truth = world.draw(scene)
+    others = [picture for picture in map(world.draw, world.neighbours(scene))
               if not np.array_equal(picture, truth)]
     flat = np.stack(others).reshape(len(others), -1).astype(np.float32) / 127.5 - 1
     return flat, np.square(flat).sum(1)
@@ -87,7 +88,7 @@ def make(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
         batch = samples[start:start + batch_size]
         given = condition(pipe, [s.instruction for s in batch], stack(s.images for s in batch),
                           stack(s.conds for s in batch))
-        noise = seeded_noise(list(range(start, start + len(batch))), (data.SIZE, data.SIZE),
+        noise = seeded_noise(list(range(start, start + len(batch))), (world.SIZE, world.SIZE),
                              pipe.vae.config.latent_channels)
         pictures += list(generate(pipe, given, noise, steps, guidance)[0])
     return pictures
@@ -116,7 +117,7 @@ def table(scores: list[Score]) -> str:
 def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
                   each: int = 4) -> np.ndarray:
     """Given / result / truth for the first samples of each task; failures have a red frame."""
-    cell, text, columns = data.SIZE + 8, 26, 4
+    cell, text, columns = world.SIZE + 8, 26, 4
     sheet = Image.new("RGB", (each * (columns * cell + 8), len(results) * (cell + text)), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (samples, pictures) in enumerate(results.values()):
@@ -141,7 +142,7 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
     out.mkdir(parents=True, exist_ok=True)
     results, scores = {}, []
     for task in tasks:
-        samples = data.tiny_test(task, number)
+        samples = world.tiny_test(task, number)
         results[task] = samples, make(pipe, samples, steps, guidance)
         scores.append(measure(task, results[task][1], samples))
         print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
@@ -171,8 +172,8 @@ def main() -> None:
         raise ValueError(f"--out {args.out}: is a file, not a folder")
     adapter = choose_adapter(args.adapter, args.model)
     pipe = open_model(args, adapter)
-    if pipe.vae.config.sample_size != data.SIZE:
-        raise ValueError(f"--bench tiny needs a model for {data.SIZE}x{data.SIZE} pictures; "
+    if pipe.vae.config.sample_size != world.SIZE:
+        raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")
     scores = bench_tiny(pipe, args.tasks, args.number, args.steps, args.guidance, args.out)
     print(f"\n{table(scores)}\n\n{args.out}/sheet.png: given, instruction, result, truth")

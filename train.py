@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -42,6 +41,7 @@ from mole import AdapterConfig
 from muon import Muon
 from sample import (Pipeline, add_model_options, choose_device, condition, generate, open_model,
                     save_picture, seeded_noise, velocity, visiting)
+from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
@@ -389,8 +389,8 @@ def main() -> None:
     vae = args.vae or args.model / "vae"
     side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
     bad: list[str] | None = [] if args.skip_bad else None
-    sources = [data.open_source(text, (side, side) if side < 512 else None, args.data_root, bad)
-               for text in args.data]
+    sources = [data.open_source(text, {"tiny": TinyWorld}, (side, side) if side < 512 else None,
+                                args.data_root, bad) for text in args.data]
     rank, workers = join(args)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe = open_model(args, None)

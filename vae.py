@@ -167,7 +167,7 @@ class AutoEncoder(nn.Module):
 
     def moments(self, img: Tensor) -> tuple[Tensor, Tensor]:
         """img (B, 3, H, W) in [-1, 1] -> raw mean and log-variance, each (B, C, h, w)."""
-        mean, logvar = self.encoder(img).chunk(2, dim=1)
+        mean, logvar = self.encoder(img).contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, img: Tensor, noise: Tensor | None = None) -> Tensor:

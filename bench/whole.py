@@ -3,7 +3,7 @@
 Writes a Hugging Face folder of 34 GB in bf16 (removed afterwards), then runs sample.py's own
 command on it at 512x512 with one reference: time to the first step, seconds per step, and the most
 memory that was its own (not the operating system's cache of files). Beside them two floors from the
-same run: reading the transformer's files once, and its matrix products at the rate of one large product.
+same run: reading the transformer's files once, and its matrix products at the rate of a large one.
 
 Run: python bench/whole.py --folder /a/disk/with/40/GB
 """

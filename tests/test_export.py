@@ -16,6 +16,7 @@ import mole
 import sample
 import weights
 from sample import Pipeline, condition, generate, load_pipeline, merged, seeded_noise
+from tiny import world
 from test_sample import MODEL, PICTURE, ROOT, command
 
 SMALL = dict(lora_rank=4, lora_alpha=2, experts=5, top_k=2, rank=3, alpha=6, resampler=False)
@@ -34,7 +35,7 @@ def pipeline(dtype: str = "float32", **changes: object) -> Pipeline:
 
 
 def given(pipe: Pipeline, number: int = 1) -> sample.Given:
-    tests = data.tiny_test("move", number)
+    tests = world.tiny_test("move", number)
     return condition(pipe, [s.instruction for s in tests], data.stack(s.images for s in tests), [])
 
 
@@ -164,8 +165,8 @@ def test_diffusers_makes_the_same_picture_from_the_exported_file(tmp_path, monke
     peer = FluxKontextPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     peer.set_progress_bar_config(disable=True)
     file, far = tmp_path / "council.safetensors", 0
-    for i, task in enumerate((*data.BASE_TASKS, "t2i", "move", "recolour")):
-        test, noise = data.tiny_test(task, i + 1)[i], seeded_noise([i], (64, 64))
+    for i, task in enumerate((*world.BASE_TASKS, "t2i", "move", "recolour")):
+        test, noise = world.tiny_test(task, i + 1)[i], seeded_noise([i], (64, 64))
         code, printed, err = command(monkeypatch, capsys, "--instruction", test.instruction,
                                      "--export-lora", file)
         assert code == 0 and str(file) in printed and "experts" in printed, err

@@ -16,6 +16,7 @@ import sample
 import weights
 from sample import (PREFERRED, condition, generate, load_pipeline, output_size, prepare,
                     seeded_noise)
+from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tiny/model"
@@ -44,7 +45,7 @@ def test_the_same_picture_as_diffusers(base):
     peer = FluxKontextPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     peer.set_progress_bar_config(disable=True)
     for task in ("recolour", "t2i", "move"):
-        test = data.tiny_test(task, 1)[0]
+        test = world.tiny_test(task, 1)[0]
         noise = seeded_noise([1], (64, 64))
         ours, _ = made(base, [test.instruction], [data.to_tensor([p]) for p in test.images], [],
                            noise, steps=6)
@@ -65,7 +66,7 @@ def test_equal_calls_are_equal_and_seeds_differ(adapted):
 
 def test_a_batch_gives_what_single_calls_give(adapted):
     """Rounding may move an 8-bit value by one step."""
-    tests = data.tiny_test("move", 2)
+    tests = world.tiny_test("move", 2)
     images = [data.to_tensor([t.images[0] for t in tests])]
     both, chosen = made(adapted, [t.instruction for t in tests], images, [],
                             seeded_noise([0, 1], (64, 64)), steps=4)
@@ -77,7 +78,7 @@ def test_a_batch_gives_what_single_calls_give(adapted):
 
 
 def test_conditions_and_references_of_any_number(adapted):
-    pictures = [data.to_tensor([data.tiny_test("t2i", 1)[0].target])] * 3
+    pictures = [data.to_tensor([world.tiny_test("t2i", 1)[0].target])] * 3
     results = [made(adapted, ["a star"], pictures[:n], pictures[:m],
                         seeded_noise([0], (64, 64)), steps=2)[0]
                for n, m in ((0, 0), (1, 0), (0, 1), (2, 3))]

@@ -21,6 +21,7 @@ import mole
 import train
 import weights
 from sample import load_pipeline
+from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tiny/model"
@@ -47,7 +48,7 @@ def gradients(pipe) -> dict[str, torch.Tensor]:
 
 
 def samples(task: str, number: int = 2) -> list[data.Sample]:
-    return data.tiny_test(task, number)
+    return world.tiny_test(task, number)
 
 
 @pytest.mark.parametrize("task", ["t2i", "move", "canny", "multi"])

@@ -30,11 +30,12 @@ import dit
 import weights
 from dit import DiTConfig, FluxTransformer
 from muon import Muon
+from tiny import world
 from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
                           clip_bpe)
 from vae import AutoEncoder, VAEConfig, load_vae
 
-NAMES = [*data.SHAPES, *data.FIGURES, *data.COLOURS, "big"]  # what a thing may be called
+NAMES = [*world.SHAPES, *world.FIGURES, *world.COLOURS, "big"]  # what a thing may be called
 LENGTH = 28                                              # tokens; the longest instruction has 26
 FAST = (torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else
         torch.float32)                                   # other CPUs have no fast bf16
@@ -106,8 +107,8 @@ def load_state(path: Path) -> dict:
 def texts(number: int) -> list[str]:
     """Instructions of all tasks."""
     rng = np.random.default_rng(2)
-    return [data.tiny_sample(rng, task).instruction for _ in range(number // len(data.WORDINGS))
-            for task in data.WORDINGS]
+    return [world.tiny_sample(rng, task).instruction for _ in range(number // len(world.WORDINGS))
+            for task in world.WORDINGS]
 
 
 def make_tokenizers(out: Path) -> None:
@@ -182,8 +183,8 @@ def make_tokenizers(out: Path) -> None:
 def vae_pictures(step: int, size: int) -> Tensor:
     """(size, 3, H, W) pictures of all kinds: targets, references, maps, subjects."""
     rng = np.random.default_rng([1, step])
-    samples = [data.tiny_sample(rng, data.pick(rng, list(data.WORDINGS))) for _ in range(size)]
-    return data.to_tensor([data.pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
+    samples = [world.tiny_sample(rng, world.pick(rng, list(world.WORDINGS))) for _ in range(size)]
+    return data.to_tensor([world.pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
 
 
 def build_vae() -> AutoEncoder:
@@ -203,7 +204,7 @@ def build_vae() -> AutoEncoder:
 def crops(step: int, number: int, side: int = 32) -> Tensor:
     """(number, 3, side, side) windows, two of each picture: a quarter of the work per picture."""
     rng, pictures = np.random.default_rng([5, step]), vae_pictures(step, number // 2)
-    corners = rng.integers(0, data.SIZE - side + 1, (number, 2))
+    corners = rng.integers(0, world.SIZE - side + 1, (number, 2))
     return torch.stack([pictures[i // 2, :, y:y + side, x:x + side]
                         for i, (y, x) in enumerate(corners)])
 
@@ -271,7 +272,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
         group = "t2i" if i % 3 == 0 else "edit"
-        samples = [data.tiny_sample(rng, "t2i" if group == "t2i" else data.pick(rng, data.EDITS))
+        samples = [world.tiny_sample(rng, "t2i" if group == "t2i" else world.pick(rng, world.EDITS))
                    for _ in range(100)]
         text = [sample.instruction for sample in samples]
         parts = {"t5": t5(text).short(), "clip": clip(text).short()}
@@ -323,7 +324,7 @@ class Reader(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.cells = nn.Parameter(0.1 * torch.randn(len(data.CELLS), width))
+        self.cells = nn.Parameter(0.1 * torch.randn(len(world.CELLS), width))
         self.to_kv = nn.Linear(width, 2 * width)
         self.to_names = nn.Linear(width, len(NAMES))
 
@@ -340,11 +341,11 @@ def reading_loss(model: nn.ModuleDict, tokens: T5Tokenizer, rng: np.random.Gener
     The public T5 comes trained. Ours learns to read beside the flow loss, which in 12,000 steps
     had learned what is in a picture of two things, but not which of them has which colour or place.
     """
-    samples = [data.tiny_sample(rng, "t2i") for _ in range(number)]
-    wanted = torch.zeros(number, len(data.CELLS), len(NAMES))
+    samples = [world.tiny_sample(rng, "t2i") for _ in range(number)]
+    wanted = torch.zeros(number, len(world.CELLS), len(NAMES))
     for row, sample in zip(wanted, samples):
         for thing in sample.scene.things:
-            names = [thing.shape, thing.colour] + ["big"] * (thing.radius == data.BIG)
+            names = [thing.shape, thing.colour] + ["big"] * (thing.radius == world.BIG)
             row[thing.cell, [NAMES.index(name) for name in names]] = 1
     read = model["reader"](model["t5"](tokens([s.instruction for s in samples])))
     return len(NAMES) * F.binary_cross_entropy_with_logits(read, wanted)
