@@ -1,4 +1,4 @@
-"""Samples and batches: a user's own pictures, and whatever else can draw samples.
+"""Samples and batches: a user's own pictures, and the public data sets.
 
 A sample is an instruction, the picture that it asks for, and the pictures that were given: native
 references (the picture to edit) and clean conditions (edges, depth, pose, a subject, ...).
@@ -8,19 +8,25 @@ are given the same number of pictures, of the same sizes. The embedded one is in
 
 Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays until `to_tensor` maps them to [-1, 1].
 """
+import io
 import json
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from functools import lru_cache
+from itertools import count, islice
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # large photographs are welcome
 
 
 @dataclass(frozen=True)
@@ -63,23 +69,23 @@ def grid(rows: list[list[np.ndarray]]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------ reading pictures
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read any picture as a person would see it, in RGB.
+def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
+    """Read any picture as a person would see it, in RGB: a file, or its bytes, called `where`.
 
     EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
     Raises: FileNotFoundError, or ValueError when the file is no readable picture.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = where or Path(source)
+    if not where and not path.is_file():
         raise FileNotFoundError(f"{path}: no such picture")
     try:
-        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
-        with quiet, Image.open(path) as opened:          # large photographs are welcome
+        with Image.open(source) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
     except (OSError, SyntaxError, ValueError, RuntimeError,
             Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+        why = str(error).partition(" <")[0]              # without an object's address
+        raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: 0..65535 -> 0..255
         grey = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
@@ -120,7 +126,8 @@ def noting(bad: list[str] | None) -> Iterator[None]:
     except (ValueError, FileNotFoundError) as error:
         if bad is None:
             raise
-        bad.append(" ".join(str(error).split()))
+        if (line := " ".join(str(error).split())) not in bad:
+            bad.append(line)
 
 
 def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
@@ -266,12 +273,269 @@ class Folder:
         return [self.read(rows[i]) for i in chosen]
 
 
+# ---------------------------------------------------------------------------- the public data sets
+
+SECOND_PROMPT = 0.7                                      # OmniEdit: of a row's second wording
+RECREATE = 0.3                                           # SubjectSpatial200K: of no description
+POSE, CAPTION = 0.75, 0.2                                # COCO: of the skeleton; of a bare caption
+LOW, TIMES = (50, 150), (2, 2.5)                         # Canny: low threshold, high / low
+BOX = (0.25, 0.75)                                       # sides of a box, in the picture's
+NEIGHBOURS = 16                                          # batches that read the same row group
+THREADS = 2                                              # that draw batches ahead
+
+# What a condition is called in an instruction, and how a caption is led in by one.
+PHRASES = {"subject": "the {item} of {which}", "canny": "the edges in {which}",
+           "depth": "the depth map in {which}", "fill": "the picture around the box in {which}"}
+STYLES = ("Make a picture from {all}.", "Combine {all}.", "With {all}, make one picture.")
+LEADS = {"pose": ("{caption}, in the pose of the skeleton", "follow the pose: {caption}"),
+         "canny": ("{caption}, along the edges", "follow the edges: {caption}"),
+         "fill": ("fill the black part: {caption}", "complete the picture: {caption}")}
+
+
+def canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Edges as OpenCV's Canny draws them on a grey picture: white on black, (H, W, 3) -> the same.
+
+    Sobel's gradient in |x| + |y|; ridges above `low` that hang together with some above `high`.
+    Source: Canny, 1986, "A computational approach to edge detection".
+    """
+    grey = np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(np.int32)
+    p = np.pad(grey, 1, mode="edge")
+    rows = p[:-2] + 2 * p[1:-1] + p[2:]                  # (H, W + 2), smoothed downwards
+    columns = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]      # (H + 2, W)
+    x, y = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]            # (H, W)
+    size = np.pad(abs(x) + abs(y), 1)                    # (H + 2, W + 2), none outside
+    steep = abs(y) > 2.414213 * abs(x)                   # more than 67.5 degrees
+    flat = abs(y) < 0.414213 * abs(x)                    # less than 22.5
+    own, ridge = size[1:-1, 1:-1], np.zeros(x.shape, bool)
+    for where, (down, right) in ((flat, (0, 1)), (steep, (1, 0)),
+                                 (~flat & ~steep & ((x < 0) == (y < 0)), (1, 1)),
+                                 (~flat & ~steep & ((x < 0) != (y < 0)), (-1, 1))):
+        height, width = x.shape
+        before = size[1 - down:1 - down + height, 1 - right:1 - right + width]
+        after = size[1 + down:1 + down + height, 1 + right:1 + right + width]
+        ridge |= where & (own > before) & (own >= after)
+    weak = np.pad(ridge & (own > low), 1).ravel()        # what is reached is taken out
+    front = np.flatnonzero(weak & (size.ravel() > high))
+    found, width = np.zeros(len(weak), bool), x.shape[1] + 2
+    around = np.array([down * width + right for down in (-1, 0, 1) for right in (-1, 0, 1)])
+    while len(front):
+        found[front], weak[front] = True, False
+        front = np.unique(front[:, None] + around)
+        front = front[weak[front]]
+    edges = found.reshape(size.shape)[1:-1, 1:-1]
+    return np.repeat(np.where(edges, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def random_canny(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    low = rng.uniform(*LOW)
+    return canny(picture, low, min(255, low * rng.uniform(*TIMES)))
+
+
+def random_box(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """The picture with a black box, or nothing but the box, (H, W, 3)."""
+    height, width = (max(1, int(side * rng.uniform(*BOX))) for side in picture.shape[:2])
+    top, left = (int(rng.integers(whole - side + 1))
+                 for whole, side in zip(picture.shape, (height, width)))
+    inside = np.zeros(picture.shape[:2], bool)
+    inside[top:top + height, left:left + width] = True
+    return np.where((inside if rng.random() < 0.5 else ~inside)[..., None], picture, 0
+                    ).astype(np.uint8)
+
+
+class Parquet:
+    """A public set in parquet files: a file, or a folder of them. Needs pyarrow.
+
+    Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
+    size: (W, H) that every picture takes, or None as Folder does it. bad: as Folder takes it.
+    Raises: FileNotFoundError, ValueError naming file and row.
+    """
+    columns: tuple[str, ...]                             # that a file must have
+
+    def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
+                 bad: list[str] | None = None):
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+        path, self.size, self.bad = Path(path), size, bad
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise FileNotFoundError(f"{path}: no parquet files")
+        self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
+        self.sizes: list[int] = []                       # rows in it
+        for file in files:
+            try:
+                about = parquet.read_metadata(file)
+                names = set(about.schema.to_arrow_schema().names)
+                counts = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+            except Exception as error:                   # pyarrow's errors have no common class
+                raise ValueError(f"{file}: not readable as parquet ({error})") from None
+            if missing := [name for name in self.columns if name not in names]:
+                raise ValueError(f"{file}: has no column {missing[0]!r}, as {type(self).__name__} "
+                                 "has; is it another set?")
+            self.groups += [(file, i, sum(counts[:i])) for i in range(len(counts)) if counts[i]]
+            self.sizes += [number for number in counts if number]
+        if not self.groups:
+            raise ValueError(f"{path}: holds no rows")
+        self.read = lru_cache(maxsize=2)(self.read_group)
+
+    def read_group(self, number: int) -> list[dict]:
+        from pyarrow import parquet
+        file, group, before = self.groups[number]
+        try:
+            table = parquet.ParquetFile(file).read_row_group(group, columns=list(self.columns))
+            return table.to_pylist()
+        except Exception as error:
+            raise ValueError(f"{file} rows {before} to {before + self.sizes[number]}: cannot be "
+                             f"read ({error})") from None
+
+    def draw(self, rng: np.random.Generator, size: int,
+             nearby: np.random.Generator | None = None) -> list[Sample]:
+        """Up to `size` samples of one row group, the pictures of equal sizes.
+
+        nearby: chooses the row group; the same for neighbouring batches.
+        """
+        chances = np.array(self.sizes) / sum(self.sizes)
+        number = int((nearby or rng).choice(len(self.sizes), p=chances))
+        file, _, before = self.groups[number]
+        samples: list[Sample] = []
+        rows, conditions = self.read(number), self.conditions(rng)
+        wanted = max(1, size // conditions)
+        for tried, i in enumerate(rng.permutation(len(rows))):
+            if len(samples) == wanted or samples and tried >= 8 * wanted:
+                break                                    # sizes differ too much
+            where = f"{file} row {before + i}"
+            with noting(self.bad):
+                sample = self.sample(rows[i], rng, conditions, where)
+                if sample and (not samples or shapes(sample) == shapes(samples[0])):
+                    samples.append(sample)
+            if self.bad and len(self.bad) > MOST_BAD * sum(self.sizes):
+                raise ValueError(f"{len(self.bad)} rows are bad, which is too many to skip; "
+                                 f"the first: {self.bad[0]}")
+        if not samples:
+            raise ValueError(f"{file} rows {before} to {before + len(rows)}: none can be used")
+        return samples
+
+    def conditions(self, rng: np.random.Generator) -> int:
+        """How many conditions a batch's samples have: the batch is so many times smaller."""
+        return 1
+
+    def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
+        """A sample, or None when the row is none. Raises: ValueError."""
+        raise NotImplementedError
+
+    def picture(self, row: dict, column: str, where: str) -> Image.Image:
+        cell = row[column]
+        if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
+            raise ValueError(f"{where}: {column!r} holds no picture")
+        return load_image(io.BytesIO(cell["bytes"]), f"{where} {column!r}")
+
+    def fit(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+        return resize(image, size or self.size or fitted(image.size))
+
+
+def shapes(sample: Sample) -> list[tuple[int, ...]]:
+    return [p.shape for p in (sample.target, *sample.images, *sample.conds)]
+
+
+def text_of(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {column!r} holds no text")
+    return value.strip()
+
+
+class OmniEdit(Parquet):
+    """TIGER-Lab/OmniEdit-Filtered-1.2M: a picture, an edit in one or two wordings, the result."""
+    columns = ("src_img", "edited_img", "edited_prompt_list")
+
+    def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
+        wordings = row["edited_prompt_list"] or []
+        if not wordings:
+            return None
+        second = len(wordings) > 1 and rng.random() < SECOND_PROMPT
+        target = self.fit(self.picture(row, "edited_img", where))
+        source = self.fit(self.picture(row, "src_img", where), target.shape[1::-1])
+        return Sample(text_of(wordings[int(second)], "edited_prompt_list", where), target, [source],
+                      task="edit")
+
+
+class MUSAR(Parquet):
+    """guozinan/MUSAR-Gen: two subjects, and a picture of both."""
+    columns = ("cond_img_0", "cond_img_1", "tgt_img", "prompt")
+
+    def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
+        target, *conds = (self.fit(self.picture(row, name, where))
+                          for name in ("tgt_img", "cond_img_0", "cond_img_1"))
+        return Sample(text_of(row["prompt"], "prompt", where), target, [], conds, "multi")
+
+
+class SubjectSpatial(Parquet):
+    """Xuan-World/SubjectSpatial200K: a subject beside a picture of it, with that one's maps."""
+    columns = ("image", "bbox", "canny", "depth", "description")
+
+    def conditions(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(1, 4))
+
+    def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
+        both, about = self.picture(row, "image", where), row["description"] or {}
+        left, right = (both.crop((x, 0, x + both.width // 2, both.height))
+                       for x in (0, both.width // 2))
+        size = self.size or (512, 512)
+        names = [str(name) for name in rng.choice(list(PHRASES), number, replace=False)]
+        conds = [self.fit(right, size) if name == "subject" else
+                 self.blacked(left, row["bbox"], size, where) if name == "fill" else
+                 self.fit(self.picture(row, name, where), size) for name in names]
+        places = {1: ["the picture"], 2: ["the left picture", "the right picture"],
+                  3: [f"the {nth} picture" for nth in ("first", "second", "third")]}[number]
+        item = text_of(about.get("item"), "description.item", where)
+        phrases = [PHRASES[name].format(item=item, which=place)
+                   for name, place in zip(names, places)]
+        told = " and ".join(phrases[i] for i in rng.permutation(number))
+        tail = (f"Recreate the {item}." if rng.random() < RECREATE else
+                text_of(about.get("description_0"), "description.description_0", where))
+        style = STYLES[int(rng.integers(len(STYLES)))]
+        return Sample(f"{style.format(all=told)} {tail}", self.fit(left, size), [], conds,
+                      "+".join(sorted(names)))
+
+    def blacked(self, left: Image.Image, bbox: object, size: tuple[int, int],
+                where: str) -> np.ndarray:
+        """The left half with a black box; bbox is (x, y, w, h) of its centre, of the whole's."""
+        if not isinstance(bbox, list) or len(bbox) != 4 or not all(
+                isinstance(v, (int, float)) and 0 <= v <= 1 for v in bbox):
+            raise ValueError(f"{where}: 'bbox' must be four numbers in [0, 1]")
+        picture = self.fit(left, size).copy()
+        (x, y, w, h), (height, width) = bbox, picture.shape[:2]
+        top, bottom = (int(np.clip(v * height, 0, height)) for v in (y - h / 2, y + h / 2))
+        first, last = (int(np.clip(v * 2 * width, 0, width)) for v in (x - w / 2, x + w / 2))
+        picture[top:bottom, first:last] = 0
+        return picture
+
+
+class COCO(Parquet):
+    """wangherr/coco2017_train_512x_image_caption_openpose: a picture, its skeletons, a caption."""
+    columns = ("image", "conditioning_image", "text")
+
+    def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
+        target = self.fit(self.picture(row, "image", where))
+        task = "pose" if rng.random() < POSE else ("canny", "fill")[int(rng.integers(2))]
+        cond = (self.fit(self.picture(row, "conditioning_image", where)) if task == "pose" else
+                random_canny(rng, target) if task == "canny" else random_box(rng, target))
+        caption = text_of(row["text"], "text", where)
+        if rng.random() >= CAPTION:
+            caption = LEADS[task][int(rng.integers(len(LEADS[task])))].format(caption=caption)
+        return Sample(caption, target, [], [cond], task)
+
+
+PUBLIC = {"omniedit": OmniEdit, "musar": MUSAR, "subjectspatial": SubjectSpatial, "coco": COCO}
+
+
 def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
                 size: tuple[int, int] | None = None, root: Path | None = None,
                 bad: list[str] | None = None) -> tuple[Source, float]:
-    """A command line's SOURCE[:weight] -> (source, weight). SOURCE: a name | FOLDER | FILE.jsonl.
+    """A command line's SOURCE[:weight] -> (source, weight).
 
-    named: sources that are known by name; size, root, bad: as Folder takes them.
+    SOURCE: a name | FOLDER | FILE.jsonl | a public set's name=PATH. named: sources that are known
+    by name; size, root, bad: as Folder takes them.
     """
     name, colon, weight = text.rpartition(":")
     try:
@@ -280,13 +544,34 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
         name, value = text, 1.0
     if not 0 < value < float("inf"):
         raise ValueError(f"--data {text}: the weight must be a positive number")
-    return (named[name]() if name in named else Folder(name, size, root, bad)), value
+    if name in named:
+        return named[name](), value
+    kind, equals, path = name.partition("=")
+    if equals and kind in PUBLIC:
+        return PUBLIC[kind](path, size, bad), value
+    return Folder(name, size, root, bad), value
 
 
 def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: int = 0,
             stride: int = 1) -> Iterator[list[Sample]]:
-    """One source per batch, by weight. Batch number i depends on the seed and i alone."""
+    """One source per batch, by weight. Batch number i depends on the seed and i alone.
+
+    The next ones are drawn by threads while one is in use.
+    """
     weights = np.array([weight for _, weight in sources])
-    for i in count(start, stride):
+
+    def draw(i: int) -> list[Sample]:
         rng = np.random.default_rng([seed, i])
-        yield sources[rng.choice(len(sources), p=weights / weights.sum())][0].draw(rng, size)
+        source = sources[rng.choice(len(sources), p=weights / weights.sum())][0]
+        if isinstance(source, Parquet):
+            return source.draw(rng, size, np.random.default_rng([seed, i // NEIGHBOURS]))
+        return source.draw(rng, size)
+
+    numbers, pool = count(start, stride), ThreadPoolExecutor(THREADS)
+    try:
+        ahead = deque(pool.submit(draw, i) for i in islice(numbers, THREADS))
+        while True:
+            ahead.append(pool.submit(draw, next(numbers)))
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,284 @@
+"""The public data sets: small parquet files of the published columns, written here."""
+import io
+import json
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+import data
+import train
+
+DRAWS = 400                                              # a chance is then known to 0.1, 4 sigma
+
+
+def cell(colour: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> dict:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def omniedit() -> list[dict]:
+    lists = [["one", "two"], ["alone"], [], None, ["one", "two"], ["one", "two"]]
+    return [{"omni_edit_id": str(i), "task": "swap", "src_img": cell("red", kind="JPEG"),
+             "edited_img": cell("blue", (64, 32)), "edited_prompt_list": prompts, "width": 64,
+             "height": 48, "sc_score_1": 1.0, "sc_score_2": 1.0, "pq_score": 1.0, "o_score": 1.0}
+            for i, prompts in enumerate(lists)]
+
+
+def musar() -> list[dict]:
+    return [{"cond_img_0": cell("red", (32, 64)), "cond_img_1": cell("green", (32, 32)),
+             "tgt_img": cell("blue"), "cond_prompt_0": "a", "cond_prompt_1": "b",
+             "prompt": f"both {i}"} for i in range(4)]
+
+
+def subjectspatial() -> list[dict]:
+    halves = Image.new("RGB", (256, 128), "blue")
+    halves.paste("red", (128, 0, 256, 128))
+    file = io.BytesIO()
+    halves.save(file, "PNG")
+    return [{"image": {"bytes": file.getvalue(), "path": "x.png"}, "bbox": [0.25, 0.5, 0.25, 0.5],
+             "canny": {"bytes": cell("white", (128, 128))["bytes"]},
+             "depth": {"bytes": cell("grey", (128, 128))["bytes"]},
+             "description": {"item": "teapot", "description_0": "A teapot on a hill.",
+                             "description_1": None, "category": "x", "description_valid": True},
+             "quality_assessment": None if i else {"compositeStructure": 5, "objectConsistency": 5,
+                                                   "imageQuality": 5}} for i in range(3)]
+
+
+def coco() -> list[dict]:
+    return [{"image": cell("blue"), "conditioning_image": cell("green"), "text": "a dog"}
+            for _ in range(3)]
+
+
+SETS = {"omniedit": omniedit, "musar": musar, "subjectspatial": subjectspatial, "coco": coco}
+
+
+def write(folder, name: str, rows: list[dict] | None = None, **options: object):
+    file = folder / f"{name}.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows or SETS[name]()), file, **options)
+    return file
+
+
+def draws(source, number: int = DRAWS) -> list[data.Sample]:
+    return [source.draw(np.random.default_rng(i), 1)[0] for i in range(number)]
+
+
+def share(samples: list[data.Sample], of) -> float:
+    return sum(map(of, samples)) / len(samples)
+
+
+def test_omniedit(tmp_path):
+    """The second wording with 0.7 where there are two; rows without wordings are left out."""
+    source = data.OmniEdit(write(tmp_path, "omniedit"))
+    found = draws(source)
+    words = Counter(sample.instruction for sample in found)
+    assert set(words) == {"one", "two", "alone"} and words["alone"] / DRAWS == pytest.approx(
+        0.25, abs=0.09)
+    assert words["two"] / (words["one"] + words["two"]) == pytest.approx(0.7, abs=0.11)
+    for sample in found[:9]:                             # the picture to edit has the target's size
+        assert sample.target.shape == sample.images[0].shape == (32, 64, 3) and not sample.conds
+        assert sample.target[0, 0].tolist() == [0, 0, 255] and sample.images[0][0, 0, 0] > 250
+    assert len(source.draw(np.random.default_rng(0), 9)) == 4
+
+
+def test_musar(tmp_path):
+    for sample in draws(data.MUSAR(write(tmp_path, "musar")), 9):
+        assert re.fullmatch(r"both \d", sample.instruction) and not sample.images
+        assert [p.shape[:2] for p in (sample.target, *sample.conds)] == [(48, 64), (64, 32),
+                                                                         (32, 32)]
+        assert [p[0, 0].argmax() for p in (sample.target, *sample.conds)] == [2, 0, 1]
+
+
+def test_subjectspatial(tmp_path):
+    """One to three conditions, each named by its place; a box where the target has the subject."""
+    whole = data.SubjectSpatial(write(tmp_path, "subjectspatial"))
+    assert all(p.shape == (512, 512, 3) for s in draws(whole, 3) for p in (s.target, *s.conds))
+    source = data.SubjectSpatial(tmp_path, (128, 128))
+    found = draws(source)
+    numbers = Counter(len(sample.conds) for sample in found)
+    assert all(numbers[n] / DRAWS == pytest.approx(1 / 3, abs=0.1) for n in (1, 2, 3))
+    assert share(found, lambda s: "Recreate" in s.instruction) == pytest.approx(0.3, abs=0.1)
+    tasks = Counter(task for sample in found for task in sample.task.split("+"))
+    assert all(tasks[task] / sum(tasks.values()) == pytest.approx(0.25, abs=0.08)
+               for task in ("subject", "canny", "depth", "fill"))
+    looks = {"teapot": (255, 0, 0), "edges": (255, 255, 255), "depth": (128, 128, 128),
+             "around": (0, 0, 255)}
+    for sample in found:
+        assert all(p.shape == (128, 128, 3) for p in (sample.target, *sample.conds))
+        assert sample.target[0, 0].tolist() == [0, 0, 255] and "teapot" in sample.instruction
+        places = {1: ["the picture"], 2: ["the left", "the right"],
+                  3: ["the first", "the second", "the third"]}[len(sample.conds)]
+        for place, cond in zip(places, sample.conds):
+            phrase, = (part for part in re.split(r" and |[,.]", sample.instruction)
+                       if re.search(f"(of|in) {place}", part))
+            name, = (name for name in looks if name in phrase)
+            assert cond[0, 0].tolist() == list(looks[name]), sample.instruction
+    box = next(cond for s in found for cond in s.conds if (cond == 0).all(axis=-1).any())
+    black = np.argwhere((box == 0).all(axis=-1))
+    assert black.min(0).tolist() == [32, 32] and black.max(0).tolist() == [95, 95]
+    assert {len(s.conds): len(source.draw(np.random.default_rng(i), 4)) for i, s in
+            enumerate(found[:40])} == {1: 3, 2: 2, 3: 1}                     # three rows there are
+
+
+def test_coco(tmp_path):
+    found = draws(data.COCO(write(tmp_path, "coco")))
+    tasks = Counter(sample.task for sample in found)
+    assert tasks["pose"] / DRAWS == pytest.approx(0.75, abs=0.09)
+    assert tasks["canny"] / DRAWS == pytest.approx(0.125, abs=0.07)
+    assert share(found, lambda s: s.instruction == "a dog") == pytest.approx(0.2, abs=0.08)
+    assert all("a dog" in sample.instruction for sample in found)
+    for sample in found:
+        cond, = sample.conds
+        assert cond.shape == sample.target.shape and sample.images == []
+        if sample.task == "pose":
+            assert cond[0, 0].tolist() == [0, 128, 0]
+        if sample.task == "fill":
+            black = (cond == 0).all(axis=-1).mean()
+            assert 0.05 < black < 0.95 and set(map(tuple, cond.reshape(-1, 3).tolist())) == {
+                (0, 0, 0), (0, 0, 255)}
+
+
+def plain_canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The same, pixel by pixel, as it is told in books."""
+    grey = np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(int)
+    height, width = grey.shape
+
+    def at(i: int, j: int) -> int:
+        return int(grey[min(max(i, 0), height - 1), min(max(j, 0), width - 1)])
+
+    def gradient(i: int, j: int) -> tuple[int, int]:
+        x = sum(w * (at(i + d, j + 1) - at(i + d, j - 1)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+        y = sum(w * (at(i + 1, j + d) - at(i - 1, j + d)) for d, w in ((-1, 1), (0, 2), (1, 1)))
+        return x, y
+
+    def size(i: int, j: int) -> int:
+        return sum(map(abs, gradient(i, j))) if 0 <= i < height and 0 <= j < width else 0
+    ridge = {}
+    for i in range(height):
+        for j in range(width):
+            x, y = gradient(i, j)
+            angle = np.degrees(np.arctan2(abs(y), abs(x)))
+            down, right = ((0, 1) if angle < 22.5 else (1, 0) if angle > 67.5 else
+                           (1, 1) if (x < 0) == (y < 0) else (-1, 1))
+            if size(i, j) > max(low, size(i - down, j - right)) and (
+                    size(i, j) >= size(i + down, j + right)):
+                ridge[i, j] = size(i, j)
+    found = {place for place, value in ridge.items() if value > high}
+    while more := {(i + a, j + b) for i, j in found for a in (-1, 0, 1) for b in (-1, 0, 1)
+                   if (i + a, j + b) in ridge} - found:
+        found |= more
+    edges = np.zeros((height, width, 3), np.uint8)
+    for place in found:
+        edges[place] = 255
+    return edges
+
+
+def test_canny_is_what_books_tell():
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        rough = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8))
+        picture = np.asarray(rough.resize((29, 23), Image.Resampling.BICUBIC))
+        low = 20 * (number + 1)
+        edges = data.canny(picture, low, 2 * low)
+        assert np.array_equal(edges, plain_canny(picture, low, 2 * low))
+        assert 0 < (edges > 0).mean() < 0.5
+    half = np.zeros((9, 9, 3), np.uint8)
+    half[:, 5:] = 255
+    assert (data.canny(half, 100, 200)[..., 0] > 0).sum(0).tolist() in (
+        [0, 0, 0, 0, 9, 0, 0, 0, 0], [0, 0, 0, 0, 0, 9, 0, 0, 0])            # one line, once
+    assert not data.canny(np.full((5, 1, 3), 7, np.uint8), 1, 2).any()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_training_on_each_set(tmp_path, name, monkeypatch):
+    write(tmp_path, name)
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", f"{name}={tmp_path}:2", "--adapter",
+                                      "lora", "--steps", "2", "--batch-size", "2", "--out",
+                                      str(tmp_path / "run")])
+    train.main()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
+
+
+def test_batches_depend_on_their_number_and_neighbours_share_a_row_group(tmp_path):
+    rows = [row | {"text": str(i)} for i, row in enumerate(coco() * 20)]
+    source = data.COCO(write(tmp_path, "coco", rows, row_group_size=5))
+    def told(start: int, stride: int, number: int) -> list[list[str]]:
+        batches = data.batches([(source, 1.0)], 2, 7, start, stride)
+        return [[s.instruction for s in next(batches)] for _ in range(number)]
+    whole = told(0, 1, 64)
+    assert told(5, 1, 20) == whole[5:25] and told(1, 2, 20) == whole[1:41:2]
+    groups = [int(re.search(r"\d+", words)[0]) // 5 for batch in whole for words in batch]
+    near = 2 * data.NEIGHBOURS
+    assert all(len(set(groups[i:i + near])) == 1 for i in range(0, len(groups), near))
+    assert len(set(groups)) > 1 and source.read.cache_info().misses <= 3 * len(whole) / 16
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("omniedit", {"edited_prompt_list": [" "]}, "row 0.*edited_prompt_list"),
+    ("omniedit", {"src_img": {"bytes": b"no picture", "path": None}}, "row 0.*src_img"),
+    ("omniedit", {"src_img": {"bytes": cell("red")["bytes"][:60], "path": None}}, "row 0.*src_img"),
+    ("musar", {"tgt_img": None}, "row 0.*tgt_img"), ("musar", {"prompt": None}, "row 0.*prompt"),
+    ("subjectspatial", {"bbox": [0.5, 0.5, 2.0, 0.5]}, "row 0.*bbox"),
+    ("subjectspatial", {"description": None}, "row 0.*item"),
+    ("coco", {"text": ""}, "row 0.*text")])
+def test_bad_rows(tmp_path, name, change, words):
+    good = SETS[name]()
+    file = write(tmp_path, name, [good[0] | change] + good[1:] * 9)
+    made = data.PUBLIC[name](file, (64, 64))
+    with pytest.raises(ValueError, match=words):
+        for i in range(60):
+            made.draw(np.random.default_rng(i), 9)
+    bad: list[str] = []
+    lenient = data.PUBLIC[name](file, (64, 64), bad)
+    for i in range(60):
+        lenient.draw(np.random.default_rng(i), 9)
+    assert len(bad) == 1 and re.search(words, bad[0])
+
+
+def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
+    good, worse = musar()[0], musar()[0] | {"prompt": ""}
+    bad: list[str] = []
+    source = data.MUSAR(write(tmp_path, "musar", [good] * 8 + [worse] * 2), bad=bad)
+    with pytest.raises(ValueError, match="too many"):
+        for i in range(50):
+            source.draw(np.random.default_rng(i), 5)
+    source = data.OmniEdit(write(tmp_path, "omniedit", [
+        row for row in omniedit() if not row["edited_prompt_list"]]))
+    with pytest.raises(ValueError, match="none can be used"):
+        source.draw(np.random.default_rng(0), 1)
+
+
+def test_files_that_are_no_such_set(tmp_path, monkeypatch):
+    file = write(tmp_path, "musar")
+    with pytest.raises(ValueError, match="no column 'src_img'"):
+        data.open_source(f"omniedit={file}")
+    (tmp_path / "torn.parquet").write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="torn.parquet.*parquet"):
+        data.MUSAR(tmp_path)
+    for path in (tmp_path / "gone", tmp_path / "gone.parquet"):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            data.MUSAR(path)
+    (tmp_path / "torn.parquet").unlink()
+    content = bytearray(file.read_bytes())
+    content[4:150] = bytes(146)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="rows 0 to 4"):
+        data.MUSAR(file).draw(np.random.default_rng(0), 1)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        data.MUSAR(file)
+
+
+def test_a_folder_may_still_have_a_sign_in_its_name(tmp_path):
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"target": "0.png", "instruction": "a"}))
+    assert isinstance(data.open_source(str(folder))[0], data.Folder)
