@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # large photographs are welcome
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are welcome
 
 
 @dataclass(frozen=True)
@@ -377,9 +378,9 @@ class Parquet:
             self.sizes += [number for number in counts if number]
         if not self.groups:
             raise ValueError(f"{path}: holds no rows")
-        self.read = lru_cache(maxsize=2)(self.read_group)
+        self.kept, self.lock = lru_cache(maxsize=2)(self.read), Lock()
 
-    def read_group(self, number: int) -> list[dict]:
+    def read(self, number: int) -> list[dict]:
         from pyarrow import parquet
         file, group, before = self.groups[number]
         try:
@@ -399,7 +400,9 @@ class Parquet:
         number = int((nearby or rng).choice(len(self.sizes), p=chances))
         file, _, before = self.groups[number]
         samples: list[Sample] = []
-        rows, conditions = self.read(number), self.conditions(rng)
+        with self.lock:                                  # one thread reads for all
+            rows = self.kept(number)
+        conditions = self.conditions(rng)
         wanted = max(1, size // conditions)
         for tried, i in enumerate(rng.permutation(len(rows))):
             if len(samples) == wanted or samples and tried >= 8 * wanted:

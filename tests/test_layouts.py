@@ -238,6 +238,24 @@ def test_fp8_on_a_device_that_holds_none_is_refused_before_it_goes_there():
         weights.assign(layer, {"weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "f", "mps")
 
 
+def test_a_model_in_fp8_is_near_its_own():
+    """e4m3 keeps three bits after the first: 2^-4 of a number, or of the smallest step, at most."""
+    layers = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10)).requires_grad_(False)
+    layers[1].weight.data[3] = 0
+    before = [layer.weight.clone() for layer in layers]
+    weights.to_fp8(layers)
+    for layer, W in zip(layers, before):
+        wide = weights.Widened.wide(layer.weight, layer.scale, torch.float32)
+        assert layer.weight.dtype == torch.float8_e4m3fn and not layer.weight.requires_grad
+        assert ((wide - W).abs() <= W.abs() / 16 + layer.scale * 2 ** -10).all()
+        assert torch.allclose(wide.abs().amax(1), W.abs().amax(1), rtol=1e-6)
+    x = torch.randn(4, 30, requires_grad=True)
+    layers(x).sum().backward()
+    products = [weights.Widened.wide(layer.weight, layer.scale, torch.float32) for layer in layers]
+    assert torch.allclose(x.grad, (products[1] @ products[0]).sum(0).expand(4, 30), atol=1e-5)
+    assert layers.bfloat16()(x.detach().bfloat16()).dtype == torch.bfloat16
+
+
 def test_narrow_linear_follows_the_type_of_its_input():
     layer = nn.Linear(8, 5).requires_grad_(False)
     layer.weight.data = layer.weight.to(torch.float8_e4m3fn)

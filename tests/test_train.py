@@ -198,6 +198,24 @@ def test_killed_at_any_moment_nothing_is_lost():
     assert done.returncode == 0 and done.stdout.startswith("3 kills"), done.stdout + done.stderr
 
 
+def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
+    """It trains, says so in the run, and its results are not those of the base as stored."""
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--adapter",
+              "lora", "--out"]
+    flows = []
+    for name, rest in (("fp8", ["--base-dtype", "fp8"]), ("plain", [])):
+        monkeypatch.setattr(sys, "argv", [*common, str(tmp_path / name), *rest])
+        train.main()
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        flows.append([json.loads(line)["flow"] for line in log])
+    assert flows[0] != flows[1] and flows[0] == pytest.approx(flows[1], rel=0.1)
+    monkeypatch.setattr(sys, "argv", [*common, str(tmp_path / "fp8"), "--resume"])
+    with pytest.raises(SystemExit):
+        weights.run(train.main)
+    assert "base_dtype" in capsys.readouterr().err
+
+
 def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
     """Two micro-batches a step by one process, then one: it goes on where the data stopped."""
     seen, real = [], train.accumulate
