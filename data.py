@@ -43,6 +43,7 @@ class Sample:
 
 class Source(Protocol):
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]: ...
+    # and all() -> Iterator[Sample], if it has an end
 
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -273,6 +274,10 @@ class Folder:
         chosen = rng.choice(len(rows), min(size, len(rows)), replace=False)
         return [self.read(rows[i]) for i in chosen]
 
+    def all(self) -> Iterator[Sample]:
+        """Every row."""
+        return (self.read(row) for rows in self.groups.values() for row in rows)
+
 
 # ---------------------------------------------------------------------------- the public data sets
 
@@ -327,6 +332,10 @@ def canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.repeat(np.where(edges, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
 
 
+def pick(rng: np.random.Generator, options):
+    return options[int(rng.integers(len(options)))]
+
+
 def random_canny(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
     low = rng.uniform(*LOW)
     return canny(picture, low, min(255, low * rng.uniform(*TIMES)))
@@ -348,17 +357,19 @@ class Parquet:
 
     Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
     size: (W, H) that every picture takes, or None as Folder does it. bad: as Folder takes it.
+    draws: how many ways there are to draw a row's wording, conditions, boxes; None: endless.
     Raises: FileNotFoundError, ValueError naming file and row.
     """
     columns: tuple[str, ...]                             # that a file must have
-
+    conditions: tuple[int, ...] = (1,)                   # how many a sample may have: a batch of
+                                                         # more is so many times smaller
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 bad: list[str] | None = None):
+                 bad: list[str] | None = None, draws: int | None = None):
         try:
             from pyarrow import parquet
         except ImportError:
             raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-        path, self.size, self.bad = Path(path), size, bad
+        path, self.size, self.bad, self.draws = Path(path), size, bad, draws
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"{path}: no parquet files")
@@ -402,14 +413,15 @@ class Parquet:
         samples: list[Sample] = []
         with self.lock:                                  # one thread reads for all
             rows = self.kept(number)
-        conditions = self.conditions(rng)
+        conditions = pick(rng, self.conditions)
         wanted = max(1, size // conditions)
         for tried, i in enumerate(rng.permutation(len(rows))):
             if len(samples) == wanted or samples and tried >= 8 * wanted:
                 break                                    # sizes differ too much
-            where = f"{file} row {before + i}"
             with noting(self.bad):
-                sample = self.sample(rows[i], rng, conditions, where)
+                own = self.fixed(number, i, conditions, int(rng.integers(self.draws))) if (
+                    self.draws) else rng
+                sample = self.sample(rows[i], own, conditions, f"{file} row {before + i}")
                 if sample and (not samples or shapes(sample) == shapes(samples[0])):
                     samples.append(sample)
             if self.bad and len(self.bad) > MOST_BAD * sum(self.sizes):
@@ -419,9 +431,20 @@ class Parquet:
             raise ValueError(f"{file} rows {before} to {before + len(rows)}: none can be used")
         return samples
 
-    def conditions(self, rng: np.random.Generator) -> int:
-        """How many conditions a batch's samples have: the batch is so many times smaller."""
-        return 1
+    def fixed(self, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng(numbers)
+
+    def all(self) -> Iterator[Sample]:
+        """Every draw of every row that is no bad one."""
+        for number, (file, _, before) in enumerate(self.groups):
+            for i, row in enumerate(self.kept(number)):
+                for conditions in self.conditions:
+                    for draw in range(self.draws or 1):
+                        with noting(self.bad):
+                            sample = self.sample(row, self.fixed(number, i, conditions, draw),
+                                                 conditions, f"{file} row {before + i}")
+                            if sample:
+                                yield sample
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
         """A sample, or None when the row is none. Raises: ValueError."""
@@ -475,9 +498,7 @@ class MUSAR(Parquet):
 class SubjectSpatial(Parquet):
     """Xuan-World/SubjectSpatial200K: a subject beside a picture of it, with that one's maps."""
     columns = ("image", "bbox", "canny", "depth", "description")
-
-    def conditions(self, rng: np.random.Generator) -> int:
-        return int(rng.integers(1, 4))
+    conditions = (1, 2, 3)
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
         both, about = self.picture(row, "image", where), row["description"] or {}
@@ -496,7 +517,7 @@ class SubjectSpatial(Parquet):
         told = " and ".join(phrases[i] for i in rng.permutation(number))
         tail = (f"Recreate the {item}." if rng.random() < RECREATE else
                 text_of(about.get("description_0"), "description.description_0", where))
-        style = STYLES[int(rng.integers(len(STYLES)))]
+        style = pick(rng, STYLES)
         return Sample(f"{style.format(all=told)} {tail}", self.fit(left, size), [], conds,
                       "+".join(sorted(names)))
 
@@ -520,12 +541,12 @@ class COCO(Parquet):
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
         target = self.fit(self.picture(row, "image", where))
-        task = "pose" if rng.random() < POSE else ("canny", "fill")[int(rng.integers(2))]
+        task = "pose" if rng.random() < POSE else pick(rng, ("canny", "fill"))
         cond = (self.fit(self.picture(row, "conditioning_image", where)) if task == "pose" else
                 random_canny(rng, target) if task == "canny" else random_box(rng, target))
         caption = text_of(row["text"], "text", where)
         if rng.random() >= CAPTION:
-            caption = LEADS[task][int(rng.integers(len(LEADS[task])))].format(caption=caption)
+            caption = pick(rng, LEADS[task]).format(caption=caption)
         return Sample(caption, target, [], [cond], task)
 
 
@@ -534,11 +555,11 @@ PUBLIC = {"omniedit": OmniEdit, "musar": MUSAR, "subjectspatial": SubjectSpatial
 
 def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
                 size: tuple[int, int] | None = None, root: Path | None = None,
-                bad: list[str] | None = None) -> tuple[Source, float]:
+                bad: list[str] | None = None, draws: int | None = None) -> tuple[Source, float]:
     """A command line's SOURCE[:weight] -> (source, weight).
 
     SOURCE: a name | FOLDER | FILE.jsonl | a public set's name=PATH. named: sources that are known
-    by name; size, root, bad: as Folder takes them.
+    by name; size, root, bad: as Folder takes them; draws: as Parquet does.
     """
     name, colon, weight = text.rpartition(":")
     try:
@@ -551,7 +572,7 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
         return named[name](), value
     kind, equals, path = name.partition("=")
     if equals and kind in PUBLIC:
-        return PUBLIC[kind](path, size, bad), value
+        return PUBLIC[kind](path, size, bad, draws), value
     return Folder(name, size, root, bad), value
 
 

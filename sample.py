@@ -8,6 +8,7 @@ I target, R native reference, Q clean condition tokens.
 Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png
 """
 import argparse
+import hashlib
 import io
 import os
 import re
@@ -55,6 +56,7 @@ class Pipeline:
     adapter: mole.Adapter | None
     device: torch.device
     dtype: torch.dtype
+    cache: weights.Cache | None = None                   # of what the encoders gave before
 
 
 @dataclass
@@ -131,10 +133,12 @@ def model_paths(model: Path, tokenizers: Path | None = None,
 
 
 def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: str = "auto",
-                  dtype: str = "auto", **others: Path | None) -> Pipeline:
+                  dtype: str = "auto", encoders_stay: bool = False,
+                  **others: Path | None) -> Pipeline:
     """Read a model and any adapter given. others: as model_paths() takes them.
 
     A model that would fill the device stays where it is mapped; its parts visit the device in turn.
+    So do text encoders and autoencoder if they are asked to stay.
     Raises: FileNotFoundError, ValueError.
     """
     paths = model_paths(Path(model), **others)
@@ -146,10 +150,11 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     needed = stored * kind.itemsize / 2                  # files hold two bytes a weight, or fewer
     home = where if needed < ROOM * memory(where) else torch.device("cpu")
     keep = where.type == "cpu" and needed >= memory(where) / 2   # widened where they are used
+    near = torch.device("cpu") if encoders_stay else home
     pipe = Pipeline(
-        load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], home, kind),
-        load_t5(paths["text_encoder_2"], home, kind, keep),
-        load_clip(paths["text_encoder"], home, kind), t5_tokens, clip_tokens, None, where, kind)
+        load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], near, kind),
+        load_t5(paths["text_encoder_2"], near, kind, keep),
+        load_clip(paths["text_encoder"], near, kind), t5_tokens, clip_tokens, None, where, kind)
     weights.check_device(weights_of(pipe.dit) + weights_of(pipe.t5), where, model)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter))
@@ -244,6 +249,36 @@ def streamed(model: FluxTransformer, device: torch.device) -> Iterator[Callable]
 
 # --------------------------------------------------------------------------------- what is given
 
+def encode_text(pipe: Pipeline, instructions: list[str]) -> tuple[Tensor, Tensor]:
+    """B texts -> T5's tokens (B, T, D) and CLIP's pooled vectors (B, D')."""
+    def compute(rows: list[int]) -> tuple[Tensor, Tensor]:
+        texts = [instructions[i] for i in rows]
+        where = pipe.device if fits(pipe.t5, pipe.device) else torch.device("cpu")
+        with torch.no_grad(), visiting(pipe.t5, where):
+            txt = pipe.t5(pipe.t5_tokens(texts).to(where)).to(pipe.device)
+        with torch.no_grad(), visiting(pipe.clip, pipe.device):
+            return txt, pipe.clip(pipe.clip_tokens(texts).to(pipe.device))
+    return once(pipe, [text.encode() for text in instructions], compute)
+
+
+def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) in [-1, 1] -> mean and log-variance of the raw latents, each (B, C, h, w)."""
+    def compute(rows: list[int]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), visiting(pipe.vae, pipe.device):
+            return pipe.vae.moments(pictures[rows].to(pipe.device, pipe.dtype))
+    contents = [str(p.shape).encode() + p.numpy().tobytes() for p in pictures] if pipe.cache else []
+    return once(pipe, contents or [b""] * len(pictures), compute)
+
+
+def once(pipe: Pipeline, contents: list[bytes],
+         compute: Callable[[list[int]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """compute(row numbers) for all contents, or for those that the pipeline's cache has not."""
+    if pipe.cache is None:
+        return compute(list(range(len(contents))))
+    keys = [hashlib.sha256(content).hexdigest() for content in contents]
+    return tuple(t.to(pipe.device) for t in pipe.cache.through(keys, compute))
+
+
 def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
               conds: list[Tensor]) -> Given:
     """Encode instructions and pictures, once for all steps.
@@ -251,14 +286,8 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
     Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
     references and clean conditions, any number of each. Units: pictures in [-1, 1].
     """
-    where = pipe.device if fits(pipe.t5, pipe.device) else torch.device("cpu")
-    with torch.no_grad(), visiting(pipe.t5, where):
-        txt = pipe.t5(pipe.t5_tokens(instructions).to(where)).to(pipe.device)    # (B, T, D)
-    with torch.no_grad(), visiting(pipe.clip, pipe.device):
-        pooled = pipe.clip(pipe.clip_tokens(instructions).to(pipe.device))   # (B, D')
-    with torch.no_grad(), visiting(pipe.vae, pipe.device):
-        latents = [pipe.vae.encode(p.to(pipe.device, pipe.dtype))            # each (B, C, h, w)
-                   for p in (*images, *conds)]
+    txt, pooled = encode_text(pipe, instructions)
+    latents = [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)]
     ids = [i.to(pipe.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
     tokens, n = [dit.pack(z) for z in latents], len(images)                  # each (B, hw/4, P)
     return Given(
@@ -541,11 +570,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                         help="of the model; an adapter is fp32")
 
 
-def open_model(args: argparse.Namespace, adapter: Path | None) -> Pipeline:
+def model_options(args: argparse.Namespace) -> dict[str, Path | None]:
+    """Where a command's options say that parts of the model are."""
+    return {name: getattr(args, name) for name in ("vae", "text_encoder", "text_encoder_2",
+                                                   "tokenizers")}
+
+
+def open_model(args: argparse.Namespace, adapter: Path | None,
+               encoders_stay: bool = False) -> Pipeline:
     """The model that a command's options name. Raises: FileNotFoundError, ValueError."""
-    others = {name: getattr(args, name) for name in
-              ("vae", "text_encoder", "text_encoder_2", "tokenizers")}
-    return load_pipeline(args.model, adapter, args.device, args.dtype, **others)
+    return load_pipeline(args.model, adapter, args.device, args.dtype, encoders_stay,
+                         **model_options(args))
 
 
 def parse() -> argparse.Namespace:

@@ -11,6 +11,7 @@ Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; I target to
 Run: python train.py --data tiny --steps 20 --out runs/try
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -19,8 +20,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,8 @@ import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
 from muon import Muon
-from sample import (Pipeline, add_model_options, choose_device, condition, generate, open_model,
+from sample import (Pipeline, add_model_options, choose_device, condition, encode_picture,
+                    encode_text, fits, generate, model_options, model_paths, open_model,
                     save_picture, seeded_noise, velocity, visiting)
 from tiny.world import TinyWorld
 
@@ -91,13 +94,10 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: b
     conds = [cond for cond, chance in zip(stack(s.conds for s in samples), drop[1:])
              if chance >= CONDITION_DROPOUT]
     # Deviation: a dropped condition's tokens go, not only its ids, as in the research code.
-    target = to_tensor([s.target for s in samples])      # (B, 3, H, W)
     given = condition(pipe, instructions, images, conds)
-    h, w = (side // pipe.vae.config.factor for side in target.shape[-2:])
-    with torch.no_grad(), visiting(pipe.vae, pipe.device):
-        shape = (len(samples), pipe.vae.config.latent_channels, h, w)
-        x0 = pipe.vae.encode(target.to(pipe.device, pipe.dtype),
-                             torch.randn(shape).to(pipe.device, pipe.dtype))
+    mean, logvar = encode_picture(pipe, to_tensor([s.target for s in samples]))    # (B, C, h, w)
+    h, w = mean.shape[-2:]
+    x0 = pipe.vae.latents(mean, logvar, torch.randn(mean.shape).to(mean))
     x0 = dit.pack(x0.float())                            # (B, I, P)
     noise = torch.randn(x0.shape).to(pipe.device)        # drawn on the CPU: the same everywhere
     t = torch.rand(len(x0)).to(pipe.device)              # (B,), 1 = pure noise
@@ -160,6 +160,53 @@ def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
                                     fused=True)] if adamw else []
     return optimizers + ([Muon(groups["matrices"], 2 * lr, 1e-4)] if groups["matrices"] else [])
+
+
+def fill(pipe: Pipeline, sources: list[tuple[data.Source, float]], rank: int, workers: int) -> None:
+    """Encode all that can be drawn, once, into the pipeline's cache: this process's share."""
+    def chunks() -> Iterator[list[Sample]]:
+        samples = (sample for source, _ in sources for sample in source.all())
+        own = islice(samples, rank, None, workers)
+        while chunk := list(islice(own, 16)):
+            yield chunk
+    parts = (pipe.t5, pipe.clip, pipe.vae)
+    with ExitStack() as stack:
+        if all(fits(part, pipe.device) for part in parts):
+            for part in parts:                           # not anew for every batch
+                stack.enter_context(visiting(part, pipe.device))
+        for samples in tqdm(chunks(), desc="encoding", unit_scale=16, disable=rank > 0):
+            encode_text(pipe, [s.instruction for s in samples] + [""])
+            pictures: dict[tuple, list] = {}
+            for picture in (p for s in samples for p in (s.target, *s.images, *s.conds)):
+                pictures.setdefault(picture.shape, []).append(picture)
+            for alike in pictures.values():
+                encode_picture(pipe, to_tensor(alike))
+    pipe.cache.save()
+    if workers > 1:
+        dist.barrier()
+        pipe.cache.open()
+
+
+def identity(args: argparse.Namespace, pipe: Pipeline) -> dict[str, str]:
+    """What a cache's values depend on: the encoders' and tokenizers' files, and the type.
+
+    Of a file of gigabytes a thousand pieces are looked at, one a tensor and more.
+    """
+    found = {"dtype": str(pipe.dtype)}
+    for part, path in model_paths(args.model, **model_options(args)).items():
+        if part != "transformer":
+            digest = hashlib.sha256()
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    size = file.stat().st_size
+                    digest.update(f"{file.name} {size}".encode())
+                    pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
+                    with file.open("rb") as opened:
+                        for i in range(pieces):
+                            opened.seek(size * i // pieces)
+                            digest.update(opened.read(length))
+            found[part] = digest.hexdigest()
+    return found
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -343,6 +390,10 @@ def parse() -> argparse.Namespace:
                         "may leave; by default the folder of the file that names it")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave bad lines out, one in ten at most; list them at the end")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
+                        "picture once, before training, and keep that here")
+    parser.add_argument("--cache-draws", type=int, default=1, metavar="N", help="with --cache: "
+                        "ways to draw a row of a public set (its wording, conditions, boxes)")
     add_model_options(parser)
     parser.add_argument("--adapter", default="instructmole",
                         choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]])
@@ -361,8 +412,8 @@ def parse() -> argparse.Namespace:
                         "near 1, where layout is decided; 1, as in the paper: uniform")
     parser.add_argument("--checkpoint", action="store_true",
                         help="recompute each block in backward: less memory, same gradients")
-    parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen layers "
-                        "in 8 bits, widened where they are used: half of bf16's memory")
+    parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen "
+                        "layers in 8 bits, widened where they are used: half of bf16's memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--out", type=Path, help="by default runs/ADAPTER")
@@ -374,7 +425,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.out = args.out or Path("runs") / args.adapter
-    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift"):
+    for name in ("steps", "cache_draws", "batch_size", "accumulate", "save_every", "lr", "shift"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if args.router_lr is not None and not 0 <= args.router_lr < float("inf"):
@@ -392,10 +443,14 @@ def main() -> None:
     side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
     bad: list[str] | None = [] if args.skip_bad else None
     sources = [data.open_source(text, {"tiny": TinyWorld}, (side, side) if side < 512 else None,
-                                args.data_root, bad) for text in args.data]
+                                args.data_root, bad, args.cache_draws if args.cache else None)
+               for text in args.data]
+    endless = [text for text, (source, _) in zip(args.data, sources) if not hasattr(source, "all")]
+    if args.cache and endless:
+        raise ValueError(f"--cache: {endless[0]} has no end; there is nothing to encode once")
     rank, workers = join(args)
     torch.manual_seed(args.seed)                         # the adapter's first weights
-    pipe = open_model(args, None)
+    pipe = open_model(args, None, encoders_stay=args.cache is not None)
     if args.base_dtype == "fp8":
         weights.to_fp8(pipe.dit)
         weights.check_device(pipe.dit.parameters(), pipe.device, "--base-dtype fp8")
@@ -403,9 +458,12 @@ def main() -> None:
     c = pipe.dit.config
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
+    if args.cache:
+        pipe.cache = weights.Cache(args.cache, identity(args, pipe), rank)
+        fill(pipe, sources, rank, workers)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
-                 "schedule", "shift", "seed")}
+                 "schedule", "shift", "seed", "cache_draws")}
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype),
                  "base_dtype": str(args.base_dtype),

@@ -166,9 +166,20 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(config)
 
     def moments(self, img: Tensor) -> tuple[Tensor, Tensor]:
-        """img (B, 3, H, W) in [-1, 1] -> raw mean and log-variance, each (B, C, h, w)."""
+        """img (B, 3, H, W) in [-1, 1] -> raw mean and log-variance, each (B, C, h, w).
+
+        Raises: ValueError when H or W is not divisible by config.factor.
+        """
+        if img.shape[-1] % self.config.factor or img.shape[-2] % self.config.factor:
+            raise ValueError(f"picture of {img.shape[-1]}x{img.shape[-2]}: "
+                             f"sides must divide by {self.config.factor}")
         mean, logvar = self.encoder(img).contiguous().chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
+
+    def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The transformer's latents, from moments() and noise, all (B, C, h, w)."""
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return self.config.scaling_factor * (z - self.config.shift_factor)
 
     def encode(self, img: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures to latents.
@@ -178,12 +189,7 @@ class AutoEncoder(nn.Module):
         sample; without it the mean is taken, as references and inference do.
         Raises: ValueError when H or W is not divisible by config.factor.
         """
-        if img.shape[-1] % self.config.factor or img.shape[-2] % self.config.factor:
-            raise ValueError(f"picture of {img.shape[-1]}x{img.shape[-2]}: "
-                             f"sides must divide by {self.config.factor}")
-        mean, logvar = self.moments(img)
-        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise   # (B, C, h, w)
-        return self.config.scaling_factor * (z - self.config.shift_factor)
+        return self.latents(*self.moments(img), noise)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for overshoot."""

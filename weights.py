@@ -17,10 +17,12 @@ import pickle
 import re
 import shutil
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from functools import reduce
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -383,6 +385,66 @@ def replacing(file: Path) -> Iterator[Path]:
         raise OSError(f"{file}: cannot be written ({error})") from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+CACHE_SHARD = 256 * 2 ** 20                              # bytes
+
+
+class Cache:
+    """Tensors that are computed once, by key, in a folder of safetensors shards.
+
+    about: all that the values depend on, but for the key. number: this process's, of several that
+    share the folder; each writes shards of its own.
+    Raises: ValueError when the folder was made with something else.
+    """
+
+    def __init__(self, folder: Path, about: dict, number: int = 0):
+        self.folder, self.number, self.new = folder, number, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "about.json"
+        if not note.is_file():
+            with replacing(note) as aside:
+                aside.write_text(json.dumps(about, indent=2) + "\n")
+        before = read_json(note)
+        for name in sorted(about.keys() | before.keys()):
+            if about.get(name) != before.get(name):
+                raise ValueError(f"--cache {folder}: was made with {name} {before.get(name)}, not "
+                                 f"{about.get(name)}; name another folder")
+        self.open()
+
+    def open(self) -> None:
+        """See what all processes have written."""
+        self.found: dict[str, Tensor] = {}
+        for file in sorted(self.folder.glob("[0-9]*.safetensors")):
+            self.found |= read_tensors([file])
+
+    def through(self, keys: list[str], compute: Callable[[list[int]], tuple[Tensor, ...]]
+                ) -> tuple[Tensor, ...]:
+        """What compute gives: several tensors with one row for each key.
+
+        compute is asked for the rows (by number) that are not known yet, and what it gives is kept.
+        """
+        unknown = [i for i, key in enumerate(keys) if f"{key}.0" not in self.found
+                   and f"{key}.0" not in self.new and key not in keys[:i]]
+        if unknown:
+            for i, *rows in zip(unknown, *compute(unknown)):
+                self.new |= {f"{keys[i]}.{j}": row.cpu().clone() for j, row in enumerate(rows)}
+        known = ChainMap(self.new, self.found)
+        parts = next(j for j in count() if f"{keys[0]}.{j}" not in known)
+        rows = [[known[f"{key}.{j}"] for key in keys] for j in range(parts)]
+        if sum(t.nbytes for t in self.new.values()) > CACHE_SHARD:
+            self.save()
+        return tuple(map(torch.stack, rows))
+
+    def save(self) -> None:
+        """Write what is new to a shard."""
+        if self.new:
+            own = len(list(self.folder.glob(f"{self.number:03}-*.safetensors")))
+            file = self.folder / f"{self.number:03}-{own:05}.safetensors"
+            with replacing(file) as aside:
+                write_tensors(self.new, aside)
+            self.new = {}
+            self.found |= read_tensors([file])
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

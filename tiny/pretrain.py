@@ -183,8 +183,8 @@ def make_tokenizers(out: Path) -> None:
 def vae_pictures(step: int, size: int) -> Tensor:
     """(size, 3, H, W) pictures of all kinds: targets, references, maps, subjects."""
     rng = np.random.default_rng([1, step])
-    samples = [world.tiny_sample(rng, world.pick(rng, list(world.WORDINGS))) for _ in range(size)]
-    return data.to_tensor([world.pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
+    samples = [world.tiny_sample(rng, data.pick(rng, list(world.WORDINGS))) for _ in range(size)]
+    return data.to_tensor([data.pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
 
 
 def build_vae() -> AutoEncoder:
@@ -272,7 +272,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
         group = "t2i" if i % 3 == 0 else "edit"
-        samples = [world.tiny_sample(rng, "t2i" if group == "t2i" else world.pick(rng, world.EDITS))
+        samples = [world.tiny_sample(rng, "t2i" if group == "t2i" else data.pick(rng, world.EDITS))
                    for _ in range(100)]
         text = [sample.instruction for sample in samples]
         parts = {"t5": t5(text).short(), "clip": clip(text).short()}

@@ -1,7 +1,7 @@
 """The tiny world: pictures whose right answer to every instruction is known exactly.
 
 64x64 pictures of one or two objects, small or big, on a 3x3 grid, or of one stick figure. A scene
-is data; `draw(scene)` is its only picture. One scene in ten is held out of training by a stable hash.
+is data; `draw(scene)` is its only picture. One scene in ten is kept from training by a stable hash.
 
 Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays.
 
@@ -16,7 +16,7 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import Sample, grid
+from data import Sample, grid, pick
 
 SIZE = 64                                                # pixels on a side
 SCALE = 8                                                # masks are drawn 8x larger, then averaged
@@ -242,10 +242,6 @@ EDITS = BASE_TASKS[1:]
 # A batch holds tasks that are given the same number of native and clean pictures.
 PAIRS = ("multi", "mixed")
 GROUPS = (("t2i",), EDITS, ("canny", "depth", "pose", "fill", "subject"), PAIRS)
-
-
-def pick(rng: np.random.Generator, options):
-    return options[int(rng.integers(len(options)))]
 
 
 def other(rng: np.random.Generator, options, *taken):

@@ -1,0 +1,147 @@
+"""What is encoded once: the same training, without the encoders."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_public import write
+
+import data
+import train
+import vae
+import weights
+
+MODEL = Path(__file__).resolve().parent.parent / "tiny/model"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+            tmp_path / f"{i}.png")
+        rows.append({"target": f"{i}.png", "instruction": f"make it {'red' if i % 2 else 'blue'}",
+                     "images": ["0.png"] if i % 2 else [], "conds": [] if i % 3 else ["1.png"]})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def command(monkeypatch, out: Path, source: object, *rest: object) -> dict[str, torch.Tensor]:
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(source), "--steps", "6", "--lr",
+                                      "1e-3", "--batch-size", "2", "--adapter", "lora", "--out",
+                                      str(out), *map(str, rest)])
+    weights.run(train.main)
+    return load_file(out / "adapter.safetensors")
+
+
+def encoders(monkeypatch) -> list[int]:
+    """How many texts and pictures are encoded from now on."""
+    calls, real = [], vae.AutoEncoder.moments
+    monkeypatch.setattr(vae.AutoEncoder, "moments", lambda self, img: calls.extend(
+        range(len(img))) or real(self, img))
+    texts = train.encode_text.__globals__["T5Encoder"]
+    forward = texts.forward
+    monkeypatch.setattr(texts, "forward", lambda self, ids: calls.extend(
+        range(len(ids))) or forward(self, ids))
+    return calls
+
+
+def test_a_cache_changes_nothing_and_is_filled_once(folder, tmp_path, monkeypatch):
+    """Encoded in other batches, so equal to rounding; 6 texts of 2 kinds, one empty, 6 pictures."""
+    plain = command(monkeypatch, tmp_path / "plain", folder)
+    calls = encoders(monkeypatch)
+    filled = command(monkeypatch, tmp_path / "filled", folder, "--cache", tmp_path / "cache")
+    assert len(calls) == 3 + 6
+    again = command(monkeypatch, tmp_path / "again", folder, "--cache", tmp_path / "cache")
+    assert len(calls) == 3 + 6                           # nothing is encoded any more
+    for name, t in plain.items():
+        far = (filled[name] - t).norm() / t.norm().clamp(min=1e-9)
+        assert far < 1e-4 and torch.equal(filled[name], again[name])
+    first = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["flow"]
+             for name in ("plain", "filled")]
+    assert first[0] == pytest.approx(first[1], rel=2e-6)
+    assert any("_B" in name and t.any() for name, t in plain.items())
+
+
+def test_an_interrupted_cache_goes_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "CACHE_SHARD", 1)       # every batch is written
+    monkeypatch.setattr(train, "islice", lambda it, *n: train_islice(it, 2 if n == (16,) else n))
+    from itertools import islice
+
+    def train_islice(it, n):
+        return islice(it, n) if isinstance(n, int) else islice(it, *n)
+    real, left = train.encode_picture, [3]
+
+    def dies(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "encode_picture", dies)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, tmp_path / "out", folder, "--cache", tmp_path / "cache")
+    known = weights.Cache(tmp_path / "cache", json.loads(
+        (tmp_path / "cache/about.json").read_text())).found
+    assert 0 < len(known) < 2 * 9
+    (tmp_path / "cache/.000-00009.new.safetensors").write_bytes(b"torn")     # killed in writing
+    monkeypatch.setattr(train, "encode_picture", real)
+    calls = encoders(monkeypatch)
+    command(monkeypatch, tmp_path / "out", folder, "--cache", tmp_path / "cache")
+    assert len(calls) == 9 - len(known) // 2
+
+
+def test_changed_pictures_are_encoded_anew(folder, tmp_path, monkeypatch):
+    command(monkeypatch, tmp_path / "a", folder, "--cache", tmp_path / "cache")
+    Image.new("RGB", (64, 64), "red").save(folder / "5.png")
+    calls = encoders(monkeypatch)
+    command(monkeypatch, tmp_path / "b", folder, "--cache", tmp_path / "cache")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("change, words", [
+    (("--dtype", "bfloat16"), "dtype"), (("--vae", "other"), "vae")])
+def test_another_model_is_refused(folder, tmp_path, monkeypatch, capsys, change, words):
+    command(monkeypatch, tmp_path / "a", folder, "--cache", tmp_path / "cache")
+    before = sorted((p.name, p.read_bytes()) for p in (tmp_path / "cache").iterdir())
+    if words == "vae":
+        tensors = load_file(MODEL / "vae/diffusion_pytorch_model.safetensors")
+        tensors["encoder.conv_in.bias"] += 1
+        values = json.loads((MODEL / "vae/config.json").read_text())
+        weights.save_tensors(tensors, values, tmp_path / "other",
+                             "diffusion_pytorch_model.safetensors", torch.bfloat16)
+        change = ("--vae", tmp_path / "other")
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, tmp_path / "b", folder, "--cache", tmp_path / "cache", *change)
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "--cache" in printed and words in printed
+    assert before == sorted((p.name, p.read_bytes()) for p in (tmp_path / "cache").iterdir())
+
+
+def test_an_endless_source_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, tmp_path / "a", "tiny", "--cache", tmp_path / "cache")
+    assert "no end" in capsys.readouterr().err and not (tmp_path / "cache").exists()
+
+
+def test_draws_are_fixed(tmp_path, monkeypatch):
+    """With --cache a row has so many wordings, conditions and boxes; all are encoded before."""
+    file = write(tmp_path, "subjectspatial")
+    for draws in (1, 3):
+        source = data.open_source(f"subjectspatial={file}", draws=draws, size=(64, 64))[0]
+        every = {s.instruction: s for s in source.all()}
+        seen = {s.instruction: s for i in range(150) for s in
+                source.draw(np.random.default_rng(i), 2)}
+        assert seen.keys() == every.keys() and len(list(source.all())) == 3 * 3 * draws
+        assert all(np.array_equal(p, q) for name, s in seen.items()
+                   for p, q in zip(s.conds, every[name].conds, strict=True))
+    calls = encoders(monkeypatch)
+    rest = ("--cache", tmp_path / "cache", "--cache-draws", 2)
+    command(monkeypatch, tmp_path / "a", f"subjectspatial={file}", *rest)
+    number = len(calls)
+    command(monkeypatch, tmp_path / "b", f"subjectspatial={file}", *rest)
+    assert len(calls) == number > 0
