@@ -164,7 +164,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("kind", ["instructmole", "token"])
 def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2",
-              "--lr", "1e-3", "--adapter", kind]
+              "--lr", "1e-3", "--adapter", kind,
+              "--optimizer", "muon" if kind == "instructmole" else "adamw"]
     def command(*rest: object) -> None:
         monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
         train.main()
@@ -305,8 +306,17 @@ def test_two_processes_are_two_micro_batches(tmp_path):
     assert all(moved) and len(moved) == 9
 
 
-def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
+def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
+
+    def refused(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--out", str(out),
+                                          *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            weights.run(train.main)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(printed.splitlines()) == 1
+        return printed
     done = run("--data", "tiny", "--steps", 2, "--batch-size", 2, "--save-every", 2,
                "--out", out, "--adapter", "lora")
     assert done.returncode == 0, done.stderr
@@ -315,16 +325,11 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path):
     entry = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "flow", "balance", "orthogonality", "tasks", "seconds"} <= entry.keys()
     before = (out / "adapter.safetensors").read_bytes()
-    again = run("--data", "tiny", "--steps", 2, "--out", out)
+    assert "--resume" in refused("--steps", 2)
     (out / "log.jsonl").rename(tmp_path / "log.jsonl")
-    hidden = run("--data", "tiny", "--steps", 2, "--out", out)               # results are there yet
-    assert hidden.returncode == 2 and "--resume" in hidden.stderr
+    assert "--resume" in refused("--steps", 2)           # results are there yet
     (tmp_path / "log.jsonl").rename(out / "log.jsonl")
-    assert (again.returncode == 2 and "--resume" in again.stderr
-            and len(again.stderr.splitlines()) == 1)
-    other = run("--data", "tiny", "--steps", 3, "--batch-size", 2, "--out", out,
-                "--adapter", "lora", "--resume")
-    assert other.returncode == 2 and "steps" in other.stderr
+    assert "steps" in refused("--steps", 3, "--batch-size", 2, "--adapter", "lora", "--resume")
     assert (out / "adapter.safetensors").read_bytes() == before
 
 
