@@ -11,6 +11,7 @@ Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays until `to_tensor` maps
 import io
 import json
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count, islice
+from itertools import chain, count, islice, product
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -43,7 +44,7 @@ class Sample:
 
 class Source(Protocol):
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]: ...
-    # and all() -> Iterator[Sample], if it has an end
+    # and all(first, stride) -> Iterator[Sample], if it has an end
 
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -274,9 +275,10 @@ class Folder:
         chosen = rng.choice(len(rows), min(size, len(rows)), replace=False)
         return [self.read(rows[i]) for i in chosen]
 
-    def all(self) -> Iterator[Sample]:
-        """Every row."""
-        return (self.read(row) for rows in self.groups.values() for row in rows)
+    def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
+        """Every row, or every stride-th."""
+        rows = chain.from_iterable(self.groups.values())
+        return map(self.read, islice(rows, first, None, stride))
 
 
 # ---------------------------------------------------------------------------- the public data sets
@@ -319,7 +321,7 @@ def canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
         height, width = x.shape
         before = size[1 - down:1 - down + height, 1 - right:1 - right + width]
         after = size[1 + down:1 + down + height, 1 + right:1 + right + width]
-        ridge |= where & (own > before) & (own >= after)
+        ridge |= where & (own > before) & ((own > after) if down and right else (own >= after))
     weak = np.pad(ridge & (own > low), 1).ravel()        # what is reached is taken out
     front = np.flatnonzero(weak & (size.ravel() > high))
     found, width = np.zeros(len(weak), bool), x.shape[1] + 2
@@ -369,8 +371,10 @@ class Parquet:
             from pyarrow import parquet
         except ImportError:
             raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-        path, self.size, self.bad, self.draws = Path(path), size, bad, draws
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        path, self.size, self.draws = Path(path), size, draws
+        self.bad, self.all_bad = None if bad is None else [], bad
+        files = sorted(file for file in path.rglob("*.parquet") if not HELD_OUT.match(file.name)
+                       ) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"{path}: no parquet files")
         self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
@@ -408,43 +412,67 @@ class Parquet:
         nearby: chooses the row group; the same for neighbouring batches.
         """
         chances = np.array(self.sizes) / sum(self.sizes)
-        number = int((nearby or rng).choice(len(self.sizes), p=chances))
-        file, _, before = self.groups[number]
-        samples: list[Sample] = []
-        with self.lock:                                  # one thread reads for all
-            rows = self.kept(number)
         conditions = pick(rng, self.conditions)
-        wanted = max(1, size // conditions)
-        for tried, i in enumerate(rng.permutation(len(rows))):
-            if len(samples) == wanted or samples and tried >= 8 * wanted:
-                break                                    # sizes differ too much
-            with noting(self.bad):
-                own = self.fixed(number, i, conditions, int(rng.integers(self.draws))) if (
-                    self.draws) else rng
-                sample = self.sample(rows[i], own, conditions, f"{file} row {before + i}")
-                if sample and (not samples or shapes(sample) == shapes(samples[0])):
+        for _ in range(8):                               # a row group may have nothing to offer
+            number = int((nearby or rng).choice(len(self.sizes), p=chances))
+            samples = self.draw_from(number, rng, max(1, size // conditions), conditions)
+            if samples:
+                return samples
+        raise ValueError(f"{self.groups[number][0]}: holds no row that can be used")
+
+    def draw_from(self, number: int, rng: np.random.Generator, wanted: int,
+                  conditions: int) -> list[Sample]:
+        samples: list[Sample] = []
+        for i in rng.permutation(self.sizes[number]):
+            with self.noting():
+                row, where = self.row(number, i)
+                if samples and self.look(row) != look:
+                    continue
+                own = rng if self.draws is None else self.fixed(number, i, conditions,
+                                                                int(rng.integers(self.draws)))
+                if sample := self.sample(row, own, conditions, where):
                     samples.append(sample)
-            if self.bad and len(self.bad) > MOST_BAD * sum(self.sizes):
-                raise ValueError(f"{len(self.bad)} rows are bad, which is too many to skip; "
-                                 f"the first: {self.bad[0]}")
-        if not samples:
-            raise ValueError(f"{file} rows {before} to {before + len(rows)}: none can be used")
+                    look = self.look(row)                # pictures of other sizes are left alone
+            if len(samples) == wanted:
+                break
         return samples
+
+    def row(self, number: int, i: int) -> tuple[dict, str]:
+        """A row of a row group, and words for where it stands."""
+        file, _, before = self.groups[number]
+        with self.lock:                                  # one thread reads for all
+            return self.kept(number)[i], f"{file} row {before + i}"
+
+    def look(self, row: dict) -> list[tuple[int, int]]:
+        """The sizes that a row's pictures will have."""
+        return [self.size or fitted(Image.open(io.BytesIO(row[name]["bytes"])).size)
+                for name in self.columns if isinstance(row[name], dict) and "bytes" in row[name]]
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what is wrong with a row, if bad ones are skipped. Raises: ValueError."""
+        with noting(self.bad):
+            yield
+        if self.bad and len(self.bad) > MOST_BAD * sum(self.sizes):
+            raise ValueError(f"{len(self.bad)} rows are bad, which is too many to skip; "
+                             f"the first: {self.bad[0]}")
+        if self.bad:
+            self.all_bad.extend(line for line in self.bad if line not in self.all_bad)
 
     def fixed(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng(numbers)
 
-    def all(self) -> Iterator[Sample]:
-        """Every draw of every row that is no bad one."""
-        for number, (file, _, before) in enumerate(self.groups):
-            for i, row in enumerate(self.kept(number)):
-                for conditions in self.conditions:
-                    for draw in range(self.draws or 1):
-                        with noting(self.bad):
-                            sample = self.sample(row, self.fixed(number, i, conditions, draw),
-                                                 conditions, f"{file} row {before + i}")
-                            if sample:
-                                yield sample
+    def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
+        """Every draw of every row that is no bad one, or of every stride-th."""
+        for number, size in enumerate(self.sizes):
+            for i in range((first - self.groups[number][2]) % stride, size, stride):
+                for conditions, draw in product(self.conditions, range(self.draws or 1)):
+                    with self.noting():
+                        row, where = self.row(number, i)
+                        sample = self.sample(row, self.fixed(number, i, conditions, draw),
+                                             conditions, where)
+                        if sample:
+                            yield sample
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
         """A sample, or None when the row is none. Raises: ValueError."""
@@ -460,10 +488,6 @@ class Parquet:
         return resize(image, size or self.size or fitted(image.size))
 
 
-def shapes(sample: Sample) -> list[tuple[int, ...]]:
-    return [p.shape for p in (sample.target, *sample.images, *sample.conds)]
-
-
 def text_of(value: object, column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: {column!r} holds no text")
@@ -476,6 +500,8 @@ class OmniEdit(Parquet):
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
         wordings = row["edited_prompt_list"] or []
+        if not isinstance(wordings, list):
+            raise ValueError(f"{where}: 'edited_prompt_list' must be a list of texts")
         if not wordings:
             return None
         second = len(wordings) > 1 and rng.random() < SECOND_PROMPT
@@ -501,7 +527,9 @@ class SubjectSpatial(Parquet):
     conditions = (1, 2, 3)
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
-        both, about = self.picture(row, "image", where), row["description"] or {}
+        both, about = self.picture(row, "image", where), row["description"]
+        if not isinstance(about, dict):
+            raise ValueError(f"{where}: 'description' must have an item and a description_0")
         left, right = (both.crop((x, 0, x + both.width // 2, both.height))
                        for x in (0, both.width // 2))
         size = self.size or (512, 512)
@@ -531,6 +559,8 @@ class SubjectSpatial(Parquet):
         (x, y, w, h), (height, width) = bbox, picture.shape[:2]
         top, bottom = (int(np.clip(v * height, 0, height)) for v in (y - h / 2, y + h / 2))
         first, last = (int(np.clip(v * 2 * width, 0, width)) for v in (x - w / 2, x + w / 2))
+        if top >= bottom or first >= last:
+            raise ValueError(f"{where}: 'bbox' has nothing of the left half")
         picture[top:bottom, first:last] = 0
         return picture
 
@@ -550,6 +580,7 @@ class COCO(Parquet):
         return Sample(caption, target, [], [cond], task)
 
 
+HELD_OUT = re.compile(r"(dev|test|val)[^/]*")            # files that are not for training
 PUBLIC = {"omniedit": OmniEdit, "musar": MUSAR, "subjectspatial": SubjectSpatial, "coco": COCO}
 
 

@@ -20,8 +20,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -164,33 +165,40 @@ def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
 
 def fill(pipe: Pipeline, sources: list[tuple[data.Source, float]], rank: int, workers: int) -> None:
     """Encode all that can be drawn, once, into the pipeline's cache: this process's share."""
-    def chunks() -> Iterator[list[Sample]]:
-        samples = (sample for source, _ in sources for sample in source.all())
-        own = islice(samples, rank, None, workers)
-        while chunk := list(islice(own, 16)):
-            yield chunk
-    parts = (pipe.t5, pipe.clip, pipe.vae)
-    with ExitStack() as stack:
-        if all(fits(part, pipe.device) for part in parts):
-            for part in parts:                           # not anew for every batch
-                stack.enter_context(visiting(part, pipe.device))
-        for samples in tqdm(chunks(), desc="encoding", unit_scale=16, disable=rank > 0):
-            encode_text(pipe, [s.instruction for s in samples] + [""])
+    samples = (sample for source, _ in sources for sample in source.all(rank, workers))
+    encoders = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae))
+    with visiting(encoders, pipe.device) if fits(encoders, pipe.device) else nullcontext():
+        bar = tqdm(desc="encoding", unit=" samples", disable=rank > 0)
+        while some := list(islice(samples, 4)):          # few: pictures are large on their way
+            bar.update(len(some))
+            encode_text(pipe, [s.instruction for s in some] + [""])
             pictures: dict[tuple, list] = {}
-            for picture in (p for s in samples for p in (s.target, *s.images, *s.conds)):
+            for picture in (p for s in some for p in (s.target, *s.images, *s.conds)):
                 pictures.setdefault(picture.shape, []).append(picture)
             for alike in pictures.values():
-                encode_picture(pipe, to_tensor(alike))
+                for i in range(0, len(alike), 4):
+                    encode_picture(pipe, to_tensor(alike[i:i + 4]))
+        bar.close()
     pipe.cache.save()
     if workers > 1:
         dist.barrier()
         pipe.cache.open()
 
 
+def open_cache(folder: Path, about: dict, rank: int, workers: int) -> weights.Cache:
+    """The folder's cache, made by the first process. Raises: ValueError."""
+    if rank > 0:
+        dist.barrier()
+    cache = weights.Cache(folder, about)
+    if rank == 0 and workers > 1:
+        dist.barrier()
+    return cache
+
+
 def identity(args: argparse.Namespace, pipe: Pipeline) -> dict[str, str]:
     """What a cache's values depend on: the encoders' and tokenizers' files, and the type.
 
-    Of a file of gigabytes a thousand pieces are looked at, one a tensor and more.
+    Of a file of gigabytes a thousand pieces are looked at.
     """
     found = {"dtype": str(pipe.dtype)}
     for part, path in model_paths(args.model, **model_options(args)).items():
@@ -255,7 +263,7 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.opt
     if state is None:
         return 0, 0
     before = state["settings"]
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    changed = [name for name in settings if settings[name] != before.get(name, "None")]
     if changed == ["micro_batches"]:                     # another number of processes may go on
         print(f"note: a step is now {settings['micro_batches']} micro-batches, it was "
               f"{before.get('micro_batches')}", file=sys.stderr)
@@ -310,12 +318,18 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
     adapter, out = pipe.adapter.train(), args.out
     optimizers = make_optimizers(adapter, args.lr, args.lr / 2 if args.router_lr is None else
                                  args.router_lr, args.optimizer)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     start, number = (load_checkpoint(out, adapter, optimizers, settings) if args.resume
                      else (0, 0))
-    preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0]
-               for i, (source, _) in enumerate(sources * -(-8 // len(sources)))][:8]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    places = [(start, number)] * workers
+    if workers > 1:
+        dist.all_gather_object(places, (start, number))
+    if len(set(places)) > 1:
+        raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in {out}; "
+                         "it must be a folder that all machines see")
+    preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0] for i, (source, _)
+               in enumerate(sources * -(-8 // len(sources)) if rank == 0 else [])][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
                mininterval=2, disable=rank > 0)
@@ -378,7 +392,8 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
         elif args.device not in ("auto", "cpu"):
             raise ValueError(f"--device {args.device}: with several processes write auto, cuda "
                              "(one GPU each) or cpu")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(days=1))       # some encode longer than others
     return rank, workers
 
 
@@ -392,8 +407,8 @@ def parse() -> argparse.Namespace:
                         help="leave bad lines out, one in ten at most; list them at the end")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
                         "picture once, before training, and keep that here")
-    parser.add_argument("--cache-draws", type=int, default=1, metavar="N", help="with --cache: "
-                        "ways to draw a row of a public set (its wording, conditions, boxes)")
+    parser.add_argument("--cache-draws", type=int, metavar="N", help="with --cache: ways "
+                        "to draw a row of a public set (wording, conditions, boxes); else one")
     add_model_options(parser)
     parser.add_argument("--adapter", default="instructmole",
                         choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]])
@@ -425,7 +440,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.out = args.out or Path("runs") / args.adapter
-    for name in ("steps", "cache_draws", "batch_size", "accumulate", "save_every", "lr", "shift"):
+    if args.cache_draws and not args.cache:
+        raise ValueError("--cache-draws belongs to --cache FOLDER")
+    args.cache_draws = 1 if args.cache and args.cache_draws is None else args.cache_draws
+    if args.cache_draws is not None and args.cache_draws < 1:
+        raise ValueError(f"--cache-draws {args.cache_draws}: must be positive")
+    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift"):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if args.router_lr is not None and not 0 <= args.router_lr < float("inf"):
@@ -443,39 +463,43 @@ def main() -> None:
     side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
     bad: list[str] | None = [] if args.skip_bad else None
     sources = [data.open_source(text, {"tiny": TinyWorld}, (side, side) if side < 512 else None,
-                                args.data_root, bad, args.cache_draws if args.cache else None)
-               for text in args.data]
+                                args.data_root, bad, args.cache_draws) for text in args.data]
     endless = [text for text, (source, _) in zip(args.data, sources) if not hasattr(source, "all")]
     if args.cache and endless:
         raise ValueError(f"--cache: {endless[0]} has no end; there is nothing to encode once")
     rank, workers = join(args)
-    torch.manual_seed(args.seed)                         # the adapter's first weights
+    if args.base_dtype == "fp8" and choose_device(args.device).type == "mps":
+        raise ValueError("--base-dtype fp8: mps holds no fp8")
     pipe = open_model(args, None, encoders_stay=args.cache is not None)
+    if args.cache:
+        pipe.cache = open_cache(args.cache, identity(args, pipe), rank, workers)
+        if not (args.resume and any((args.out / name).is_file() for name in CHECKPOINTS)):
+            fill(pipe, sources, rank, workers)
     if args.base_dtype == "fp8":
         weights.to_fp8(pipe.dit)
-        weights.check_device(pipe.dit.parameters(), pipe.device, "--base-dtype fp8")
+    torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe.dit.to(pipe.device)                             # the other parts may only visit it
     c = pipe.dit.config
     pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
                                 c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
-    if args.cache:
-        pipe.cache = weights.Cache(args.cache, identity(args, pipe), rank)
-        fill(pipe, sources, rank, workers)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
-                 "schedule", "shift", "seed", "cache_draws")}
+                 "schedule", "shift", "seed", "base_dtype")}
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype),
-                 "base_dtype": str(args.base_dtype),
+                 "cache_draws": str(args.cache_draws),
                  "micro_batches": str(args.accumulate * workers)}            # in each step
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args, pipe, sources, settings, rank, workers)
+    try:
+        train(args, pipe, sources, settings, rank, workers)
+    finally:
+        if bad:
+            print(f"{len(bad)} bad lines of the data were skipped:", *bad, sep="\n  ",
+                  file=sys.stderr)
     if rank == 0:
         print(f"{args.out / 'adapter.safetensors'}: "
               f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
               f"{args.steps} steps")
-        if bad:
-            print(f"{len(bad)} bad lines of the data were skipped:", *bad, sep="\n  ")
     if workers > 1:
         dist.destroy_process_group()
 

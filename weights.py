@@ -25,6 +25,7 @@ from functools import reduce
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -290,7 +291,7 @@ class NarrowLinear(nn.Linear):
 def to_fp8(model: nn.Module) -> None:
     """Keep the linear layers' weights in 8 bits, each row with a scale of its own."""
     for layer in model.modules():
-        if type(layer) is nn.Linear:
+        if isinstance(layer, nn.Linear) and layer.weight.dtype not in FP8:
             W = layer.weight.float()
             scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448     # 448: the largest
             layer.weight.data = (W / scale).to(torch.float8_e4m3fn)
@@ -393,13 +394,12 @@ CACHE_SHARD = 256 * 2 ** 20                              # bytes
 class Cache:
     """Tensors that are computed once, by key, in a folder of safetensors shards.
 
-    about: all that the values depend on, but for the key. number: this process's, of several that
-    share the folder; each writes shards of its own.
-    Raises: ValueError when the folder was made with something else.
+    about: all that the values depend on, but for the key. Several processes may share the folder.
+    Raises: ValueError when it was made with something else.
     """
 
-    def __init__(self, folder: Path, about: dict, number: int = 0):
-        self.folder, self.number, self.new = folder, number, {}
+    def __init__(self, folder: Path, about: dict):
+        self.folder, self.new = folder, {}
         folder.mkdir(parents=True, exist_ok=True)
         note = folder / "about.json"
         if not note.is_file():
@@ -415,7 +415,7 @@ class Cache:
     def open(self) -> None:
         """See what all processes have written."""
         self.found: dict[str, Tensor] = {}
-        for file in sorted(self.folder.glob("[0-9]*.safetensors")):
+        for file in sorted(self.folder.glob("[!.]*.safetensors")):
             self.found |= read_tensors([file])
 
     def through(self, keys: list[str], compute: Callable[[list[int]], tuple[Tensor, ...]]
@@ -439,8 +439,7 @@ class Cache:
     def save(self) -> None:
         """Write what is new to a shard."""
         if self.new:
-            own = len(list(self.folder.glob(f"{self.number:03}-*.safetensors")))
-            file = self.folder / f"{self.number:03}-{own:05}.safetensors"
+            file = self.folder / f"{uuid4().hex}.safetensors"                # no other's name
             with replacing(file) as aside:
                 write_tensors(self.new, aside)
             self.new = {}

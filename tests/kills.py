@@ -66,7 +66,8 @@ def main() -> None:
     args, kills, at = parser.parse_args(), 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         common = ["--data", "tiny", "--batch-size", "1", "--steps", str(args.steps), "--lr", "1e-3",
-                  "--save-every", "1", "--seed", str(args.seed), "--resume", "--out"]
+                  "--schedule", "cosine", "--save-every", "1", "--seed", str(args.seed),
+                  "--resume", "--out"]
         whole, log = Path(folder) / "whole", Path(folder) / "log"
         life([*common, str(whole)], float("inf"), log)
         for run in range(args.kills):

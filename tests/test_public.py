@@ -167,7 +167,7 @@ def plain_canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
             down, right = ((0, 1) if angle < 22.5 else (1, 0) if angle > 67.5 else
                            (1, 1) if (x < 0) == (y < 0) else (-1, 1))
             if size(i, j) > max(low, size(i - down, j - right)) and (
-                    size(i, j) >= size(i + down, j + right)):
+                    size(i, j) >= size(i + down, j + right) + bool(down and right)):
                 ridge[i, j] = size(i, j)
     found = {place for place, value in ridge.items() if value > high}
     while more := {(i + a, j + b) for i, j in found for a in (-1, 0, 1) for b in (-1, 0, 1)
@@ -227,6 +227,7 @@ def test_batches_depend_on_their_number_and_neighbours_share_a_row_group(tmp_pat
     ("musar", {"tgt_img": None}, "row 0.*tgt_img"), ("musar", {"prompt": None}, "row 0.*prompt"),
     ("subjectspatial", {"bbox": [0.5, 0.5, 2.0, 0.5]}, "row 0.*bbox"),
     ("subjectspatial", {"description": None}, "row 0.*item"),
+    ("subjectspatial", {"bbox": [0.9, 0.5, 0.1, 0.5]}, "row 0.*bbox"),
     ("coco", {"text": ""}, "row 0.*text")])
 def test_bad_rows(tmp_path, name, change, words):
     good = SETS[name]()
@@ -251,8 +252,37 @@ def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
             source.draw(np.random.default_rng(i), 5)
     source = data.OmniEdit(write(tmp_path, "omniedit", [
         row for row in omniedit() if not row["edited_prompt_list"]]))
-    with pytest.raises(ValueError, match="none can be used"):
+    with pytest.raises(ValueError, match="no row that can be used"):
         source.draw(np.random.default_rng(0), 1)
+
+
+@pytest.mark.parametrize("name, column, value", [
+    ("omniedit", "edited_prompt_list", "make it red"), ("omniedit", "edited_prompt_list", 3),
+    ("subjectspatial", "description", "a teapot"), ("coco", "image", 3), ("musar", "prompt", 3),
+    ("subjectspatial", "bbox", "0 0 1 1"), ("musar", "tgt_img", {"path": "x.png"})])
+def test_columns_of_another_kind(tmp_path, name, column, value):
+    source = data.PUBLIC[name](write(tmp_path, name, [row | {column: value}
+                                                      for row in SETS[name]()]), (64, 64))
+    with pytest.raises(ValueError, match=column):
+        for i in range(20):
+            source.draw(np.random.default_rng(i), 2)
+
+
+def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
+    source = data.OmniEdit(write(tmp_path, "omniedit", row_group_size=1))
+    assert {s.instruction for s in draws(source, 60)} == {"one", "two", "alone"}
+    parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / "dev-00000.parquet")
+    assert len(data.OmniEdit(tmp_path).sizes) == 6
+
+
+def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
+    good, worse = musar()[0], musar()[0] | {"prompt": ""}
+    bad = [f"another source's line {i}" for i in range(90)]
+    source = data.MUSAR(write(tmp_path, "musar", [good] * 19 + [worse]), bad=bad)
+    for i in range(40):
+        source.draw(np.random.default_rng(i), 5)
+    assert len(bad) == 91 and len(list(source.all())) == 19
+    assert sum(len(list(source.all(i, 3))) for i in range(3)) == 19
 
 
 def test_files_that_are_no_such_set(tmp_path, monkeypatch):
@@ -269,7 +299,7 @@ def test_files_that_are_no_such_set(tmp_path, monkeypatch):
     content = bytearray(file.read_bytes())
     content[4:150] = bytes(146)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="rows 0 to 4"):
+    with pytest.raises(ValueError, match="rows 0 to 4.*cannot be read"):
         data.MUSAR(file).draw(np.random.default_rng(0), 1)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):

@@ -305,7 +305,8 @@ def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch,
     assert 0.4 < share[0] / share[1] < 0.6               # three cells of nine hold 1
     assert both.shape[1] > one.shape[1]
 
-    rows = [{"instruction": "a star", "task": "t2i"}, {"instruction": "make it red", "task": "edit"}]
+    rows = [{"instruction": "a star", "task": "t2i"},
+            {"instruction": "make it red", "task": "edit"}]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(tmp_path)
     adapter = ("--adapter", ROOT / "tiny/adapter.safetensors")

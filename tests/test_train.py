@@ -164,7 +164,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("kind", ["instructmole", "token"])
 def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2",
-              "--lr", "1e-3", "--adapter", kind,
+              "--lr", "1e-3", "--schedule", "cosine", "--adapter", kind,
               "--optimizer", "muon" if kind == "instructmole" else "adamw"]
     def command(*rest: object) -> None:
         monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
