@@ -50,7 +50,7 @@ def write(part: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     base = "model" if part.startswith("text") else "diffusion_pytorch_model"
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(10 ** 7, generator=torch.Generator().manual_seed(0)).bfloat16()
     shard, index, number = {}, {}, 0
 
     def flush() -> None:
@@ -60,10 +60,11 @@ def write(part: str, folder: Path) -> None:
         shard = {}
 
     for name, p in model.state_dict().items():
-        t = torch.ones(p.shape) if "norm" in name and p.dim() == 1 else torch.randn(
-            p.shape, generator=generator) / max(1, p[0].numel()) ** 0.5 if p.dim() > 1 else (
-            torch.zeros(p.shape))
-        shard[name] = t.bfloat16()
+        t = torch.full(p.shape, float("norm" in name), dtype=torch.bfloat16)
+        if p.dim() > 1:                                  # the same noise again and again: faster
+            copies = noise.repeat(p.numel() // len(noise) + 1)[:p.numel()].view(p.shape)
+            t = copies / p[0].numel() ** 0.5
+        shard[name] = t
         index[name] = f"{base}-{number + 1:05}.safetensors"
         if sum(t.nbytes for t in shard.values()) > SHARD:
             flush()
@@ -123,9 +124,9 @@ def timed(arguments: list[str]) -> None:
     forward = dit.FluxTransformer.forward
 
     def told(*args: object, **named: object) -> torch.Tensor:
-        print("step", time.time(), args[1].dtype, flush=True)
+        print("@step", time.time(), args[1].dtype, flush=True)
         out = forward(*args, **named)
-        print("done", time.time(), flush=True)
+        print("@done", time.time(), flush=True)
         return out
     dit.FluxTransformer.forward = told
     sys.argv = ["sample.py", *arguments]
@@ -177,10 +178,10 @@ def main() -> None:
         lines, began, whole, most = watch(
             "--timed", "--model", folder, "--instruction", "make it red", "--image", picture,
             "--size", "512x512", "--steps", args.steps, "--out", folder / "out.png")
-        steps = [float(line.split()[1]) for line in lines if line.startswith("step")]
-        done = [float(line.split()[1]) for line in lines if line.startswith("done")]
-        print(*(line for line in lines if line[:4] not in ("step", "done")), sep="\n")
-        kind = [line.split()[2] for line in lines if line.startswith("step")][0]
+        steps = [float(line.split()[1]) for line in lines if line.startswith("@step")]
+        done = [float(line.split()[1]) for line in lines if line.startswith("@done")]
+        print(*(line for line in lines if line[:5] not in ("@step", "@done")), sep="\n", flush=True)
+        kind = [line.split()[2] for line in lines if line.startswith("@step")][0]
         each = [end - start for start, end in zip(steps, done)]
         flops, rate = products(getattr(torch, kind.removeprefix("torch.")))
         print(f"computed in {kind}; {whole:.0f} s in all; first step after "

@@ -194,8 +194,8 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
 
 def test_killed_at_any_moment_nothing_is_lost():
     """Three kills here; python tests/kills.py --kills 30 for more."""
-    done = subprocess.run([sys.executable, ROOT / "tests/kills.py", "--kills", "3", "--steps", "8",
-                           "--longest", "1.5"], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, ROOT / "tests/kills.py", "--kills", "3", "--steps", "6",
+                           "--longest", "1.2"], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and done.stdout.startswith("3 kills"), done.stdout + done.stderr
 
 
@@ -259,8 +259,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
+def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
+    before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    with train.signals() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+    with train.signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path):
     """The step is finished and saved, with all that resuming starts from (tested above)."""
     common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "600",
               "--adapter", "lora", "--out"]
@@ -272,7 +284,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
         letter = process.stderr.read(1)
         assert letter, told
         told += letter
-    process.send_signal(kind)
+    process.send_signal(signal.SIGTERM)
     told += process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in told, told
     done = int(re.search(r"stopped after (\d+) steps; --resume goes on", told)[1])
@@ -282,17 +294,22 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, kind):
     assert state["step"] == state["number"] == done
 
 
-def test_two_processes_are_two_micro_batches(tmp_path):
+def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     """Each takes its own samples; their gradients' mean is that of one process's accumulation.
 
     Expert Race, because it also has thresholds, which follow the batches without a gradient.
     """
-    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
+    common = ["--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
               "--adapter", "race"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *common,
-                    "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, *common, "--accumulate", "2", "--out", str(tmp_path / "one")],
-                   cwd=ROOT, check=True)
+    script = tmp_path / "train.py"                       # without its sheet of samples, for speed
+    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train, weights\n"
+                      "train.sample_sheet = lambda *_: None\nweights.run(train.main)\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    str(script), *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--out",
+                                      str(tmp_path / "one")])
+    train.main()
     two, one = (load_file(tmp_path / name / "adapter.safetensors") for name in ("two", "one"))
     assert two.keys() == one.keys()
     for name in two:                                     # AdamW enlarges tiny gradients' rounding
