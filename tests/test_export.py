@@ -88,8 +88,7 @@ def test_sampling_merges(monkeypatch):
 
 def test_fp8_is_served_in_rank_space():
     pipe = pipeline()
-    layer = next(iter(pipe.adapter.layers.values())).base
-    layer.weight.data = layer.weight.to(torch.float8_e4m3fn)
+    weights.to_fp8(next(iter(pipe.adapter.layers.values())).base)
     assert not sample.mergeable(pipe, given(pipe))
 
 
