@@ -10,6 +10,7 @@ Run: python bench/whole.py --folder /a/disk/with/40/GB
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -178,10 +179,11 @@ def main() -> None:
         lines, began, whole, most = watch(
             "--timed", "--model", folder, "--instruction", "make it red", "--image", picture,
             "--size", "512x512", "--steps", args.steps, "--out", folder / "out.png")
-        steps = [float(line.split()[1]) for line in lines if line.startswith("@step")]
-        done = [float(line.split()[1]) for line in lines if line.startswith("@done")]
-        print(*(line for line in lines if line[:5] not in ("@step", "@done")), sep="\n", flush=True)
-        kind = [line.split()[2] for line in lines if line.startswith("@step")][0]
+        print(*lines[-1:])
+        told = " ".join(lines)                           # the progress bar stands between
+        steps, done = ([float(at) for at in re.findall(rf"@{what} ([\d.]+)", told)]
+                       for what in ("step", "done"))
+        kind = re.search(r"@step \S+ (\S+)", told)[1]
         each = [end - start for start, end in zip(steps, done)]
         flops, rate = products(getattr(torch, kind.removeprefix("torch.")))
         print(f"computed in {kind}; {whole:.0f} s in all; first step after "
