@@ -133,6 +133,12 @@ def noting(bad: list[str] | None) -> Iterator[None]:
             bad.append(line)
 
 
+def check_few(bad: list[str], rows: int) -> None:
+    """Raises: ValueError when so many of so many rows are bad that something else is wrong."""
+    if len(bad) > MOST_BAD * rows:
+        raise ValueError(f"{len(bad)} rows are bad, which is too many to skip; the first: {bad[0]}")
+
+
 def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl file, each with words for where it stands. Raises: ValueError."""
     try:
@@ -248,10 +254,8 @@ class Folder:
                 sizes[1:2] = sizes[:1] if images else sizes[1:2]
                 self.groups.setdefault((len(images), *sizes), []).append(
                     Row(instruction, paths, sizes, len(images), str(row.get("task", "")), where))
-        if worse and len(worse) > MOST_BAD * (len(worse) + sum(map(len, self.groups.values()))):
-            raise ValueError(f"{self.file}: {len(worse)} lines are bad, which is too many to skip; "
-                             f"the first: {worse[0]}")
-        if bad is not None:
+        if worse:
+            check_few(worse, len(worse) + sum(map(len, self.groups.values())))
             bad.extend(worse)
         if not self.groups:
             raise ValueError(f"{self.file}: holds no rows")
@@ -354,6 +358,16 @@ def random_box(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
                     ).astype(np.uint8)
 
 
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """pyarrow's errors as one ValueError."""
+    from pyarrow import ArrowException
+    try:
+        yield
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{what}: cannot be read as parquet ({error})") from None
+
+
 class Parquet:
     """A public set in parquet files: a file, or a folder of them. Needs pyarrow.
 
@@ -380,12 +394,10 @@ class Parquet:
         self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
         self.sizes: list[int] = []                       # rows in it
         for file in files:
-            try:
+            with reading(file):
                 about = parquet.read_metadata(file)
                 names = set(about.schema.to_arrow_schema().names)
                 counts = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-            except Exception as error:                   # pyarrow's errors have no common class
-                raise ValueError(f"{file}: not readable as parquet ({error})") from None
             if missing := [name for name in self.columns if name not in names]:
                 raise ValueError(f"{file}: has no column {missing[0]!r}, as {type(self).__name__} "
                                  "has; is it another set?")
@@ -393,17 +405,15 @@ class Parquet:
             self.sizes += [number for number in counts if number]
         if not self.groups:
             raise ValueError(f"{path}: holds no rows")
+        self.chances = np.array(self.sizes) / sum(self.sizes)
         self.kept, self.lock = lru_cache(maxsize=2)(self.read), Lock()
 
     def read(self, number: int) -> list[dict]:
         from pyarrow import parquet
         file, group, before = self.groups[number]
-        try:
+        with reading(f"{file} rows {before} to {before + self.sizes[number]}"):
             table = parquet.ParquetFile(file).read_row_group(group, columns=list(self.columns))
             return table.to_pylist()
-        except Exception as error:
-            raise ValueError(f"{file} rows {before} to {before + self.sizes[number]}: cannot be "
-                             f"read ({error})") from None
 
     def draw(self, rng: np.random.Generator, size: int,
              nearby: np.random.Generator | None = None) -> list[Sample]:
@@ -411,10 +421,9 @@ class Parquet:
 
         nearby: chooses the row group; the same for neighbouring batches.
         """
-        chances = np.array(self.sizes) / sum(self.sizes)
         conditions = pick(rng, self.conditions)
         for _ in range(8):                               # a row group may have nothing to offer
-            number = int((nearby or rng).choice(len(self.sizes), p=chances))
+            number = int((nearby or rng).choice(len(self.sizes), p=self.chances))
             samples = self.draw_from(number, rng, max(1, size // conditions), conditions)
             if samples:
                 return samples
@@ -428,8 +437,8 @@ class Parquet:
                 row, where = self.row(number, i)
                 if samples and self.look(row) != look:
                     continue
-                own = rng if self.draws is None else self.fixed(number, i, conditions,
-                                                                int(rng.integers(self.draws)))
+                own = rng if self.draws is None else np.random.default_rng(
+                    [number, i, conditions, int(rng.integers(self.draws))])
                 if sample := self.sample(row, own, conditions, where):
                     samples.append(sample)
                     look = self.look(row)                # pictures of other sizes are left alone
@@ -451,16 +460,12 @@ class Parquet:
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Note what is wrong with a row, if bad ones are skipped. Raises: ValueError."""
+        known = len(self.bad or [])
         with noting(self.bad):
             yield
-        if self.bad and len(self.bad) > MOST_BAD * sum(self.sizes):
-            raise ValueError(f"{len(self.bad)} rows are bad, which is too many to skip; "
-                             f"the first: {self.bad[0]}")
-        if self.bad:
-            self.all_bad.extend(line for line in self.bad if line not in self.all_bad)
-
-    def fixed(self, *numbers: int) -> np.random.Generator:
-        return np.random.default_rng(numbers)
+        if self.bad and len(self.bad) > known:
+            check_few(self.bad, sum(self.sizes))
+            self.all_bad.extend(line for line in self.bad[known:] if line not in self.all_bad)
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
         """Every draw of every row that is no bad one, or of every stride-th."""
@@ -469,9 +474,8 @@ class Parquet:
                 for conditions, draw in product(self.conditions, range(self.draws or 1)):
                     with self.noting():
                         row, where = self.row(number, i)
-                        sample = self.sample(row, self.fixed(number, i, conditions, draw),
-                                             conditions, where)
-                        if sample:
+                        own = np.random.default_rng([number, i, conditions, draw])
+                        if sample := self.sample(row, own, conditions, where):
                             yield sample
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:

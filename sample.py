@@ -155,7 +155,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
         load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], near, kind),
         load_t5(paths["text_encoder_2"], near, kind, keep),
         load_clip(paths["text_encoder"], near, kind), t5_tokens, clip_tokens, None, where, kind)
-    weights.check_device(weights_of(pipe.dit) + weights_of(pipe.t5), where, model)
+    kinds = {t.dtype for t in weights_of(pipe.dit) + weights_of(pipe.t5)}
+    weights.check_device(kinds, where, model)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter))
         for p in pipe.adapter.tensors().values():        # and not the model's weights in its layers
@@ -251,32 +252,30 @@ def streamed(model: FluxTransformer, device: torch.device) -> Iterator[Callable]
 
 def encode_text(pipe: Pipeline, instructions: list[str]) -> tuple[Tensor, Tensor]:
     """B texts -> T5's tokens (B, T, D) and CLIP's pooled vectors (B, D')."""
-    def compute(rows: list[int]) -> tuple[Tensor, Tensor]:
-        texts = [instructions[i] for i in rows]
+    def compute(texts: list[str]) -> tuple[Tensor, Tensor]:
         where = pipe.device if fits(pipe.t5, pipe.device) else torch.device("cpu")
         with torch.no_grad(), visiting(pipe.t5, where):
             txt = pipe.t5(pipe.t5_tokens(texts).to(where)).to(pipe.device)
         with torch.no_grad(), visiting(pipe.clip, pipe.device):
             return txt, pipe.clip(pipe.clip_tokens(texts).to(pipe.device))
-    return once(pipe, [text.encode() for text in instructions], compute)
+    if pipe.cache is None:
+        return compute(instructions)
+    keys = [hashlib.sha256(text.encode()).hexdigest() for text in instructions]
+    txt, pooled = pipe.cache.through(keys, lambda rows: compute([instructions[i] for i in rows]))
+    return txt.to(pipe.device), pooled.to(pipe.device)
 
 
 def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) in [-1, 1] -> mean and log-variance of the raw latents, each (B, C, h, w)."""
-    def compute(rows: list[int]) -> tuple[Tensor, Tensor]:
+    def compute(pictures: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), visiting(pipe.vae, pipe.device):
-            return pipe.vae.moments(pictures[rows].to(pipe.device, pipe.dtype))
-    contents = [str(p.shape).encode() + p.numpy().tobytes() for p in pictures] if pipe.cache else []
-    return once(pipe, contents or [b""] * len(pictures), compute)
-
-
-def once(pipe: Pipeline, contents: list[bytes],
-         compute: Callable[[list[int]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """compute(row numbers) for all contents, or for those that the pipeline's cache has not."""
+            return pipe.vae.moments(pictures.to(pipe.device, pipe.dtype))
     if pipe.cache is None:
-        return compute(list(range(len(contents))))
-    keys = [hashlib.sha256(content).hexdigest() for content in contents]
-    return tuple(t.to(pipe.device) for t in pipe.cache.through(keys, compute))
+        return compute(pictures)
+    keys = [hashlib.sha256(str(p.shape).encode() + p.numpy().tobytes()).hexdigest()
+            for p in pictures]
+    mean, logvar = pipe.cache.through(keys, lambda rows: compute(pictures[rows]))
+    return mean.to(pipe.device), logvar.to(pipe.device)
 
 
 def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],

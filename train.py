@@ -41,7 +41,6 @@ import mole
 import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
-from muon import Muon
 from sample import (Pipeline, add_model_options, choose_device, condition, encode_picture,
                     encode_text, fits, generate, model_options, model_paths, open_model,
                     save_picture, seeded_noise, velocity, visiting)
@@ -144,6 +143,53 @@ def average(adapter: mole.Adapter, losses: dict[str, float], accumulate: int) ->
     if number > 1:
         dist.all_reduce(values)
     return dict(zip(losses, (values / number).tolist()))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices whose singular values are all about 1. (n, a, b) -> (n, a, b)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):                                   # an odd polynomial of the singular values
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal: every direction of a hidden matrix is learned at one pace.
+
+        M <- 0.95 M + 0.05 G                                             G: the gradient
+        W <- W - lr * 0.2 sqrt(max(a, b)) * orthogonal(0.05 G + 0.95 M)  W is (a, b)
+
+    The factor gives the step the size that AdamW's has. Each of several processes makes orthogonal
+    its share of the matrices. torch.optim.Muon computes in bf16 alone, slow on many processors.
+    Source: Jordan et al., 2024, "Muon"; the factor: Liu et al., arXiv 2502.16982.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float = 0.01):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,), together = self.param_groups, dist.is_initialized()
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        stacks: dict[torch.Size, list[Tensor]] = {}      # matrices of one shape are one batch
+        for p in group["params"]:
+            stacks.setdefault(p.shape, []).append(p)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            self.state[p]["momentum"].lerp_(p.grad, 0.05)
+        for shape, stack in stacks.items():
+            steps = stack[0].new_zeros(len(stack), *shape)
+            ahead = [p.grad.lerp(self.state[p]["momentum"], 0.95) for p in stack[rank::workers]]
+            if ahead:
+                steps[rank::workers] = orthogonal(torch.stack(ahead))
+            if together:
+                dist.all_reduce(steps)
+            for p, step in zip(stack, steps):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(step, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
@@ -263,7 +309,8 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.opt
     if state is None:
         return 0, 0
     before = state["settings"]
-    changed = [name for name in settings if settings[name] != before.get(name, "None")]
+    changed = [name for name in settings               # what old runs do not name was not asked for
+               if settings[name] != before.get(name, "None")]
     if changed == ["micro_batches"]:                     # another number of processes may go on
         print(f"note: a step is now {settings['micro_batches']} micro-batches, it was "
               f"{before.get('micro_batches')}", file=sys.stderr)
@@ -440,12 +487,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.out = args.out or Path("runs") / args.adapter
-    if args.cache_draws and not args.cache:
+    if args.cache_draws is not None and not args.cache:
         raise ValueError("--cache-draws belongs to --cache FOLDER")
-    args.cache_draws = 1 if args.cache and args.cache_draws is None else args.cache_draws
-    if args.cache_draws is not None and args.cache_draws < 1:
-        raise ValueError(f"--cache-draws {args.cache_draws}: must be positive")
-    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift"):
+    if args.cache and args.cache_draws is None:
+        args.cache_draws = 1
+    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift",
+                 *(["cache_draws"] if args.cache else [])):
         if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
     if args.router_lr is not None and not 0 <= args.router_lr < float("inf"):
@@ -468,8 +515,8 @@ def main() -> None:
     if args.cache and endless:
         raise ValueError(f"--cache: {endless[0]} has no end; there is nothing to encode once")
     rank, workers = join(args)
-    if args.base_dtype == "fp8" and choose_device(args.device).type == "mps":
-        raise ValueError("--base-dtype fp8: mps holds no fp8")
+    if args.base_dtype == "fp8":
+        weights.check_device([torch.float8_e4m3fn], choose_device(args.device), "--base-dtype fp8")
     pipe = open_model(args, None, encoders_stay=args.cache is not None)
     if args.cache:
         pipe.cache = open_cache(args.cache, identity(args, pipe), rank, workers)

@@ -299,9 +299,9 @@ def to_fp8(model: nn.Module) -> None:
             layer.register_buffer("scale", scale, persistent=False)
 
 
-def check_device(tensors: Iterable[Tensor], device: torch.device | str, where: object) -> None:
+def check_device(kinds: Iterable[torch.dtype], device: torch.device | str, where: object) -> None:
     """Raises: ValueError for fp8 on a device that holds none."""
-    if torch.device(device).type == "mps" and any(t.dtype in FP8 for t in tensors):
+    if torch.device(device).type == "mps" and FP8 & set(kinds):
         raise ValueError(f"{where}: mps holds no fp8; take a bf16 file, or --device cpu")
 
 
@@ -323,8 +323,8 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
     for name, t in tensors.items():
         if t.dtype not in READ:
             raise ValueError(f"{where}: {name} holds {t.dtype}, which is not read")
-    check_device(tensors.values(), device, where)
     kinds = {t.dtype for t in tensors.values()}
+    check_device(kinds, device, where)
     for name, scale in scales.items():
         if name not in linears or tensors[name].dtype not in FP8 or scale.numel() != 1:
             raise ValueError(f"{where}: {name} has a scale, but is no layer in fp8 with one scale")
@@ -429,12 +429,11 @@ class Cache:
         if unknown:
             for i, *rows in zip(unknown, *compute(unknown)):
                 self.new |= {f"{keys[i]}.{j}": row.cpu().clone() for j, row in enumerate(rows)}
+            if sum(t.nbytes for t in self.new.values()) > CACHE_SHARD:
+                self.save()
         known = ChainMap(self.new, self.found)
         parts = next(j for j in count() if f"{keys[0]}.{j}" not in known)
-        rows = [[known[f"{key}.{j}"] for key in keys] for j in range(parts)]
-        if sum(t.nbytes for t in self.new.values()) > CACHE_SHARD:
-            self.save()
-        return tuple(map(torch.stack, rows))
+        return tuple(torch.stack([known[f"{key}.{j}"] for key in keys]) for j in range(parts))
 
     def save(self) -> None:
         """Write what is new to a shard."""

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 FILES = ["mole.py", "dit.py", "vae.py", "text_encoder.py", "weights.py", "data.py", "train.py",
-         "muon.py", "sample.py", "evaluate.py", "baselines.py"]
+         "sample.py", "evaluate.py", "baselines.py"]
 
 
 def blocks(language: str = "sh") -> list[str]:

@@ -29,8 +29,8 @@ import data
 import dit
 import weights
 from dit import DiTConfig, FluxTransformer
-from muon import Muon
 from tiny import world
+from train import Muon
 from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
                           clip_bpe)
 from vae import AutoEncoder, VAEConfig, load_vae
