@@ -181,8 +181,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
-        low = Product.apply(x, self.lora_A.T)            # (..., r)
-        return self.base(x) + self.scale * Product.apply(low, self.lora_B.T)
+        low = self.scale * Product.apply(x, self.lora_A.T)       # (..., r), where s costs least
+        return self.base(x) + Product.apply(low, self.lora_B.T)
 
     def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), s within B."""
@@ -288,7 +288,8 @@ class Adapter(nn.Module):
                 self.layers[key] = LoRALinear(base, c)
         self.instruction = None
         if c.resampler and (c.mole_targets or c.token_targets):
-            self.instruction = InstructionVector(c, text_width, pooled_width).to(base.weight.device)
+            with base.weight.device:
+                self.instruction = InstructionVector(c, text_width, pooled_width)
         if tensors is not None:
             self.fill(tensors)
         model.requires_grad_(False)

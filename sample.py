@@ -133,12 +133,12 @@ def model_paths(model: Path, tokenizers: Path | None = None,
 
 
 def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: str = "auto",
-                  dtype: str = "auto", encoders_stay: bool = False,
+                  dtype: str = "auto", encoders_stay: bool = False, weightless: bool = False,
                   **others: Path | None) -> Pipeline:
     """Read a model and any adapter given. others: as model_paths() takes them.
 
     A model that would fill the device stays where it is mapped; its parts visit the device in turn.
-    So do text encoders and autoencoder if they are asked to stay.
+    So do text encoders and autoencoder if they are asked to stay. weightless: all on "meta".
     Raises: FileNotFoundError, ValueError.
     """
     paths = model_paths(Path(model), **others)
@@ -151,6 +151,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     home = where if needed < ROOM * memory(where) else torch.device("cpu")
     keep = where.type == "cpu" and needed >= memory(where) / 2   # widened where they are used
     near = torch.device("cpu") if encoders_stay else home
+    home, near = (torch.device("meta"), torch.device("meta")) if weightless else (home, near)
     pipe = Pipeline(
         load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], near, kind),
         load_t5(paths["text_encoder_2"], near, kind, keep),
@@ -285,14 +286,18 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
     Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
     references and clean conditions, any number of each. Units: pictures in [-1, 1].
     """
-    txt, pooled = encode_text(pipe, instructions)
-    latents = [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)]
-    ids = [i.to(pipe.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
-    tokens, n = [dit.pack(z) for z in latents], len(images)                  # each (B, hw/4, P)
-    return Given(
-        txt, pooled,
-        torch.cat(tokens[:n], 1) if images else None, torch.cat(ids[:n]) if images else None,
-        torch.cat(tokens[n:], 1) if conds else None, torch.cat(ids[n:]) if conds else None)
+    return arranged(*encode_text(pipe, instructions),
+                    [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)],
+                    len(images))
+
+
+def arranged(txt: Tensor, pooled: Tensor, latents: list[Tensor], images: int) -> Given:
+    """Latents (B, C, h, w) as tokens with their positions; the first `images` are native."""
+    ids = [i.to(txt.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
+    tokens, n = [dit.pack(z) for z in latents], images   # each (B, hw/4, P)
+    ref, cond = (torch.cat(some, 1) if some else None for some in (tokens[:n], tokens[n:]))
+    ref_ids, cond_ids = (torch.cat(some) if some else None for some in (ids[:n], ids[n:]))
+    return Given(txt, pooled, ref, ref_ids, cond, cond_ids)
 
 
 def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, given: Given,
@@ -575,10 +580,9 @@ def model_options(args: argparse.Namespace) -> dict[str, Path | None]:
                                                    "tokenizers")}
 
 
-def open_model(args: argparse.Namespace, adapter: Path | None,
-               encoders_stay: bool = False) -> Pipeline:
-    """The model that a command's options name. Raises: FileNotFoundError, ValueError."""
-    return load_pipeline(args.model, adapter, args.device, args.dtype, encoders_stay,
+def open_model(args: argparse.Namespace, adapter: Path | None, **how: bool) -> Pipeline:
+    """The model that a command's options name; how: as load_pipeline() takes it."""
+    return load_pipeline(args.model, adapter, args.device, args.dtype, **how,
                          **model_options(args))
 
 

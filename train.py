@@ -19,6 +19,7 @@ import pickle
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -31,6 +32,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -41,9 +45,9 @@ import mole
 import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
-from sample import (Pipeline, add_model_options, choose_device, condition, encode_picture,
-                    encode_text, fits, generate, model_options, model_paths, open_model,
-                    save_picture, seeded_noise, velocity, visiting)
+from sample import (ROOM, Given, Pipeline, add_model_options, arranged, choose_device, condition,
+                    encode_picture, encode_text, fits, generate, memory, model_options, model_paths,
+                    open_model, save_picture, seeded_noise, velocity, visiting, weights_of)
 from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
@@ -67,6 +71,13 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
         values = weights.from_research(values, file)
     c = weights.config_from(AdapterConfig, values, file or "adapter", whole=True)
     return baselines.configure(kind, c)
+
+
+def put_adapter(pipe: Pipeline, config: AdapterConfig) -> mole.Adapter:
+    """A new adapter on the pipeline's transformer, where that one is."""
+    c = pipe.dit.config
+    return mole.Adapter(pipe.dit, config, c.joint_attention_dim, c.pooled_projection_dim,
+                        kinds=baselines.KINDS)
 
 
 # -------------------------------------------------------------------------------------- one step
@@ -102,10 +113,17 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, checkpointing: b
     noise = torch.randn(x0.shape).to(pipe.device)        # drawn on the CPU: the same everywhere
     t = torch.rand(len(x0)).to(pipe.device)              # (B,), 1 = pure noise
     t = shift * t / (1 + (shift - 1) * t)                # shift > 1: more of them near 1
+    return matching_loss(pipe, given, x0, noise, t, (h, w), checkpointing)
+
+
+def matching_loss(pipe: Pipeline, given: Given, x0: Tensor, noise: Tensor, t: Tensor,
+                  grid: tuple[int, int], checkpointing: bool) -> dict[str, Tensor]:
+    """What flow_loss() gives, for x0 and noise (B, I, P), t (B,) and a latent grid (h, w)."""
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise              # (B, I, P)
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
         run = recomputed(pipe.adapter, routing) if checkpointing else dit.call
-        v = velocity(pipe.dit, xt.to(pipe.dtype), t, torch.full_like(t, GUIDANCE), given, h, w, run)
+        guidance = torch.full_like(t, GUIDANCE)
+        v = velocity(pipe.dit, xt.to(pipe.dtype), t, guidance, given, *grid, run)
     return {"flow": F.mse_loss(v.float(), noise - x0), "balance": routing.balance,
             "orthogonality": routing.orthogonality}
 
@@ -261,6 +279,101 @@ def identity(args: argparse.Namespace, pipe: Pipeline) -> dict[str, str]:
                             digest.update(opened.read(length))
             found[part] = digest.hexdigest()
     return found
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations within the `with` made and that live: now, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()                     # storages; several tensors may share one
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def forget(self, storage: int, size: int) -> None:
+        self.known.remove(storage)
+        self.now -= size
+
+
+def play(pipe: Pipeline, sample: Sample, batch: int, optimizers: list[torch.optim.Optimizer],
+         args: argparse.Namespace, live: Live) -> tuple[int, int]:
+    """Most bytes alive in a step's passes, and in its update, for `batch` such samples."""
+    c, adapter = pipe.dit.config, pipe.adapter
+    x0, *latents = (torch.empty(batch, c.in_channels // 4, p.shape[0] // 8, p.shape[1] // 8)
+                    for p in (sample.target, *sample.images, *sample.conds))
+    txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
+    pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
+    given = arranged(txt, pooled, [z.to(pipe.dtype) for z in latents], len(sample.images))
+    tokens, t = dit.pack(x0), torch.empty(batch)
+    if args.accumulate > 1:                              # the passes after the first have them
+        for p in adapter.tensors().values():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+    live.most = live.now
+    losses = matching_loss(pipe, given, tokens, tokens, t, x0.shape[-2:], args.checkpoint)
+    sum(losses.values()).backward()
+    passes, live.most = live.most, live.now
+    nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return passes, live.most
+
+
+def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> None:
+    """Say what memory training will need, by a step played with tensors that hold nothing.
+
+    They have shapes and types alone, so no weight is read. Counted as on a CPU.
+    """
+    pipe = open_model(args, None, weightless=True)
+    if args.base_dtype == "fp8":
+        weights.to_fp8(pipe.dit)
+    batches = data.batches(sources, 1, args.seed)
+    sample = max((next(batches)[0] for _ in range(16)), key=lambda s: sum(
+        picture.size for picture in (s.target, *s.images, *s.conds)))
+    batches.close()
+    with FakeTensorMode(), Live() as live:
+        for module in pipe.dit.modules():
+            for name, p in module.named_parameters(recurse=False):
+                p = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
+                module.register_parameter(name, p)
+            for name, p in module.named_buffers(recurse=False):
+                module.register_buffer(name, torch.empty(p.shape, dtype=p.dtype))
+        base = live.now
+        pipe.adapter = put_adapter(pipe, config)
+        own = live.now - base
+        optimizers = make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
+        play(pipe, sample, 1, optimizers, args, live)    # after it, optimizers have their states
+        states = live.now - base - own
+        (first, update), (second, _) = (play(pipe, sample, batch, optimizers, args, live)
+                                        for batch in (1, 2))
+    room = args.dry_run * 10 ** 9 or memory(pipe.device)
+    encoders = 0 if args.cache else sum(
+        t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae) for t in weights_of(part))
+    stay = base + encoders < ROOM * room                 # as load_pipeline() decides
+    stay *= encoders
+    passes = first + (args.batch_size - 1) * (second - first)
+    whole = max(passes, update)
+    height, width = sample.target.shape[:2]
+    print(f"memory for a batch of {args.batch_size}, {width}x{height}, {len(sample.images)} "
+          f"references, {len(sample.conds)} conditions; the largest of 16 samples:")
+    for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
+                       ("optimizer", states), ("activations", whole - base - 2 * own - states),
+                       ("text encoders, autoencoder", stay), ("together", whole + stay)):
+        print(f"  {name:27}{size / 1e9:7.2f} GB")
+    most = 1 + int((room - stay - first) // (second - first)) if update + stay < room else 0
+    print(f"  largest batch in {room / 1e9:.1f} GB: {max(0, most)}")
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -476,6 +589,9 @@ def parse() -> argparse.Namespace:
                         help="recompute each block in backward: less memory, same gradients")
     parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen "
                         "layers in 8 bits, widened where they are used: half of bf16's memory")
+    parser.add_argument("--dry-run", type=float, nargs="?", const=0, metavar="GB", help="only say "
+                        "what memory this will need, and the largest batch for so many GB (else "
+                        "for this device)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     parser.add_argument("--out", type=Path, help="by default runs/ADAPTER")
@@ -514,6 +630,9 @@ def main() -> None:
     endless = [text for text, (source, _) in zip(args.data, sources) if not hasattr(source, "all")]
     if args.cache and endless:
         raise ValueError(f"--cache: {endless[0]} has no end; there is nothing to encode once")
+    if args.dry_run is not None:
+        dry_run(args, config, sources)
+        return
     rank, workers = join(args)
     if args.base_dtype == "fp8":
         weights.check_device([torch.float8_e4m3fn], choose_device(args.device), "--base-dtype fp8")
@@ -526,9 +645,7 @@ def main() -> None:
         weights.to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     pipe.dit.to(pipe.device)                             # the other parts may only visit it
-    c = pipe.dit.config
-    pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
-                                c.pooled_projection_dim, kinds=baselines.KINDS).to(pipe.device)
+    pipe.adapter = put_adapter(pipe, config)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
                  "schedule", "shift", "seed", "base_dtype")}

@@ -155,7 +155,7 @@ def bench_step(dtype: torch.dtype, rounds: int) -> None:
     def ours(kind: type[MoLELinear]) -> Callable[[], None]:
         model = FluxTransformer(DiTConfig(**SHAPE)).to(dtype)
         adapter = Adapter(model, c, 4096, 768, kinds={"instruction": kind}).train()
-        optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4)
+        optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4, fused=True)
         def step() -> None:
             with adapter.serve(txt, pooled, losses=True) as routing:
                 v = model(img, txt, pooled, t, guidance, ids)
@@ -171,7 +171,7 @@ def bench_step(dtype: torch.dtype, rounds: int) -> None:
         model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha,
                                      target_modules=targets + singles))
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         def step() -> None:
             v = model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled,
                       timestep=t.to(dtype), guidance=guidance.to(dtype), img_ids=ids,

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -135,25 +134,28 @@ def timed(arguments: list[str]) -> None:
 
 
 def peer(folder: Path, picture: Path) -> None:
-    """The same by diffusers, its own memory limited to what this machine has."""
+    """The same by diffusers."""
     from diffusers import FluxKontextPipeline
     from PIL import Image
-    room = sample.memory(torch.device("cpu"))
-    resource.setrlimit(resource.RLIMIT_DATA, (room, room))
     pipe = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     pipe(prompt="make it red", image=Image.open(picture).resize((512, 512)), height=512, width=512,
          num_inference_steps=2, _auto_resize=False)
 
 
-def watch(*command: object) -> tuple[list[str], float, float, int]:
-    """Run this file's `command`; -> its lines, start, seconds, most bytes of memory of its own."""
-    began, most = time.time(), 0
+def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], float, float, int]:
+    """Run this file's `command`; -> its lines, start, seconds, most bytes of memory of its own.
+
+    It is ended after `limit` seconds, and before it takes all the memory there is.
+    """
+    began, most, room = time.time(), 0, 0.9 * sample.memory(torch.device("cpu"))
     with subprocess.Popen([sys.executable, __file__, *map(str, command)], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             own = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
             most = max(most, int(own[0].split()[1]) * 1024 if own else 0)
+            if most > room or time.time() - began > limit:
+                process.kill()
             time.sleep(0.1)
         lines = process.stdout.read().splitlines()
     return lines, began, time.time() - began, most
@@ -194,9 +196,9 @@ def main() -> None:
               f"memory of its own at most {most / 1e9:.2f} GB", flush=True)
         if args.diffusers:
             forget(folder)
-            lines, _, whole, most = watch("--peer", folder, picture)
-            print(f"diffusers: {lines[-1] if lines else 'no word'}\n"
-                  f"  after {whole:.0f} s, with {most / 1e9:.1f} GB of its own")
+            lines, _, limit, most = watch("--peer", folder, picture, limit=2 * whole)
+            print(f"diffusers: {lines[-1] if lines else 'no word'}\n  ended after {limit:.0f} s "
+                  f"(stopped there, if twice our time), with {most / 1e9:.1f} GB of its own")
     finally:
         if not args.keep:
             shutil.rmtree(folder)
