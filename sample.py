@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import baselines
@@ -198,7 +199,7 @@ def visiting(model: nn.Module, device: torch.device) -> Iterator[Callable]:
 
     Gives a plain `run` for the transformer.
     """
-    kept = [(t, t.data) for t in weights_of(model)]
+    kept = [(t, t.data) for t in weights_of(model) if t.device != device]
     try:
         for t, home in kept:
             t.data = home.to(device)
@@ -371,6 +372,7 @@ def mergeable(pipe: Pipeline, given: Given) -> bool:
     return (len(given.pooled) == 1 and not any(getattr(layer, "by_token", False)
                                                for layer in layers)
             and all(not isinstance(layer.base, weights.NarrowLinear)
+                    and not isinstance(layer.base.weight, DTensor)           # one of many parts
                     and layer.base.weight.device.type == pipe.device.type for layer in layers)
             and sum(layer.base.weight.nbytes for layer in layers) < memory(pipe.device) / 2)
 
@@ -517,12 +519,19 @@ def expert_use(pipe: Pipeline, instructions: list[str]) -> dict[str, Tensor]:
                 if isinstance(layer, mole.MoLELinear) and not layer.by_token}
 
 
+def drawn(figure: "matplotlib.figure.Figure") -> np.ndarray:
+    """-> (height, width, 3) uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
 def draw_routing(use: dict[str, dict[str, Tensor]]) -> np.ndarray:
     """Heat map of expert_use() by task: a panel each, layers down, experts across.
 
     -> (height, width, 3) uint8. Needs matplotlib.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     layers = list(next(iter(use.values())))
     top = max(w.max().item() for found in use.values() for w in found.values())
@@ -534,9 +543,7 @@ def draw_routing(use: dict[str, dict[str, Tensor]]) -> np.ndarray:
         panel.set(title=task, xlabel="expert")
     panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
     figure.colorbar(image, ax=panels, label="mean weight")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    return drawn(figure)
 
 
 def show_routing(pipe: Pipeline, jobs: list[Job], file: Path) -> None:

@@ -20,10 +20,12 @@ import signal
 import sys
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -46,8 +49,9 @@ import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
 from sample import (ROOM, Given, Pipeline, add_model_options, arranged, choose_device, condition,
-                    encode_picture, encode_text, fits, generate, memory, model_options, model_paths,
-                    open_model, save_picture, seeded_noise, velocity, visiting, weights_of)
+                    draw_routing, drawn, encode_picture, encode_text, expert_use, fits, generate,
+                    memory, model_options, model_paths, open_model, save_picture, seeded_noise,
+                    velocity, visiting, weights_of)
 from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
@@ -78,6 +82,19 @@ def put_adapter(pipe: Pipeline, config: AdapterConfig) -> mole.Adapter:
     c = pipe.dit.config
     return mole.Adapter(pipe.dit, config, c.joint_attention_dim, c.pooled_projection_dim,
                         kinds=baselines.KINDS)
+
+
+def shard(pipe: Pipeline) -> None:
+    """Leave each process its part of every block's frozen weights; a block is whole while it runs.
+
+    The adapter is not split: every process has all of it.
+    """
+    own = set(pipe.adapter.tensors().values())
+    for block in (*pipe.dit.transformer_blocks, *pipe.dit.single_transformer_blocks):
+        fully_shard(block.to(pipe.device), ignored_params=own)   # one at a time on the device
+    for part in (pipe.adapter.instruction, *pipe.dit.children()):
+        if part is not None and not isinstance(part, nn.ModuleList):
+            part.to(pipe.device)
 
 
 # -------------------------------------------------------------------------------------- one step
@@ -436,9 +453,8 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.opt
     return state["step"], state["number"]
 
 
-def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
+def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
     """One row per sample: what was given, what the model makes of it, what was wanted."""
-    pipe.adapter.eval()
     rows = []
     for sample in samples:
         height, width = sample.target.shape[:2]
@@ -446,8 +462,67 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample], file: Path) -> None:
         given = condition(pipe, [sample.instruction], stack([sample.images]), stack([sample.conds]))
         result, _ = generate(pipe, given, noise, steps=12)
         rows.append([*sample.images, *sample.conds, result[0], sample.target])
+    return data.grid(rows)
+
+
+def expert_similarity(pipe: Pipeline, sample: Sample) -> Tensor | None:
+    """|cosine| of the experts' outputs on one sample, a mean over the layers: (E, E), or None."""
+    found = []
+
+    def look(layer: mole.MoLELinear, args: tuple, _: Tensor) -> None:
+        H = args[0].to(layer.experts_A.dtype) @ layer.experts_A              # (..., E r)
+        found.append(mole.similarity(H, layer.experts_B, layer.config.experts).abs())
+    hooks = [layer.register_forward_hook(look) for layer in pipe.adapter.layers.values()
+             if isinstance(layer, mole.MoLELinear)]
+    with torch.no_grad():
+        flow_loss(pipe, [sample], 0)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found).mean(0).cpu() if found else None
+
+
+def draw_losses(log: Path) -> np.ndarray:
+    """What log.jsonl says of every step, a panel for each kind -> (height, width, 3) uint8."""
+    from matplotlib.figure import Figure
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    smooth = max(1, len(rows) // 50)                     # steps in a running mean
+    figure, steps = Figure((9, 6), layout="constrained"), [row["step"] for row in rows]
+    for panel, name in zip(figure.subplots(2, 2).flat, ("flow", "balance", "orthogonality", "norm")):
+        values = [row[name] for row in rows]
+        panel.plot(steps, values, alpha=0.3)
+        panel.plot(steps[smooth - 1:], np.convolve(values, np.ones(smooth) / smooth, "valid"))
+        panel.set(title=name, xlabel="step")
+    return drawn(figure)
+
+
+def draw_similarity(cosines: Tensor) -> np.ndarray:
+    """expert_similarity() as a heat map -> (height, width, 3) uint8."""
+    from matplotlib.figure import Figure
+    figure = Figure((5, 4), layout="constrained")
+    panel = figure.subplots()
+    image = panel.imshow(cosines, vmin=0, vmax=1)
+    panel.set(title="how alike the experts' outputs are", xlabel="expert", ylabel="expert")
+    figure.colorbar(image, label="|cosine|, mean of the layers")
+    return drawn(figure)
+
+
+def report(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]],
+           log: Path | None) -> dict[str, np.ndarray]:
+    """Pictures of how training goes, by name; those that matplotlib draws only with a log.
+
+    seen: some instructions of each task.
+    """
+    pipe.adapter.eval()
+    pictures, cosines = {"samples": sample_sheet(pipe, samples)}, expert_similarity(pipe, samples[0])
+    if log:
+        pictures["loss"] = draw_losses(log)
+        use = {task: expert_use(pipe, list(texts)) for task, texts in sorted(seen.items())}
+        if any(use.values()):
+            pictures["routing"] = draw_routing(use)
+        if cosines is not None:
+            pictures["experts"] = draw_similarity(cosines)
     pipe.adapter.train()
-    save_picture(data.grid(rows), file)
+    return pictures
 
 
 # --------------------------------------------------------------------------------------- the loop
@@ -489,8 +564,13 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
         raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in {out}; "
                          "it must be a folder that all machines see")
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0] for i, (source, _)
-               in enumerate(sources * -(-8 // len(sources)) if rank == 0 else [])][:8]
+               in enumerate(sources * -(-8 // len(sources)))][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
+    seen: dict[str, deque[str]] = {}                     # some instructions of each task
+    plots = rank == 0 and find_spec("matplotlib") is not None
+    if rank == 0 and not plots:
+        print("note: loss.png, routing.png and experts.png are drawn by matplotlib, which is not "
+              "installed", file=sys.stderr)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
                mininterval=2, disable=rank > 0)
     log_file = out / "log.jsonl" if rank == 0 else Path(os.devnull)
@@ -519,18 +599,23 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            tasks = sorted({s.task for _, samples in micro for s in samples})
+            together = [s for _, samples in micro for s in samples]
+            for s in together:
+                seen.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
             log.write(json.dumps({
                 "step": step, **{name: round(value, 6) for name, value in losses.items()},
-                "norm": round(norm, 4), "tasks": tasks,
+                "norm": round(norm, 4), "tasks": sorted({s.task for s in together}),
                 "seconds": round(time.time() - began, 3)}) + "\n")
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             due = (step + 1) % args.save_every == 0 or step + 1 == args.steps
             if rank == 0 and (due or leave):
                 log.flush()
                 save_checkpoint(out, adapter, optimizers, step + 1, number, settings)
-            if rank == 0 and due:
-                sample_sheet(pipe, preview, out / f"samples_{step + 1:06d}.png")
+            if due and (rank == 0 or args.shard):        # blocks in parts need all processes
+                pictures = report(pipe, preview, seen, log_file if plots else None)
+                for name, picture in pictures.items() if rank == 0 else ():
+                    number_of = f"_{step + 1:06d}" if name == "samples" else ""
+                    save_picture(picture, out / f"{name}{number_of}.png")
             if leave and step + 1 < args.steps:
                 if workers > 1:
                     dist.barrier()                       # until the first one has saved
@@ -589,6 +674,8 @@ def parse() -> argparse.Namespace:
                         help="recompute each block in backward: less memory, same gradients")
     parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen "
                         "layers in 8 bits, widened where they are used: half of bf16's memory")
+    parser.add_argument("--shard", action="store_true", help="with torchrun: split the frozen "
+                        "blocks over the processes, where a device cannot hold them")
     parser.add_argument("--dry-run", type=float, nargs="?", const=0, metavar="GB", help="only say "
                         "what memory this will need, and the largest batch for so many GB (else "
                         "for this device)")
@@ -630,6 +717,8 @@ def main() -> None:
     endless = [text for text, (source, _) in zip(args.data, sources) if not hasattr(source, "all")]
     if args.cache and endless:
         raise ValueError(f"--cache: {endless[0]} has no end; there is nothing to encode once")
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--shard: splits the model over processes; start them with torchrun")
     if args.dry_run is not None:
         dry_run(args, config, sources)
         return
@@ -644,8 +733,11 @@ def main() -> None:
     if args.base_dtype == "fp8":
         weights.to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
-    pipe.dit.to(pipe.device)                             # the other parts may only visit it
+    if not args.shard:
+        pipe.dit.to(pipe.device)                         # the other parts may only visit it
     pipe.adapter = put_adapter(pipe, config)
+    if args.shard:
+        shard(pipe)
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
                  "schedule", "shift", "seed", "base_dtype")}

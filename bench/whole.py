@@ -139,7 +139,7 @@ def peer(folder: Path, picture: Path) -> None:
     from PIL import Image
     pipe = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     pipe(prompt="make it red", image=Image.open(picture).resize((512, 512)), height=512, width=512,
-         num_inference_steps=2, _auto_resize=False)
+         max_area=512 * 512, num_inference_steps=2, _auto_resize=False)
 
 
 def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], float, float, int]:

@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def command(monkeypatch, out: Path, source: object, *rest: object) -> dict[str, torch.Tensor]:
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(source), "--steps", "6", "--lr",
                                       "1e-3", "--batch-size", "2", "--adapter", "lora", "--out",
                                       str(out), *map(str, rest)])

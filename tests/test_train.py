@@ -201,7 +201,7 @@ def test_killed_at_any_moment_nothing_is_lost():
 
 def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
     """It trains, says so in the run, and its results are not those of the base as stored."""
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--adapter",
               "lora", "--out"]
     flows = []
@@ -228,7 +228,7 @@ def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "sample_sheet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.main()                                     # stopped after two steps
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", common)
     train.main()
     assert seen == list(range(7)) and "now 1 micro-batches, it was 2" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"adapter.safetensors",
                                                               "checkpoint.pt", "log.jsonl"}
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", [*common, "--resume"])
     train.main()
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
@@ -303,10 +303,10 @@ def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
               "--adapter", "race"]
     script = tmp_path / "train.py"                       # without its sheet of samples, for speed
     script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train, weights\n"
-                      "train.sample_sheet = lambda *_: None\nweights.run(train.main)\n")
+                      "train.report = lambda *_: {}\nweights.run(train.main)\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                     str(script), *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--out",
                                       str(tmp_path / "one")])
     train.main()
@@ -354,7 +354,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
     """Another configuration in the same file, a checkpoint that is none: one line, nothing lost."""
     config, out = tmp_path / "config.json", tmp_path / "run"
     config.write_text((ROOT / "tiny/adapter.json").read_text())
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--steps", "1", "--batch-size",
                                       "1", "--config", str(config), "--out", str(out), "--resume"])
     train.main()                                         # --resume starts where nothing is there

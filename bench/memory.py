@@ -1,0 +1,102 @@
+"""What `train.py --dry-run` says beside what training then takes, on a model that fits here.
+
+A random transformer (width 1,024, 3 + 6 blocks) on the embedded encoders, 512x512 pictures with one
+reference. Measured: the most memory that the process ever held, less what it held once everything
+was imported; with every tensor in a mapping of its own, and as the C library's heap hands it out,
+which leaves holes.
+
+Run: python bench/memory.py
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import dit                                               # noqa: E402
+import train                                             # noqa: E402
+import weights                                           # noqa: E402
+
+ADAPTER = {"lora_rank": 16, "lora_alpha": 16, "rank": 8, "alpha": 8}
+RUNS = ([], ["--batch-size", "2"], ["--checkpoint"], ["--checkpoint", "--batch-size", "4"],
+        ["--accumulate", "2"], ["--optimizer", "muon"], ["--base-dtype", "fp8", "--checkpoint"],
+        ["--adapter", "lora", "--paper"], ["--paper"], ["--paper", "--checkpoint"])
+
+
+def write(folder: Path) -> None:
+    shutil.copytree(ROOT / "tiny/model", folder / "model")
+    settings = folder / "model/vae/config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"sample_size": 512}))
+    part = folder / "model/transformer"
+    values = json.loads((part / "config.json").read_text()) | {
+        "num_layers": 3, "num_single_layers": 6, "num_attention_heads": 8,
+        "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
+    shutil.rmtree(part)
+    model = dit.FluxTransformer(weights.config_from(dit.DiTConfig, values, part))
+    weights.save_tensors(model.state_dict(), values, part, "diffusion_pytorch_model.safetensors",
+                         torch.float32)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(8):
+        picture = rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        rows.append({"target": f"{i}.png", "images": [f"{i}.png"], "instruction": "make it red"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "small.json").write_text(json.dumps(ADAPTER))
+    (folder / "paper.json").write_text("{}")
+
+
+def held(what: str) -> int:
+    """VmRSS: bytes held now; VmHWM: the most ever."""
+    return int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0]) * 1024
+
+
+def measured(arguments: list[str]) -> None:
+    """train.py's command in this process, and then what it took."""
+    before, sys.argv = held("VmRSS"), ["train.py", *arguments]
+    train.report = lambda *_: {}
+    weights.run(train.main)
+    shutil.rmtree(arguments[arguments.index("--out") + 1])
+    print(f"measured {held('VmHWM') - before}")
+
+
+def told(pattern: str, environment: dict[str, str], *command: str) -> str:
+    """What a Python command prints where the pattern has its group."""
+    out = subprocess.run([sys.executable, *command], check=True, text=True, capture_output=True,
+                         env=os.environ | environment).stdout
+    return re.search(pattern, out)[1]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder)
+        for options in RUNS:
+            config = folder / ("paper.json" if "--paper" in options else "small.json")
+            arguments = ["--data", str(folder), "--model", str(folder / "model"), "--config",
+                         str(config), "--steps", "3", "--out", str(folder / "run"), "--batch-size",
+                         "1", *(option for option in options if option != "--paper")]
+            guess = float(told(r"together +([\d.]+)", {}, str(ROOT / "train.py"), *arguments,
+                               "--dry-run"))
+            found, heap = (int(told(r"measured (\d+)", how, __file__, "--measured", *arguments))
+                           / 1e9 for how in ({"MALLOC_MMAP_THRESHOLD_": "65536"}, {}))
+            print(f"{' '.join(options) or 'plain':32} estimate {guess:5.2f} GB, measured "
+                  f"{found:5.2f} GB, error {guess / found - 1:+.0%}; from the heap {heap:5.2f} GB",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measured"]:
+        measured(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,73 @@
+"""Two processes against one: gradients of a step in fp32, adapters after 20 steps in float64.
+
+Each process takes one of two micro-batches; beside it, it computes both alone. With and without
+the frozen blocks split over the processes.
+
+Run: torchrun --nproc_per_node=2 tests/processes.py
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import sample                                            # noqa: E402
+import train                                             # noqa: E402
+from tiny.world import TinyWorld                         # noqa: E402
+
+
+def run(dtype: str, steps: int, mine: list[int], together: bool, split: bool = False
+        ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """-> the first step's gradients, and the adapter in the end."""
+    torch.manual_seed(0)
+    pipe = sample.load_pipeline(ROOT / "tiny/model", device="cpu", dtype=dtype)
+    pipe.adapter = train.put_adapter(
+        pipe, train.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
+    pipe.adapter.to(getattr(torch, dtype)).train()
+    own = pipe.adapter.tensors()
+    for p in own.values():                               # as after some training
+        torch.nn.init.normal_(p, std=0.02)
+    if split:
+        train.shard(pipe)
+    optimizers, first = train.make_optimizers(pipe.adapter, 1e-3, 1e-3), {}
+    for step in range(steps):
+        numbers = [2 * step + i for i in mine]
+        losses = train.accumulate(pipe, [
+            (i, TinyWorld().draw(np.random.default_rng(i), 1)) for i in numbers], 1.0)
+        if together:
+            train.average(pipe.adapter, losses, 1)
+        else:
+            for p in own.values():
+                p.grad /= 2
+        first = first or {name: p.grad.clone() for name, p in own.items()}
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return first, {name: p.detach() for name, p in own.items()}
+
+
+def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest difference of a tensor, of its norm."""
+    assert found.keys() == wanted.keys()
+    return max(((found[name] - t).norm() / t.norm()).item() for name, t in wanted.items())
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for dtype, steps, which, limit in (("float32", 1, 0, 1e-6), ("float64", 20, 1, 1e-8)):
+        alone = run(dtype, steps, [0, 1], together=False)[which]
+        for split in (False, True):
+            found = run(dtype, steps, [rank], together=True, split=split)[which]
+            error = farthest(found, alone)
+            print(f"{dtype}, {steps} steps, split {split}: {error:.1e}", flush=True)
+            assert error <= limit
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
