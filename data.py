@@ -339,7 +339,8 @@ class Folder:
                                        for name in ("instruction", "target"))
                 images, conds = (row_paths(row, name, where) for name in ("images", "conds"))
                 paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
-                sizes = [self.size_of(path, where) for path in paths]
+                found = [load_image(path, where).size for path in paths]     # finds broken ones
+                sizes = [self.size or fitted(size) for size in found]
                 sizes[1:2] = sizes[:1] if images else sizes[1:2]
                 task = checked_text(str(row.get("task", "")), where)
                 self.groups.setdefault((len(images), *sizes), []).append(
@@ -349,11 +350,6 @@ class Folder:
             bad.extend(worse)
         if not self.groups:
             raise ValueError(f"{file or path}: holds no rows")
-
-    def size_of(self, path: Path, where: str) -> tuple[int, int]:
-        """The size a picture will have. All pictures are read once, to find broken ones at once."""
-        size = load_image(path, where).size
-        return self.size or fitted(size)
 
     def read(self, row: Row) -> Sample:
         pictures = [resize(load_image(path, row.where), size)

@@ -207,7 +207,8 @@ def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:600])
-    for name in ("text.png", "cut.png"):
+    Image.new("1", (2 ** 16, 1)).save(tmp_path / "long.png")         # no camera's
+    for name in ("text.png", "cut.png", "long.png"):
         with pytest.raises(ValueError, match=name):
             data.load_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="gone.png"):
@@ -252,11 +253,17 @@ def test_a_folder_of_pictures(tmp_path):
     ({"instruction": "a"}, "line 2.*target"), ({"target": "0.png"}, "line 2.*instruction"),
     ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
     ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
+    ({"target": "0.png", "instruction": "\ud800" + "a" * 9999}, "line 2.*not valid Unicode"),
+    ({"target": "0.png", "instruction": "a", "task": "\ud800"}, "line 2.*not valid Unicode"),
+    ({"target": "a" * 300, "instruction": "a"}, "line 2.*no such picture"),
+    ({"target": "a/" * 3000, "instruction": "a"}, "line 2.*cannot be a path"),
+    ({"target": "a\nb.png", "instruction": "a"}, "line 2.*cannot be a path"),
     ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images"),
     ({"target": "0.png", "instruction": "a", "image": "1.png"}, "line 2.*'target' and 'image'")])
 def test_bad_rows_are_named(tmp_path, row, words):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
         folder(tmp_path, [{"target": "0.png", "instruction": "a"}, row])
+    assert len(str(error.value)) < 1000
     kept = [{"target": "0.png", "instruction": str(i)} for i in range(9)]
     bad: list[str] = []
     with pytest.raises((ValueError, FileNotFoundError)):

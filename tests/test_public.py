@@ -159,8 +159,8 @@ def coco_folder(folder, number: int = 4, depth: bool = False):
         "annotations": [{"id": i, "image_id": 7 + i % number, "caption": pick} for i, pick in
                         enumerate(["a dog"] * number + ["a cat\n"] * number)]})
     write_coco(folder, "person_keypoints", {"annotations": [
-        {"image_id": 7 + i // 2, "keypoints": (points * (i % 2)).ravel().tolist()}
-        for i in range(2 * (number // 2))]})             # and one of whom nothing is seen
+        {"image_id": 7 + i % number, "keypoints": (points * (i >= number)).ravel().tolist()}
+        for i in range(number + number // 2)]})          # and each one of whom nothing is seen
     return folder
 
 
@@ -226,9 +226,9 @@ def test_skeletons_have_the_colours_and_joints_of_openpose():
     assert sheet[30, 50].tolist() == [255, 85, 0]
     assert sheet[25, 50].tolist() == [0, 0, 153]         # the neck's limb to the nose: hue 13 of 18
     assert sheet[30, 40].any() and not sheet[150, 50].any()
-    assert not data.skeletons((person[:15] + [0] * 36,), (200, 320), (160, 100, 3))[30:].any()
-    alone = person[:15] + person[15:18] + [0] * 33       # one shoulder makes no neck
-    assert not data.skeletons((alone,), (200, 320), (160, 100, 3))[28:32, 45:55].any()
+    alone = person[:18] + [60, 60, 0] + [0] * 30         # one shoulder makes no neck
+    sheet = data.skeletons((alone,), (200, 320), (160, 100, 3))
+    assert sheet[30, 70].any() and not sheet[28:32, 25:55].any() and not sheet[:3, :3].any()
 
 
 @pytest.mark.parametrize("name, part, at, change, words", [
@@ -237,6 +237,7 @@ def test_skeletons_have_the_colours_and_joints_of_openpose():
     ("captions", "images", 1, {"file_name": 3}, "captions.*images 1.*file_name"),
     ("captions", "images", 1, {"id": "7"}, "captions.*images 1.*id"),
     ("captions", "annotations", 3, {"caption": " "}, "captions.*annotations 3.*caption"),
+    ("captions", "annotations", 3, {"caption": "\ud800"}, "captions.*annotations 3.*Unicode"),
     ("captions", "annotations", 3, {"image_id": None}, "captions.*annotations 3.*image_id"),
     ("person_keypoints", "annotations", 2, {"keypoints": [1] * 50}, "keypoints_.*tions 2.*51"),
     ("person_keypoints", "annotations", 2, {"keypoints": [1e300] * 51}, "tions 2.*51")])
@@ -277,6 +278,17 @@ def test_pictures_turned_by_exif_do_not_meet_others_in_a_batch(tmp_path):
     source = data.COCO(write(tmp_path, "coco", rows))
     for i in range(20):
         assert len({str(data.shapes(s)) for s in source.draw(np.random.default_rng(i), 3)}) == 1
+
+
+def test_pictures_of_other_sizes_are_not_decoded(tmp_path, monkeypatch):
+    small = {name: cell("red", (32, 32)) for name in ("image", "conditioning_image")}
+    rows = coco() + [row | small for row in coco()]
+    source, real, read = data.COCO(write(tmp_path, "coco", rows)), data.load_image, []
+    monkeypatch.setattr(data, "load_image", lambda *of: read.append(of[1]) or real(*of))
+    for i in range(9):
+        read.clear()
+        assert len(source.draw(np.random.default_rng(i), 9)) == 3
+        assert len([where for where in read if where.endswith("'image'")]) == 3
 
 
 def test_pictures_without_a_head_are_named_or_skipped(tmp_path):
