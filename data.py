@@ -8,12 +8,14 @@ are given the same number of pictures, of the same sizes. The embedded one is in
 
 Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays until `to_tensor` maps them to [-1, 1].
 """
+import csv
 import io
 import json
+import logging
 import os
 import re
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,9 +28,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs are welcome
+warnings.filterwarnings("ignore", module="PIL")          # large photographs are welcome, and what
+logging.getLogger("PIL").setLevel(logging.CRITICAL)      # is broken is an error in one line
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,34 @@ def grid(rows: list[list[np.ndarray]]) -> np.ndarray:
 
 # ------------------------------------------------------------------------------ reading pictures
 
-def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
-    """Read any picture as a person would see it, in RGB: a file, or its bytes, called `where`.
+@contextmanager
+def opened(source: str | Path | io.BytesIO, where: str = "") -> Iterator[Image.Image]:
+    """A picture file, or its bytes, of which the head alone is read yet; the row at `where` has it.
 
-    EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
     Raises: FileNotFoundError, or ValueError when the file is no readable picture.
     """
-    path = where or Path(source)
-    if not where and not path.is_file():
+    path = where if isinstance(source, io.BytesIO) else f"{where}: {source}" if where else source
+    if path is not where and not os.path.isfile(source):  # Path.is_file minds names too long
         raise FileNotFoundError(f"{path}: no such picture")
     try:
-        with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except (OSError, SyntaxError, ValueError, RuntimeError,
-            Image.DecompressionBombError) as error:
+        with Image.open(source) as image:
+            if max(image.size) >= 2 ** 16:               # no camera's: a broken or a hostile head
+                raise ValueError(f"it claims to have {image.width} x {image.height} pixels")
+            yield image
+    except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError,
+            Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
         why = str(error).partition(" <")[0]              # without an object's address
         raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
+
+
+def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
+    """Read any picture as a person would see it, in RGB. Raises: as `opened` does.
+
+    EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
+    """
+    with opened(source, where) as image:
+        image = ImageOps.exif_transpose(image)
+        image.load()
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: 0..65535 -> 0..255
         grey = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
@@ -115,10 +129,13 @@ def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 # ---------------------------------------------------------------------------- a user's own folder
 
 MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
+LONGEST = 4096                                           # letters of a path: more, no system opens
 NAMES = {"target": ("target", "file_name", "image_path", "image", "output_image"),
          "instruction": ("instruction", "prompt", "caption", "text"),
          "images": ("images", "input_images", "kontext_images", "control_path", "cond_image"),
          "conds": ("conds",)}
+NUMBERED = re.compile(r"control_path_(\d{1,9})")         # one of several images
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @contextmanager
@@ -139,24 +156,99 @@ def check_few(bad: list[str], rows: int) -> None:
         raise ValueError(f"{len(bad)} rows are bad, which is too many to skip; the first: {bad[0]}")
 
 
-def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """The objects of a .jsonl file, each with words for where it stands. Raises: ValueError."""
+def read_text(file: Path) -> str:
+    """The file's text. Raises: ValueError."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+
+
+def from_json(text: str, where: object) -> object:
+    """Raises: ValueError naming where."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a table that are not empty, each with the number of its last line.
+
+    Raises: ValueError for the file, not for a row: after an error nobody knows where rows end.
+    """
+    table = csv.DictReader(io.StringIO(read_text(file)), skipinitialspace=True, strict=True)
+    try:
+        names = [name for name in table.fieldnames or [] if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{file}: two columns have the same name")
+        for row in table:
+            if any(row.values()):
+                yield table.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{file} line {table.reader.line_num}: not valid CSV ({error})") from None
+
+
+def from_cells(cells: dict, where: str) -> dict:
+    """A table's row: empty cells are none, a list of paths is in JSON. Raises: ValueError."""
+    if None in cells:
+        raise ValueError(f"{where}: has more cells than the first line has names")
+    row = {name: cell for name, cell in cells.items() if cell and cell.strip()}
+    for name in row.keys() & {*NAMES["images"], *NAMES["conds"]}:
+        if row[name][0] + row[name][-1] == "[]":
+            row[name] = from_json(row[name], f"{where} {name!r}")
+    return row
+
+
+def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl or .csv file, each with words for where it stands.
+
+    Entries control_path_0, control_path_1, ... become one list, in that order. Raises: ValueError.
+    """
+    table = file.suffix.lower() == ".csv"
+    lines = read_csv(file) if table else enumerate(read_text(file).split("\n"), 1)
+    for number, line in lines:
+        if table or line.strip():
             where, row = f"{file} line {number}", None
             with noting(bad):
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: not valid JSON ({error})") from None
+                row = (from_cells if table else from_json)(line, where)
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: expected an object like {{\"instruction\": ...}}")
             if isinstance(row, dict):
+                if numbered := sorted((int(found[1]), name) for name in row
+                                      if (found := NUMBERED.fullmatch(name))):
+                    paths = [row.pop("control_path", None), *(row.pop(n) for _, n in numbered)]
+                    row["control_path"] = [path for path in paths if path is not None]
                 yield where, row
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a folder, in order; none where there is no such folder."""
+    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES)
+
+
+def read_pairs(folder: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Rows, like read_rows', of a folder without metadata, as other trainers take it.
+
+    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
+    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
+    """
+    targets, given = pictures_in(folder), defaultdict(list)
+    stems = {target.stem for target in targets}
+    for path in pictures_in(folder / "control"):
+        stem, _, number = path.stem.rpartition("_")
+        if path.stem in stems or not number.isdecimal():
+            stem, number = path.stem, -1
+        given[stem].append((int(number), f"control/{path.name}"))
+    for target in targets:
+        with noting(bad):
+            text, references = target.with_suffix(".txt"), sorted(given.get(target.stem, ()))
+            if not text.is_file():
+                raise FileNotFoundError(f"{target}: its instruction is missing, {text.name}")
+            if given and not references:
+                raise FileNotFoundError(f"{target}: its reference is missing in control/")
+            yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
+                                "images": [path for _, path in references]}
 
 
 def entry(row: dict, name: str, where: str) -> object:
@@ -172,7 +264,7 @@ def checked_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: {text!a} is not valid Unicode text") from None
+        raise ValueError(f"{where}: {text[:60]!a} is not valid Unicode text") from None
     return text
 
 
@@ -199,18 +291,13 @@ def located(path: str, folder: Path, root: Path | None, where: str) -> Path:
 
     Paths are taken as written: links inside the folder are their owner's business.
     """
-    whole, root = Path(os.path.abspath(folder / path)), Path(os.path.abspath(root or folder))
-    if not whole.is_relative_to(root):
-        raise ValueError(f"{where}: {path!r} leads out of {root}; --data-root FOLDER allows more")
+    if len(checked_text(path, where)) > LONGEST or re.search(r"[\0-\x1f]", path):
+        raise ValueError(f"{where}: {path[:60]!a} cannot be a path")
+    whole, within = Path(os.path.abspath(folder / path)), Path(os.path.abspath(root or folder))
+    if not whole.is_relative_to(within):
+        more = "" if root else "; --data-root FOLDER allows more"
+        raise ValueError(f"{where}: {path!r} leads out of {within}{more}")
     return whole
-
-
-def read_picture(path: Path, where: str) -> Image.Image:
-    """load_image, with the row named in its errors."""
-    try:
-        return load_image(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{where}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -225,48 +312,47 @@ class Row:
 
 
 class Folder:
-    """A folder with metadata.jsonl, or a .jsonl file with paths relative to it.
+    """A folder with metadata.jsonl, metadata.csv or, without them, pairs as read_pairs takes them.
 
-    Each line is an object: target (path), instruction (str), images (paths of native references),
-    conds (paths of clean conditions), task (str); the last three may be absent, a single path may
-    stand for a list. size: (W, H) that every picture takes, or None to keep each near its own size,
-    the longer side at most 512; the first reference takes the target's, as in sampling. root: the
-    folder that no path may leave, by default the file's own. bad: a list that takes the bad lines'
-    errors; one line in ten may be bad.
+    Or a .jsonl or .csv file with paths relative to it. Each line is an object: target (path),
+    instruction (str), images (paths of native references), conds (paths of clean conditions), task
+    (str); the last three may be absent, a single path may stand for a list. size: (W, H) that every
+    picture takes, or None to keep each near its own size, the longer side at most 512; the first
+    reference takes the target's, as in sampling. root: the folder that no path may leave, by
+    default the file's own. bad: a list that takes the bad lines' errors; one in ten may be bad.
     Raises: FileNotFoundError, ValueError; they name the line.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
                  root: Path | None = None, bad: list[str] | None = None):
-        path = Path(path)
-        self.file, self.size = path / "metadata.jsonl" if path.is_dir() else path, size
-        if not self.file.is_file():
-            raise FileNotFoundError(f"{self.file}: not found; a data folder needs metadata.jsonl")
+        path, self.size, worse = Path(path), size, None if bad is None else []
+        folder = path if path.is_dir() else path.parent
+        files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
+        file = next(filter(Path.is_file, files), None)
+        if file is None and not pictures_in(path):
+            raise FileNotFoundError(f"{path}: not found; a data folder needs metadata.jsonl, "
+                                    "metadata.csv, or pictures with .txt files")
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
-        folder, worse = self.file.parent, None if bad is None else []
-        for where, row in read_rows(self.file, worse):
+        for where, row in read_rows(file, worse) if file else read_pairs(folder, worse):
             with noting(worse):
                 instruction, target = (row_text(row, name, where)
                                        for name in ("instruction", "target"))
                 images, conds = (row_paths(row, name, where) for name in ("images", "conds"))
                 paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
-                sizes = [self.size_of(path, where) for path in paths]
+                found = [load_image(path, where).size for path in paths]     # finds broken ones
+                sizes = [self.size or fitted(size) for size in found]
                 sizes[1:2] = sizes[:1] if images else sizes[1:2]
+                task = checked_text(str(row.get("task", "")), where)
                 self.groups.setdefault((len(images), *sizes), []).append(
-                    Row(instruction, paths, sizes, len(images), str(row.get("task", "")), where))
+                    Row(instruction, paths, sizes, len(images), task, where))
         if worse:
             check_few(worse, len(worse) + sum(map(len, self.groups.values())))
             bad.extend(worse)
         if not self.groups:
-            raise ValueError(f"{self.file}: holds no rows")
-
-    def size_of(self, path: Path, where: str) -> tuple[int, int]:
-        """The size a picture will have. All pictures are read once, to find broken ones at once."""
-        size = read_picture(path, where).size
-        return self.size or fitted(size)
+            raise ValueError(f"{file or path}: holds no rows")
 
     def read(self, row: Row) -> Sample:
-        pictures = [resize(read_picture(path, row.where), size)
+        pictures = [resize(load_image(path, row.where), size)
                     for path, size in zip(row.paths, row.sizes)]
         images, conds = pictures[1:1 + row.references], pictures[1 + row.references:]
         return Sample(row.instruction, pictures[0], images, conds, row.task)
@@ -301,7 +387,15 @@ PHRASES = {"subject": "the {item} of {which}", "canny": "the edges in {which}",
 STYLES = ("Make a picture from {all}.", "Combine {all}.", "With {all}, make one picture.")
 LEADS = {"pose": ("{caption}, in the pose of the skeleton", "follow the pose: {caption}"),
          "canny": ("{caption}, along the edges", "follow the edges: {caption}"),
+         "depth": ("{caption}, in the depth of the map", "follow the depth map: {caption}"),
          "fill": ("fill the black part: {caption}", "complete the picture: {caption}")}
+
+# OpenPose's 18 points by their numbers among COCO's 17, the neck between both shoulders; the limbs
+# between them. Point and limb number i have the i-th of 18 hues.
+POINTS = (0, (5, 6), 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
+LIMBS = ((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12),
+         (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17))
+HUES = [ImageColor.getrgb(f"hsl({20 * i},100%,50%)") for i in range(18)]
 
 
 def canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -358,41 +452,72 @@ def random_box(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
                     ).astype(np.uint8)
 
 
+def skeletons(people: tuple, size: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """Each one's 17 (x, y, seen) in a picture of that (W, H), drawn as by OpenPose -> (H, W, 3)."""
+    height, width = shape[:2]
+    sheet, radius = Image.new("RGB", (width, height)), max(1.0, max(width, height) / 128)
+    pen, turn = ImageDraw.Draw(sheet), np.linspace(0, 2 * np.pi, 32)[:, None]
+    for person in people:
+        given = np.reshape(person, (17, 3)).astype(float)
+        points = [given[np.atleast_1d(i)] for i in POINTS]                   # each (1 or 2, 3)
+        places = [point[:, :2].mean(0) * (width, height) / size if point[:, 2].all() else None
+                  for point in points]
+        for (first, last), hue in zip(LIMBS, HUES):      # long ellipses, darker than the points
+            if (a := places[first]) is not None and (b := places[last]) is not None:
+                along = (b - a) / 2
+                across = along[::-1] * (-1, 1) / max(1e-6, np.hypot(*along)) * radius
+                outline = (a + b) / 2 + np.cos(turn) * along + np.sin(turn) * across
+                pen.polygon([*map(tuple, outline)], tuple(int(0.6 * value) for value in hue))
+        for place, hue in zip(places, HUES):
+            if place is not None:
+                pen.circle(tuple(place), radius, hue)
+    return np.asarray(sheet)
+
+
 @contextmanager
 def reading(what: object) -> Iterator[None]:
     """pyarrow's errors as one ValueError."""
     from pyarrow import ArrowException
     try:
         yield
-    except (ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{what}: cannot be read as parquet ({error})") from None
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        why = " ".join(str(error).split())               # some have several lines
+        raise ValueError(f"{what}: cannot be read as parquet ({why})") from None
 
 
-class Parquet:
-    """A public set in parquet files: a file, or a folder of them. Needs pyarrow.
+class Public:
+    """A public set in parquet files, if not told otherwise: a file, or a folder of them.
 
     Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
     size: (W, H) that every picture takes, or None as Folder does it. bad: as Folder takes it.
     draws: how many ways there are to draw a row's wording, conditions, boxes; None: endless.
     Raises: FileNotFoundError, ValueError naming file and row.
     """
-    columns: tuple[str, ...]                             # that a file must have
+    columns: tuple[str, ...]                             # that a file must have, the target first
     conditions: tuple[int, ...] = (1,)                   # how many a sample may have: a batch of
                                                          # more is so many times smaller
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
                  bad: list[str] | None = None, draws: int | None = None):
+        self.size, self.draws = size, draws
+        self.bad, self.all_bad = None if bad is None else [], bad
+        self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
+        self.sizes: list[int] = []                       # rows in it
+        self.open(Path(path))
+        if not self.groups:
+            raise ValueError(f"{path}: holds no rows")
+        self.chances = np.array(self.sizes) / sum(self.sizes)
+        self.kept, self.lock = lru_cache(maxsize=2)(self.read), Lock()
+
+    def open(self, path: Path) -> None:
+        """Find the row groups."""
         try:
             from pyarrow import parquet
         except ImportError:
             raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
-        path, self.size, self.draws = Path(path), size, draws
-        self.bad, self.all_bad = None if bad is None else [], bad
         files = sorted(file for file in path.rglob("*.parquet") if not HELD_OUT.match(file.name)
                        ) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise FileNotFoundError(f"{path}: no parquet files")
-        self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
-        self.sizes: list[int] = []                       # rows in it
         for file in files:
             with reading(file):
                 about = parquet.read_metadata(file)
@@ -403,12 +528,9 @@ class Parquet:
                                  "has; is it another set?")
             self.groups += [(file, i, sum(counts[:i])) for i in range(len(counts)) if counts[i]]
             self.sizes += [number for number in counts if number]
-        if not self.groups:
-            raise ValueError(f"{path}: holds no rows")
-        self.chances = np.array(self.sizes) / sum(self.sizes)
-        self.kept, self.lock = lru_cache(maxsize=2)(self.read), Lock()
 
     def read(self, number: int) -> list[dict]:
+        """The rows of a row group."""
         from pyarrow import parquet
         file, group, before = self.groups[number]
         with reading(f"{file} rows {before} to {before + self.sizes[number]}"):
@@ -432,30 +554,40 @@ class Parquet:
     def draw_from(self, number: int, rng: np.random.Generator, wanted: int,
                   conditions: int) -> list[Sample]:
         samples: list[Sample] = []
-        for i in rng.permutation(self.sizes[number]):
+        rows = self.rows(number)
+        for i in rng.permutation(len(rows)):
             with self.noting():
-                row, where = self.row(number, i)
-                if samples and self.look(row) != look:
-                    continue
+                row, where = rows[i], self.where(number, i)
+                if samples and self.look(row, where) != look:
+                    continue                             # spares decoding what will not fit
                 own = rng if self.draws is None else np.random.default_rng(
                     [number, i, conditions, int(rng.integers(self.draws))])
-                if sample := self.sample(row, own, conditions, where):
+                sample = self.sample(row, own, conditions, where)
+                if sample and shapes(sample) == shapes(samples[0] if samples else sample):
                     samples.append(sample)
-                    look = self.look(row)                # pictures of other sizes are left alone
+                    look = self.look(row, where)
             if len(samples) == wanted:
                 break
         return samples
 
-    def row(self, number: int, i: int) -> tuple[dict, str]:
-        """A row of a row group, and words for where it stands."""
-        file, _, before = self.groups[number]
-        with self.lock:                                  # one thread reads for all
-            return self.kept(number)[i], f"{file} row {before + i}"
+    def rows(self, number: int) -> list[dict]:
+        """The rows of a row group; none if it is a bad one."""
+        rows: list[dict] = []
+        with self.noting(), self.lock:                   # one thread reads for all
+            rows = self.kept(number)
+        return rows
 
-    def look(self, row: dict) -> list[tuple[int, int]]:
-        """The sizes that a row's pictures will have."""
-        return [self.size or fitted(Image.open(io.BytesIO(row[name]["bytes"])).size)
-                for name in self.columns if isinstance(row[name], dict) and "bytes" in row[name]]
+    def where(self, number: int, i: int) -> str:
+        """Words for where a row stands."""
+        file, _, before = self.groups[number]
+        return f"{file} row {before + i}"
+
+    def look(self, row: dict, where: str) -> tuple[int, int]:
+        """The size that the target says it has."""
+        if self.size:
+            return self.size
+        with opened(*self.content(row, self.columns[0], where)) as image:
+            return fitted(image.size)
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -469,38 +601,48 @@ class Parquet:
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
         """Every draw of every row that is no bad one, or of every stride-th."""
-        for number, size in enumerate(self.sizes):
-            for i in range((first - self.groups[number][2]) % stride, size, stride):
+        for number, (_, _, before) in enumerate(self.groups):
+            rows = self.rows(number)
+            for i in range((first - before) % stride, len(rows), stride):
                 for conditions, draw in product(self.conditions, range(self.draws or 1)):
                     with self.noting():
-                        row, where = self.row(number, i)
                         own = np.random.default_rng([number, i, conditions, draw])
-                        if sample := self.sample(row, own, conditions, where):
+                        if sample := self.sample(rows[i], own, conditions, self.where(number, i)):
                             yield sample
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
         """A sample, or None when the row is none. Raises: ValueError."""
         raise NotImplementedError
 
-    def picture(self, row: dict, column: str, where: str) -> Image.Image:
+    def content(self, row: dict, column: str, where: str) -> tuple[Path | io.BytesIO, str]:
+        """What `opened` takes: a cell's bytes, or, in a plain folder, its file."""
         cell = row[column]
+        if isinstance(cell, Path):
+            return cell, ""
         if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
             raise ValueError(f"{where}: {column!r} holds no picture")
-        return load_image(io.BytesIO(cell["bytes"]), f"{where} {column!r}")
+        return io.BytesIO(cell["bytes"]), f"{where} {column!r}"
+
+    def picture(self, row: dict, column: str, where: str) -> Image.Image:
+        return load_image(*self.content(row, column, where))
 
     def fit(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
         return resize(image, size or self.size or fitted(image.size))
 
 
+def shapes(sample: Sample) -> list[tuple[int, ...]]:
+    return [picture.shape for picture in (sample.target, *sample.images, *sample.conds)]
+
+
 def text_of(value: object, column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: {column!r} holds no text")
-    return value.strip()
+    return checked_text(value.strip(), where)
 
 
-class OmniEdit(Parquet):
+class OmniEdit(Public):
     """TIGER-Lab/OmniEdit-Filtered-1.2M: a picture, an edit in one or two wordings, the result."""
-    columns = ("src_img", "edited_img", "edited_prompt_list")
+    columns = ("edited_img", "src_img", "edited_prompt_list")
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
         wordings = row["edited_prompt_list"] or []
@@ -515,9 +657,9 @@ class OmniEdit(Parquet):
                       task="edit")
 
 
-class MUSAR(Parquet):
+class MUSAR(Public):
     """guozinan/MUSAR-Gen: two subjects, and a picture of both."""
-    columns = ("cond_img_0", "cond_img_1", "tgt_img", "prompt")
+    columns = ("tgt_img", "cond_img_0", "cond_img_1", "prompt")
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
         target, *conds = (self.fit(self.picture(row, name, where))
@@ -525,7 +667,7 @@ class MUSAR(Parquet):
         return Sample(text_of(row["prompt"], "prompt", where), target, [], conds, "multi")
 
 
-class SubjectSpatial(Parquet):
+class SubjectSpatial(Public):
     """Xuan-World/SubjectSpatial200K: a subject beside a picture of it, with that one's maps."""
     columns = ("image", "bbox", "canny", "depth", "description")
     conditions = (1, 2, 3)
@@ -569,23 +711,92 @@ class SubjectSpatial(Parquet):
         return picture
 
 
-class COCO(Parquet):
+def points_of(value: object, column: str, where: str) -> list[float]:
+    """A person's 17 (x, y, seen) in one list, empty if nothing of them is seen."""
+    if not isinstance(value, list) or len(value) != 51 or not all(
+            type(v) in (int, float) and abs(v) < 1e5 for v in value):
+        raise ValueError(f"{where}: {column!r} must be 51 numbers")
+    return value if any(value[2::3]) else []
+
+
+class COCO(Public):
     """wangherr/coco2017_train_512x_image_caption_openpose: a picture, its skeletons, a caption."""
     columns = ("image", "conditioning_image", "text")
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample:
-        target = self.fit(self.picture(row, "image", where))
-        task = "pose" if rng.random() < POSE else pick(rng, ("canny", "fill"))
-        cond = (self.fit(self.picture(row, "conditioning_image", where)) if task == "pose" else
-                random_canny(rng, target) if task == "canny" else random_box(rng, target))
-        caption = text_of(row["text"], "text", where)
+        image = self.picture(row, "image", where)
+        pose, text = row["conditioning_image"], row["text"]
+        target, others = self.fit(image), ("canny", "fill", "depth")[:3 if row.get("depth") else 2]
+        task = "pose" if rng.random() < POSE and pose != () else pick(rng, others)
+        if task == "pose":
+            cond = (skeletons(pose, image.size, target.shape) if isinstance(pose, tuple) else
+                    self.fit(self.picture(row, "conditioning_image", where)))
+        elif task == "depth":
+            cond = self.fit(self.picture(row, "depth", where), target.shape[1::-1])
+        else:
+            cond = (random_canny if task == "canny" else random_box)(rng, target)
+        caption = text_of(pick(rng, text) if isinstance(text, tuple) else text, "text", where)
         if rng.random() >= CAPTION:
             caption = pick(rng, LEADS[task]).format(caption=caption)
         return Sample(caption, target, [], [cond], task)
 
 
+class COCOFolder(COCO):
+    """COCO 2017 as its authors give it: a folder with train2017/ and annotations/.
+
+    A row has all captions and people of a picture, in tuples, which parquet files cannot have: one
+    caption is drawn, and all skeletons. Where depth/ has its stem, that is the picture's depth map.
+    """
+
+    def open(self, path: Path) -> None:
+        folder, notes = path / "train2017", path / "annotations"
+        captions, people = (notes / f"{name}_train2017.json"
+                            for name in ("captions", "person_keypoints"))
+        depth = {picture.stem: picture for picture in pictures_in(path / "depth")}
+        rows: dict[int, dict] = {}
+        for number, picture in self.entries(
+                captions, "images", "id", "file_name", lambda name, key, where: located(
+                    text_of(name, key, where), folder, folder, where)):
+            rows[number] = {"image": picture, "conditioning_image": (), "text": (),
+                            "depth": depth.get(picture.stem)}
+        for column, file, key, check in (("text", captions, "caption", text_of),
+                                         ("conditioning_image", people, "keypoints", points_of)):
+            for number, value in self.entries(file, "annotations", "image_id", key, check):
+                if value and number in rows:
+                    rows[number][column] += (value,)
+        self.listed = [row for row in rows.values() if row["text"]]
+        self.groups, self.sizes = [(folder, 0, 0)][:len(self.listed)], [len(self.listed)]
+
+    def entries(self, file: Path, part: str, id_: str, key: str,
+                check: Callable[[object, str, str], object]) -> Iterator[tuple[int, object]]:
+        """A picture's number, and what is said of it, for each entry in a part of a file."""
+        whole = from_json(read_text(file), file)
+        entries = whole.get(part) if isinstance(whole, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{file}: holds no list {part!r}, as COCO's files do")
+        self.sizes = [len(entries)]                      # of which few may be bad
+        for i, entry in enumerate(entries):
+            with self.noting():
+                where = f"{file} {part} {i}"
+                if not isinstance(entry, dict) or type(entry.get(id_)) is not int:
+                    raise ValueError(f"{where}: {id_!r} must be a whole number")
+                yield entry[id_], check(entry.get(key), key, where)
+
+    def read(self, number: int) -> list[dict]:
+        return self.listed
+
+    def where(self, number: int, i: int) -> str:
+        return str(self.listed[i]["image"])
+
+
+def open_coco(path: str | Path, *options: object) -> COCO:
+    """COCO in either form."""
+    plain = any((Path(path) / name).is_dir() for name in ("annotations", "train2017"))
+    return (COCOFolder if plain else COCO)(path, *options)
+
+
 HELD_OUT = re.compile(r"(dev|test|val)[^/]*")            # files that are not for training
-PUBLIC = {"omniedit": OmniEdit, "musar": MUSAR, "subjectspatial": SubjectSpatial, "coco": COCO}
+PUBLIC = {"omniedit": OmniEdit, "musar": MUSAR, "subjectspatial": SubjectSpatial, "coco": open_coco}
 
 
 def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
@@ -593,8 +804,8 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
                 bad: list[str] | None = None, draws: int | None = None) -> tuple[Source, float]:
     """A command line's SOURCE[:weight] -> (source, weight).
 
-    SOURCE: a name | FOLDER | FILE.jsonl | a public set's name=PATH. named: sources that are known
-    by name; size, root, bad: as Folder takes them; draws: as Parquet does.
+    SOURCE: a name | FOLDER | FILE.jsonl or .csv | a public set's name=PATH. named: sources that are
+    known by name; size, root, bad: as Folder takes them; draws: as Public does.
     """
     name, colon, weight = text.rpartition(":")
     try:
@@ -622,7 +833,7 @@ def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: in
     def draw(i: int) -> list[Sample]:
         rng = np.random.default_rng([seed, i])
         source = sources[rng.choice(len(sources), p=weights / weights.sum())][0]
-        if isinstance(source, Parquet):
+        if isinstance(source, Public):
             return source.draw(rng, size, np.random.default_rng([seed, i // NEIGHBOURS]))
         return source.draw(rng, size)
 

@@ -31,7 +31,7 @@ import baselines
 import dit
 import mole
 import weights
-from data import (NAMES, checked_text, fitted, load_image, read_picture, read_rows, resize,
+from data import (NAMES, checked_text, fitted, load_image, read_rows, resize,
                   row_paths, row_text, to_tensor)
 from dit import FluxTransformer, load_dit
 from mole import Routing
@@ -482,7 +482,7 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
         images, conds = ([file.parent / path for path in row_paths(row, key, where)]
                          for key in ("images", "conds"))
         for path in (*images, *conds):
-            read_picture(path, where)
+            load_image(path, where)
         if name in names:
             raise ValueError(f"{where}: a line before it has the same \"out\", {name}")
         names.add(name)

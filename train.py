@@ -645,7 +645,8 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train an adapter on a frozen model.")
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
-                        help="tiny, a folder (metadata.jsonl) or .jsonl file; one drawn per batch")
+                        help="tiny, a folder (metadata.jsonl or .csv, or pictures with .txt), a "
+                        ".jsonl or .csv file, or SET=PATH of a public set; one drawn per batch")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="that no path in the data "
                         "may leave; by default the folder of the file that names it")
     parser.add_argument("--skip-bad", action="store_true",

@@ -207,7 +207,8 @@ def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:600])
-    for name in ("text.png", "cut.png"):
+    Image.new("1", (2 ** 16, 1)).save(tmp_path / "long.png")         # no camera's
+    for name in ("text.png", "cut.png", "long.png"):
         with pytest.raises(ValueError, match=name):
             data.load_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="gone.png"):
@@ -252,11 +253,17 @@ def test_a_folder_of_pictures(tmp_path):
     ({"instruction": "a"}, "line 2.*target"), ({"target": "0.png"}, "line 2.*instruction"),
     ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
     ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
+    ({"target": "0.png", "instruction": "\ud800" + "a" * 9999}, "line 2.*not valid Unicode"),
+    ({"target": "0.png", "instruction": "a", "task": "\ud800"}, "line 2.*not valid Unicode"),
+    ({"target": "a" * 300, "instruction": "a"}, "line 2.*no such picture"),
+    ({"target": "a/" * 3000, "instruction": "a"}, "line 2.*cannot be a path"),
+    ({"target": "a\nb.png", "instruction": "a"}, "line 2.*cannot be a path"),
     ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images"),
     ({"target": "0.png", "instruction": "a", "image": "1.png"}, "line 2.*'target' and 'image'")])
 def test_bad_rows_are_named(tmp_path, row, words):
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
         folder(tmp_path, [{"target": "0.png", "instruction": "a"}, row])
+    assert len(str(error.value)) < 1000
     kept = [{"target": "0.png", "instruction": str(i)} for i in range(9)]
     bad: list[str] = []
     with pytest.raises((ValueError, FileNotFoundError)):
@@ -293,6 +300,98 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('\ufeff{"instruction": "a\u2028b"}\r\n\n{"instruction": "c"}\n', newline="")
     assert [row["instruction"] for _, row in data.read_rows(file)] == ["a\u2028b", "c"]
+
+
+def told(source: data.Folder) -> list[tuple]:
+    """All that a folder says, without where it says it."""
+    return sorted((row.instruction, row.paths, row.sizes, row.references, row.task)
+                  for rows in source.groups.values() for row in rows)
+
+
+def test_a_table_says_what_lines_of_json_say(tmp_path):
+    """With the marks of a spreadsheet: a byte order mark, CRLF, quotes, a row of empty cells."""
+    lines = folder(tmp_path, [
+        {"target": "0.png", "instruction": 'a, "b"\nc', "images": ["1.png"], "conds": ["2.png"]},
+        {"file_name": "1.png", "text": "[b] c", "task": "x"},
+        {"target": "2.png", "instruction": "d", "conds": ["0.png", "1.png"]}])
+    (tmp_path / "rows.CSV").write_bytes((
+        '\ufeffinstruction,target, images,conds,task,,note\r\n'
+        '"a, ""b""\r\nc",0.png, "[""1.png""]",2.png,,,n\r\n[b] c,1.png,,,x,,\r\n,,,,,,\r\n'
+        'd,2.png,,"[""0.png"", ""1.png""]"\r\n').encode())
+    assert told(data.Folder(tmp_path / "rows.CSV")) == told(lines)
+    (tmp_path / "metadata.csv").write_text("file_name,prompt\n0.png,e\n")
+    assert told(data.Folder(tmp_path)) == told(lines)    # the .jsonl goes first
+    (tmp_path / "metadata.jsonl").unlink()
+    assert [row[0] for row in told(data.Folder(tmp_path))] == ["e"]
+
+
+@pytest.mark.parametrize("row, words", [
+    ("0.png,a,more,even more", "line 3.*more cells"), (",a", "line 3.*target"),
+    ("0.png", "line 3.*instruction"), ('0.png,a,"[""1.png"""', "line 3.*no such picture"),
+    ("0.png,a,[1.png]", "line 3 'images'.*JSON"), ("0.png,a,[3]", "line 3.*list of paths"),
+    ("0.png,a,../1.png", "line 3.*leads out")])
+def test_bad_rows_of_a_table_are_named(tmp_path, row, words):
+    folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["target,instruction,images", "0.png,a", row, *["1.png,a"] * 9]))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        data.Folder(file)
+    bad: list[str] = []
+    assert len(told(data.Folder(file, bad=bad))) == 10
+    assert len(bad) == 1 and re.search(words, bad[0])
+
+
+@pytest.mark.parametrize("content, words", [
+    (b'target,text\n0.png,"a', "line 2.*CSV"), (b'target,text\n"0.png"x,a', "line 2.*CSV"),
+    (b"target,text\n0.png," + b"a" * 200_000, "line 2.*CSV"), (b"target,text\n\xff", "UTF-8"),
+    (b"image,image,text\n0.png,1.png,a", "two columns"), (b"", "no rows"), (b"a,b\n", "no rows")])
+def test_a_broken_table_is_refused(tmp_path, content, words):
+    folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
+    (tmp_path / "rows.csv").write_bytes(content)
+    for bad in (None, []):                               # nobody can say which rows are good
+        with pytest.raises(ValueError, match=f"rows.csv.*{words}"):
+            data.Folder(tmp_path / "rows.csv", bad=bad)
+
+
+def test_numbered_paths_count_together(tmp_path):
+    rows = [{"target": "0.png", "instruction": "a", "control_path_10": "0.png",
+             "control_path_2": "2.png", "control_path_1": None, "control_path_0": "1.png"}]
+    source = folder(tmp_path, rows)
+    assert [path.name for path in told(source)[0][1]] == ["0.png", "1.png", "2.png", "0.png"]
+    source = folder(tmp_path, [rows[0] | {"control_path": "0.png"}])
+    assert [path.name for path in told(source)[0][1]][1:3] == ["0.png", "1.png"]
+    for other in ({"images": "1.png"}, {"control_path_3": ["1.png"]}):
+        with pytest.raises(ValueError, match="line 1.*'images'"):
+            folder(tmp_path, [rows[0] | other])
+
+
+def test_a_folder_without_metadata(tmp_path):
+    """Instructions of the same stem, references of the same stem or numbered, in control/."""
+    (tmp_path / "control").mkdir()
+    for name in ("a.png", "a_2.JPG", "control/a_10.png", "control/a_9.webp", "control/a_2.png",
+                 "control/none.png", "._a.png"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("\ufeffmake it red\n")
+    (tmp_path / "a_2.txt").write_text("make it blue")
+    assert [(words, [str(path.relative_to(tmp_path)) for path in paths], references)
+            for words, paths, _, references, _ in told(data.Folder(tmp_path))] == [
+        ("make it blue", ["a_2.JPG", "control/a_2.png"], 1),
+        ("make it red", ["a.png", "control/a_9.webp", "control/a_10.png"], 2)]
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    with pytest.raises(FileNotFoundError, match="b.png.*b.txt"):
+        data.Folder(tmp_path)
+    (tmp_path / "b.txt").write_text("c")
+    with pytest.raises(FileNotFoundError, match="b.png.*reference.*control"):
+        data.Folder(tmp_path)
+    for i in range(8):
+        for name in (f"b{i}.png", f"control/b{i}.png"):
+            Image.new("RGB", (32, 32)).save(tmp_path / name)
+        (tmp_path / f"b{i}.txt").write_text("d")
+    bad: list[str] = []
+    assert len(told(data.Folder(tmp_path, bad=bad))) == 10 and "b.png" in bad[0]
+    for path in (tmp_path / "control").iterdir():
+        path.unlink()
+    assert all(references == 0 for *_, references, _ in told(data.Folder(tmp_path)))
 
 
 def test_missing_or_empty_folders(tmp_path):

@@ -144,6 +144,178 @@ def test_coco(tmp_path):
                 (0, 0, 0), (0, 0, 255)}
 
 
+def coco_folder(folder, number: int = 4, depth: bool = False):
+    """COCO's plain folder; the first half of the pictures has a person of one left arm."""
+    for name in ("train2017", "annotations", *(["depth"] if depth else [])):
+        (folder / name).mkdir()
+    points = np.zeros((17, 3), int)
+    points[[5, 7, 9]] = [[8, 8, 2], [40, 8, 1], [40, 40, 2]]         # shoulder, elbow, wrist
+    for i in range(number):
+        Image.new("RGB", (64, 48), "blue").save(folder / f"train2017/{i:03}.jpg")
+        if depth:
+            Image.new("L", (32, 24), 77).save(folder / f"depth/{i:03}.png")
+    write_coco(folder, "captions", {
+        "images": [{"id": 7 + i, "file_name": f"{i:03}.jpg", "width": 64} for i in range(number)],
+        "annotations": [{"id": i, "image_id": 7 + i % number, "caption": pick} for i, pick in
+                        enumerate(["a dog"] * number + ["a cat\n"] * number)]})
+    write_coco(folder, "person_keypoints", {"annotations": [
+        {"image_id": 7 + i % number, "keypoints": (points * (i >= number)).ravel().tolist()}
+        for i in range(number + number // 2)]})          # and each one of whom nothing is seen
+    return folder
+
+
+def write_coco(folder, name: str, content: object) -> None:
+    (folder / f"annotations/{name}_train2017.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_coco_as_a_plain_folder(tmp_path, depth):
+    """The chances of the parquet form; pose where there are people, depth where there are maps."""
+    source, _ = data.open_source(f"coco={coco_folder(tmp_path, depth=depth)}")
+    found = [sample for i in range(DRAWS // 2) for sample in
+             source.draw(np.random.default_rng(i), 4)]
+    tasks, others = Counter(sample.task for sample in found), 2 + depth
+    assert len(found) == 2 * DRAWS and set(tasks) == {"pose", "canny", "fill"} | (
+        {"depth"} if depth else set())
+    assert tasks["pose"] / len(found) == pytest.approx(0.75 / 2, abs=0.07)
+    for task in set(tasks) - {"pose"}:
+        assert tasks[task] / len(found) == pytest.approx((1 - 0.75 / 2) / others, abs=0.07)
+    assert share(found, lambda s: s.instruction in ("a dog", "a cat")) == pytest.approx(
+        0.2, abs=0.06)
+    assert share(found, lambda s: "a cat" in s.instruction) == pytest.approx(0.5, abs=0.07)
+    for sample in found:
+        cond, = sample.conds
+        assert cond.shape == sample.target.shape == (48, 64, 3) and sample.images == []
+        assert any(words.format(caption=caption) == sample.instruction for caption in (
+            "a dog", "a cat") for words in ("{caption}", *data.LEADS[sample.task]))
+        if sample.task == "pose":                        # elbow and wrist, and the arm between them
+            assert cond[8, 40].tolist() == [0, 255, 0] and cond[40, 40].tolist() == [0, 255, 85]
+            assert cond[24, 40].tolist() == [51, 153, 0] and not cond[24, 50].any()
+        if sample.task == "depth":
+            assert (cond == 77).all()
+    assert [len(list(source.all(i, 3))) for i in range(3)] == [2, 1, 1]
+    assert len(source.draw(np.random.default_rng(0), 9)) == 4
+
+
+def test_the_parquet_form_and_the_plain_folder_draw_alike(tmp_path):
+    """By the same numbers, where a picture has one caption and one person, and size is given."""
+    plain = data.open_coco(coco_folder(tmp_path, 2), (64, 64), None, 3)
+    table = data.COCO(write(tmp_path, "coco", coco()[:2]), (64, 64), None, 3)
+    for row in plain.listed:
+        row |= {"text": "a dog", "conditioning_image": plain.listed[0]["conditioning_image"]}
+    for i in range(30):
+        one, other = (source.draw(np.random.default_rng(i), 2) for source in (plain, table))
+        assert [(s.instruction, s.task) for s in one] == [(s.instruction, s.task) for s in other]
+    assert [s.task for s in plain.all()] == [s.task for s in table.all()]
+    assert len(list(plain.all())) == 6
+
+
+def test_skeletons_have_the_colours_and_joints_of_openpose():
+    """The neck is between the shoulders; what is not seen is not drawn; a sheet has any size."""
+    body = [(0, 50, 20), (1, 54, 16), (2, 46, 16), (3, 58, 18), (4, 42, 18), (5, 70, 30),
+            (6, 30, 30), (7, 80, 60), (8, 20, 60), (9, 80, 90), (10, 20, 90), (11, 60, 80),
+            (12, 40, 80), (13, 62, 120), (14, 38, 120), (15, 62, 150), (16, 38, 150)]
+    person = [value for _, x, y in body for value in (2 * x, 2 * y, 1)]
+    sheet = data.skeletons((person,), (200, 320), (160, 100, 3))
+    colours = {0: (255, 0, 0), 6: (255, 170, 0), 8: (255, 255, 0), 10: (170, 255, 0),
+               5: (85, 255, 0), 7: (0, 255, 0), 9: (0, 255, 85), 12: (0, 255, 170),
+               14: (0, 255, 255), 16: (0, 170, 255), 11: (0, 85, 255), 13: (0, 0, 255),
+               15: (85, 0, 255), 2: (170, 0, 255), 1: (255, 0, 255), 4: (255, 0, 170),
+               3: (255, 0, 85)}
+    assert all(tuple(sheet[y, x].tolist()) == colours[i] for i, x, y in body)
+    assert sheet[30, 50].tolist() == [255, 85, 0]
+    assert sheet[25, 50].tolist() == [0, 0, 153]         # the neck's limb to the nose: hue 13 of 18
+    assert sheet[30, 40].any() and not sheet[150, 50].any()
+    alone = person[:18] + [60, 60, 0] + [0] * 30         # one shoulder makes no neck
+    sheet = data.skeletons((alone,), (200, 320), (160, 100, 3))
+    assert sheet[30, 70].any() and not sheet[28:32, 25:55].any() and not sheet[:3, :3].any()
+
+
+@pytest.mark.parametrize("name, part, at, change, words", [
+    ("captions", "images", 1, {"file_name": "../0.jpg"}, "captions.*images 1.*leads out"),
+    ("captions", "images", 1, {"file_name": "gone.jpg"}, "train2017/gone.jpg: no such picture"),
+    ("captions", "images", 1, {"file_name": 3}, "captions.*images 1.*file_name"),
+    ("captions", "images", 1, {"id": "7"}, "captions.*images 1.*id"),
+    ("captions", "annotations", 3, {"caption": " "}, "captions.*annotations 3.*caption"),
+    ("captions", "annotations", 3, {"caption": "\ud800"}, "captions.*annotations 3.*Unicode"),
+    ("captions", "annotations", 3, {"image_id": None}, "captions.*annotations 3.*image_id"),
+    ("person_keypoints", "annotations", 2, {"keypoints": [1] * 50}, "keypoints_.*tions 2.*51"),
+    ("person_keypoints", "annotations", 2, {"keypoints": [1e300] * 51}, "tions 2.*51")])
+def test_bad_entries_of_coco(tmp_path, name, part, at, change, words):
+    folder = coco_folder(tmp_path, 20)
+    whole = json.loads((folder / f"annotations/{name}_train2017.json").read_text())
+    whole[part][at] |= change
+    write_coco(folder, name, whole)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        list(data.open_coco(folder).all())
+    bad: list[str] = []
+    kept = list(data.open_coco(folder, None, bad).all())
+    assert len(bad) == 1 and re.search(words, bad[0]) and len(kept) >= 19
+
+
+def test_a_folder_that_is_not_cocos(tmp_path):
+    folder = coco_folder(tmp_path)
+    for content, words in (([], "no list 'images'"), ({"images": []}, "no list 'annotations'"),
+                           ({"images": [], "annotations": []}, "holds no rows")):
+        write_coco(folder, "captions", content)
+        with pytest.raises(ValueError, match=words):
+            data.open_coco(folder)
+    (folder / "annotations/captions_train2017.json").write_text("{")
+    with pytest.raises(ValueError, match="captions_train2017.json.*JSON"):
+        data.open_coco(folder)
+    (folder / "annotations/captions_train2017.json").unlink()
+    with pytest.raises(FileNotFoundError, match="captions_train2017.json"):
+        data.open_coco(folder)
+
+
+def test_pictures_turned_by_exif_do_not_meet_others_in_a_batch(tmp_path):
+    """Their head says another size than they will have."""
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 48), "red").save(turned, "JPEG", exif=exif)
+    rows = coco()
+    rows[0]["image"] = {"bytes": turned.getvalue(), "path": None}
+    source = data.COCO(write(tmp_path, "coco", rows))
+    for i in range(20):
+        assert len({str(data.shapes(s)) for s in source.draw(np.random.default_rng(i), 3)}) == 1
+
+
+def test_pictures_of_other_sizes_are_not_decoded(tmp_path, monkeypatch):
+    small = {name: cell("red", (32, 32)) for name in ("image", "conditioning_image")}
+    rows = coco() + [row | small for row in coco()]
+    source, real, read = data.COCO(write(tmp_path, "coco", rows)), data.load_image, []
+    monkeypatch.setattr(data, "load_image", lambda *of: read.append(of[1]) or real(*of))
+    for i in range(9):
+        read.clear()
+        assert len(source.draw(np.random.default_rng(i), 9)) == 3
+        assert len([where for where in read if where.endswith("'image'")]) == 3
+
+
+def test_pictures_without_a_head_are_named_or_skipped(tmp_path):
+    """Sizes are compared before pictures are read: what has none is a bad row, too."""
+    rows = coco() * 10
+    rows[0] = rows[0] | {"image": {"bytes": b"no picture", "path": None}}
+    file, bad = write(tmp_path, "coco", rows), []
+    with pytest.raises(ValueError, match="row 0 'image'"):
+        data.COCO(file).draw(np.random.default_rng(0), 99)
+    assert len(data.COCO(file, bad=bad).draw(np.random.default_rng(0), 99)) == 29
+    assert len(bad) == 1 and "row 0 'image'" in bad[0]
+
+
+def test_a_row_group_that_cannot_be_read_is_skipped_once(tmp_path, monkeypatch):
+    file = write(tmp_path, "coco", coco() * 20, row_group_size=30)
+    source, calls = data.COCO(file, bad=[]), []
+    read = source.read
+    monkeypatch.setattr(source, "kept", lambda number: calls.append(number) or (
+        read(number) if number else broken()))
+
+    def broken():
+        raise ValueError(f"{file} rows 0 to 30: cannot be read as parquet")
+    assert len(list(source.all())) == 30 and calls == [0, 1]
+    assert len(source.bad) == 1
+    assert all(source.draw(np.random.default_rng(i), 2) for i in range(9)) and len(calls) < 40
+
+
 def plain_canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
     """The same, pixel by pixel, as it is told in books."""
     grey = np.rint(picture @ np.array([0.299, 0.587, 0.114])).astype(int)
@@ -287,7 +459,7 @@ def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
 
 def test_files_that_are_no_such_set(tmp_path, monkeypatch):
     file = write(tmp_path, "musar")
-    with pytest.raises(ValueError, match="no column 'src_img'"):
+    with pytest.raises(ValueError, match="no column 'edited_img'"):
         data.open_source(f"omniedit={file}")
     (tmp_path / "torn.parquet").write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match="torn.parquet.*parquet"):
