@@ -47,7 +47,8 @@ class Sample:
 
 class Source(Protocol):
     def draw(self, rng: np.random.Generator, size: int) -> list[Sample]: ...
-    # and all(first, stride) -> Iterator[Sample], if it has an end
+    # and, if it has an end: all(first, stride) -> Iterator[Sample]; contents() -> Iterator[tuple],
+    # which tells these data from others
 
 
 def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -370,6 +371,10 @@ class Folder:
         rows = chain.from_iterable(self.groups.values())
         return map(self.read, islice(rows, first, None, stride))
 
+    def contents(self) -> Iterator[tuple]:
+        for row in chain.from_iterable(self.groups.values()):
+            yield row.instruction, *((path.name, path.stat().st_size) for path in row.paths)
+
 
 # ---------------------------------------------------------------------------- the public data sets
 
@@ -609,6 +614,10 @@ class Public:
                         own = np.random.default_rng([number, i, conditions, draw])
                         if sample := self.sample(rows[i], own, conditions, self.where(number, i)):
                             yield sample
+
+    def contents(self) -> Iterator[tuple]:
+        for (file, group, _), rows in zip(self.groups, self.sizes):
+            yield file.name, file.stat().st_size, group, rows
 
     def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> Sample | None:
         """A sample, or None when the row is none. Raises: ValueError."""

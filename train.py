@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import signal
 import sys
 import time
@@ -57,6 +58,7 @@ from tiny.world import TinyWorld
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
+GB = 10 ** 9                                             # bytes, in what --dry-run says
 GUIDANCE = 1.0                                           # what the model is told while training
 
 
@@ -375,7 +377,7 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
         states = live.now - base - own
         (first, update), (second, _) = (play(pipe, sample, batch, optimizers, args, live)
                                         for batch in (1, 2))
-    room = args.dry_run * 10 ** 9 or memory(pipe.device)
+    room = args.dry_run * GB or memory(pipe.device)
     encoders = 0 if args.cache else sum(
         t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae) for t in weights_of(part))
     stay = base + encoders < ROOM * room                 # as load_pipeline() decides
@@ -388,12 +390,34 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
     for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
                        ("optimizer", states), ("activations", whole - base - 2 * own - states),
                        ("text encoders, autoencoder", stay), ("together", whole + stay)):
-        print(f"  {name:27}{size / 1e9:7.2f} GB")
+        print(f"  {name:27}{size / GB:7.2f} GB")
     most = 1 + int((room - stay - first) // (second - first)) if update + stay < room else 0
-    print(f"  largest batch in {room / 1e9:.1f} GB: {max(0, most)}")
+    print(f"  largest batch in {room / GB:.1f} GB: {max(0, most)}")
 
 
 # ------------------------------------------------------------------------------------------ files
+
+def fingerprint(source: data.Source) -> str | None:
+    """Tells a source's data from others by names, texts and sizes; None if it has no end."""
+    if not hasattr(source, "contents"):
+        return None
+    digest = hashlib.sha256()
+    for entry in source.contents():
+        digest.update(repr(entry).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_record(args: argparse.Namespace, settings: dict) -> None:
+    """run.json: all that is needed to do it again."""
+    record = {"arguments": {name: value if isinstance(value, (list, int, float, bool, type(None)))
+                            else str(value) for name, value in vars(args).items()},
+              "settings": settings | {name: json.loads(settings[name])
+                                      for name in ("config", "fingerprints")},
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "numpy": np.__version__}}
+    with weights.replacing(args.out / "run.json") as aside:
+        aside.write_text(json.dumps(record, indent=2) + "\n")
+
 
 def save_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.optim.Optimizer],
                     step: int, number: int, settings: dict) -> None:
@@ -441,12 +465,11 @@ def load_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.opt
     before = state["settings"]
     changed = [name for name in settings               # what old runs do not name was not asked for
                if settings[name] != before.get(name, "None")]
-    if changed == ["micro_batches"]:                     # another number of processes may go on
-        print(f"note: a step is now {settings['micro_batches']} micro-batches, it was "
-              f"{before.get('micro_batches')}", file=sys.stderr)
-    elif changed:
-        raise ValueError(f"--resume: {out} began with {changed[0]} = {before.get(changed[0])!r}, "
-                         f"not {settings[changed[0]]!r}")
+    for name in changed:                                 # more processes, more data: may go on
+        told = f"{out} began with {name} = {before.get(name)}, not {settings[name]}"
+        if name not in ("micro_batches", "fingerprints"):
+            raise ValueError(f"--resume: {told}")
+        print(f"note: {told}", file=sys.stderr)
     adapter.fill(state["adapter"])
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
@@ -487,7 +510,8 @@ def draw_losses(log: Path) -> np.ndarray:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     smooth = max(1, len(rows) // 50)                     # steps in a running mean
     figure, steps = Figure((9, 6), layout="constrained"), [row["step"] for row in rows]
-    for panel, name in zip(figure.subplots(2, 2).flat, ("flow", "balance", "orthogonality", "norm")):
+    for panel, name in zip(figure.subplots(2, 2).flat,
+                           ("flow", "balance", "orthogonality", "norm")):
         values = [row[name] for row in rows]
         panel.plot(steps, values, alpha=0.3)
         panel.plot(steps[smooth - 1:], np.convolve(values, np.ones(smooth) / smooth, "valid"))
@@ -500,7 +524,7 @@ def draw_similarity(cosines: Tensor) -> np.ndarray:
     from matplotlib.figure import Figure
     figure = Figure((5, 4), layout="constrained")
     panel = figure.subplots()
-    image = panel.imshow(cosines, vmin=0, vmax=1)
+    image = panel.imshow(cosines.numpy(), vmin=0, vmax=1)
     panel.set(title="how alike the experts' outputs are", xlabel="expert", ylabel="expert")
     figure.colorbar(image, label="|cosine|, mean of the layers")
     return drawn(figure)
@@ -513,7 +537,8 @@ def report(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]],
     seen: some instructions of each task.
     """
     pipe.adapter.eval()
-    pictures, cosines = {"samples": sample_sheet(pipe, samples)}, expert_similarity(pipe, samples[0])
+    pictures = {"samples": sample_sheet(pipe, samples)}
+    cosines = expert_similarity(pipe, samples[0])
     if log:
         pictures["loss"] = draw_losses(log)
         use = {task: expert_use(pipe, list(texts)) for task, texts in sorted(seen.items())}
@@ -745,8 +770,11 @@ def main() -> None:
     settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype),
                  "cache_draws": str(args.cache_draws),
+                 "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
                  "micro_batches": str(args.accumulate * workers)}            # in each step
     args.out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        save_record(args, settings)
     try:
         train(args, pipe, sources, settings, rank, workers)
     finally:

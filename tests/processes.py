@@ -5,6 +5,7 @@ the frozen blocks split over the processes.
 
 Run: torchrun --nproc_per_node=2 tests/processes.py
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -57,9 +58,12 @@ def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for dtype, steps, which, limit in (("float32", 1, 0, 1e-6), ("float64", 20, 1, 1e-8)):
+    for dtype, steps, which, limit in (("float32", 1, 0, 1e-6), ("float64", args.steps, 1, 1e-8)):
         alone = run(dtype, steps, [0, 1], together=False)[which]
         for split in (False, True):
             found = run(dtype, steps, [rank], together=True, split=split)[which]

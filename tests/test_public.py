@@ -370,7 +370,7 @@ def test_canny_is_what_books_tell():
 @pytest.mark.parametrize("name", SETS)
 def test_training_on_each_set(tmp_path, name, monkeypatch):
     write(tmp_path, name)
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: None)
+    monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", f"{name}={tmp_path}:2", "--adapter",
                                       "lora", "--steps", "2", "--batch-size", "2", "--out",
                                       str(tmp_path / "run")])

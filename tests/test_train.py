@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import baselines
@@ -170,11 +172,12 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
         train.main()
     command("--steps", 4, "--save-every", 4, "--out", tmp_path / "whole")
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: stop())
+    monkeypatch.setattr(train, "report", lambda *_: stop())
     calls = iter([True, False, False])
-    def stop() -> None:
+    def stop() -> dict:
         if next(calls):
             raise KeyboardInterrupt                      # killed right after step 2's checkpoint
+        return {}
     with pytest.raises(KeyboardInterrupt):
         command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken")
     command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken", "--resume")
@@ -225,13 +228,13 @@ def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
     common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
               "5", "--out", str(tmp_path / "run"), "--resume", "--save-every", "2"]
     monkeypatch.setattr(sys, "argv", [*common, "--accumulate", "2"])
-    monkeypatch.setattr(train, "sample_sheet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train, "report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.main()                                     # stopped after two steps
     monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", common)
     train.main()
-    assert seen == list(range(7)) and "now 1 micro-batches, it was 2" in capsys.readouterr().err
+    assert seen == list(range(7)) and "micro_batches = 2, not 1" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
@@ -239,9 +242,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
               "3", "--save-every", "1", "--out", str(tmp_path / "run")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    def full(*_: object) -> None:                        # after the first checkpoint
+    def full(*_: object) -> dict:                        # after the first checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    monkeypatch.setattr(train, "sample_sheet", full)
+        return {}
+    monkeypatch.setattr(train, "report", full)
     monkeypatch.setattr(sys, "argv", common)
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -250,8 +254,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and printed.startswith("error") and "run" in printed
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"adapter.safetensors",
-                                                              "checkpoint.pt", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "adapter.safetensors", "checkpoint.pt", "log.jsonl", "run.json"}
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
     monkeypatch.setattr(train, "report", lambda *_: {})
     monkeypatch.setattr(sys, "argv", [*common, "--resume"])
@@ -294,6 +298,13 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path):
     assert state["step"] == state["number"] == done
 
 
+def test_two_processes_have_one_s_gradients():
+    """In fp32 to 1e-6 of each norm, adapters after steps in float64 to 1e-8; --shard as well."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           ROOT / "tests/processes.py", "--steps", "4"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("split True") == 4, done.stdout + done.stderr
+
+
 def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     """Each takes its own samples; their gradients' mean is that of one process's accumulation.
 
@@ -323,6 +334,108 @@ def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     assert all(moved) and len(moved) == 9
 
 
+def dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", *arguments])
+    train.main()
+    found = re.findall(r"^  (.+?) +([\d.]+) GB$", capsys.readouterr().out, re.M)
+    return {name: float(value) for name, value in found}
+
+
+def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
+    """Played with shapes alone, a step takes what it takes with numbers; parts add up."""
+    pipe = make_pipeline()
+    monkeypatch.setattr(train, "GB", 1)                  # bytes: the tiny model has few
+    told = dry_run(monkeypatch, capsys, "--batch-size", "2")
+    own = 4 * sum(p.numel() for p in pipe.adapter.tensors().values())
+    assert told["adapter, fp32"] == told["gradients"] == own
+    assert 0 <= told["optimizer"] - 2 * own < 4000       # each tensor's count of steps
+    assert told["transformer, frozen"] == sum(
+        t.nbytes for name, t in pipe.dit.named_parameters() if t.dtype == torch.float32
+        and (".base." in name or name.replace(".base", "") not in pipe.adapter.tensors())
+        and not name.endswith(("_A", "_B", "router.weight")))
+    assert told["together"] == pytest.approx(
+        sum(told.values()) - told["together"], rel=1e-6)
+    optimizers = train.make_optimizers(pipe.adapter, 1e-3, 1e-3)
+    args = SimpleNamespace(accumulate=1, checkpoint=False)
+    sample = max((samples("multi", 1) + samples("mixed", 1)), key=lambda s: len(s.conds))
+    with train.Live() as live:
+        for _ in range(2):                               # the second has the optimizer's states
+            before = live.now
+            passes, _ = train.play(pipe, sample, 2, optimizers, args, live)
+    real = passes - before                               # beyond weights, adapter and states
+    assert told["activations"] + told["gradients"] == pytest.approx(real, rel=0.02)
+    other = dry_run(monkeypatch, capsys, "--batch-size", "4", "--checkpoint", "--base-dtype", "fp8")
+    assert other["activations"] < told["activations"]    # though the batch is twice as large
+    assert other["transformer, frozen"] < 0.4 * told["transformer, frozen"]
+
+
+def test_shard_needs_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--shard"])
+    with pytest.raises(ValueError, match="torchrun"):
+        train.main()
+
+
+def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys):
+    """Losses, routing and likeness are drawn where matplotlib is, else it is said once."""
+    monkeypatch.setattr(train, "sample_sheet", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    def files(*rest: str) -> set[str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--batch-size", "1",
+                                          "--steps", "2", "--save-every", "1", *rest])
+        train.main()
+        return {file.name for file in Path(rest[-1]).iterdir()}
+    always = {"adapter.safetensors", "checkpoint.pt", "checkpoint_before.pt", "log.jsonl",
+              "run.json", "samples_000001.png", "samples_000002.png"}
+    assert files("--out", str(tmp_path / "all")) == always | {"loss.png", "routing.png",
+                                                              "experts.png"}
+    assert files("--adapter", "lora", "--out", str(tmp_path / "lora")) == always | {"loss.png"}
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    capsys.readouterr()
+    assert files("--out", str(tmp_path / "none")) == always
+    assert capsys.readouterr().err.count("matplotlib") == 1
+
+
+def test_similarity_of_experts_is_that_of_their_outputs():
+    """Against every expert's output written out; the mean over layers of |cosine|."""
+    pipe, sample, wanted = make_pipeline(), samples("move", 1)[0], []
+    def look(layer: mole.MoLELinear, args: tuple, _: torch.Tensor) -> None:
+        parts = zip(layer.experts_A.chunk(layer.config.experts, 1),
+                    layer.experts_B.chunk(layer.config.experts, 0))
+        Y = torch.stack([(args[0] @ A @ B).flatten() for A, B in parts])
+        wanted.append(torch.nn.functional.normalize(Y, dim=1).cpu())
+    for layer in pipe.adapter.layers.values():
+        if isinstance(layer, mole.MoLELinear):
+            layer.register_forward_hook(look)
+    pipe.adapter.eval()
+    found = train.expert_similarity(pipe, sample)
+    assert torch.allclose(found, torch.stack([(Y @ Y.T).abs() for Y in wanted]).mean(0), atol=1e-4)
+
+
+def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
+    """run.json; other data under the same names are noticed by a resumed run."""
+    monkeypatch.setattr(train, "report", lambda *_: {})
+    folder, rows = tmp_path / "own", []
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"target": f"{i}.png", "instruction": "red"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    common = ["train.py", "--data", str(folder), "tiny", "--batch-size", "1", "--out",
+              str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [*common, "--steps", "1"])
+    train.main()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["arguments"]["data"] == [str(folder), "tiny"]
+    assert record["settings"]["config"]["experts"] and record["versions"]["torch"]
+    own, endless = record["settings"]["fingerprints"]
+    assert len(own) == 16 and endless is None
+    (folder / "metadata.jsonl").write_text("".join(rows).replace("red", "dark"))
+    monkeypatch.setattr(sys, "argv", [*common, "--steps", "1", "--resume"])
+    capsys.readouterr()
+    train.main()
+    assert "fingerprints" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["fingerprints"][0] != own
+
+
 def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
 
@@ -338,7 +451,7 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
                "--out", out, "--adapter", "lora")
     assert done.returncode == 0, done.stderr
     assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "log.jsonl",
-                                               "samples_000002.png"}
+                                               "loss.png", "run.json", "samples_000002.png"}
     entry = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "flow", "balance", "orthogonality", "tasks", "seconds"} <= entry.keys()
     before = (out / "adapter.safetensors").read_bytes()
