@@ -373,10 +373,10 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
         pipe.adapter = put_adapter(pipe, config)
         own = live.now - base
         optimizers = make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
-        play(pipe, sample, 1, optimizers, args, live)    # after it, optimizers have their states
-        states = live.now - base - own
-        (first, update), (second, _) = (play(pipe, sample, batch, optimizers, args, live)
-                                        for batch in (1, 2))
+        first, _ = play(pipe, sample, 1, optimizers, args, live)
+        states = live.now - base - own                   # the optimizers made them at their end
+        second, update = play(pipe, sample, 2, optimizers, args, live)
+    first += states
     room = args.dry_run * GB or memory(pipe.device)
     encoders = 0 if args.cache else sum(
         t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae) for t in weights_of(part))
