@@ -769,7 +769,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.to_research:
         write_research(args.path, args.to_research)
-    print(describe(args.to_research or args.path))
+    told = describe(args.to_research or args.path)
+    print(told)
+    sys.exit(told.endswith(": not whole"))               # 1 then, so that scripts can ask
 
 
 def run(command: Callable[[], None]) -> None:

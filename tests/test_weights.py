@@ -404,7 +404,7 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
     for part in PARTS:
         write(tmp_path / part, part)
     done = command(tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 1 and done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[4:] == [f"{tmp_path}: without tokenizer", f"{tmp_path}: without tokenizer_2",
                          f"{tmp_path}: not whole"]
