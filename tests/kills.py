@@ -1,7 +1,8 @@
 """Kill training at random moments and resume it until it is done: the result must be the same file.
 
-Moments fall in steps, in the writing of checkpoints, in starting and in resuming. Each life is a
-fork of this process, so that most of it is training.
+Moments fall in steps, in the writing of checkpoints, in starting and in resuming; with --cache, in
+encoding the pictures of a folder too. Each life is a fork of this process, so that most of it is
+training.
 
 Run: python tests/kills.py --kills 30
 """
@@ -18,8 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch                                             # noqa: E402
+from PIL import Image                                    # noqa: E402
 
 import train                                             # noqa: E402
+import weights                                           # noqa: E402
 
 
 def life(arguments: list[str], seconds: float, log: Path) -> bool:
@@ -50,6 +53,16 @@ def life(arguments: list[str], seconds: float, log: Path) -> bool:
     return False
 
 
+def write(folder: Path, rows: int = 60) -> None:
+    """A folder of data: pictures of one grey each."""
+    lines = []
+    for i in range(rows):
+        Image.new("RGB", (64, 64), (4 * i,) * 3).save(folder / f"{i}.png")
+        lines.append(json.dumps({"target": f"{i}.png", "images": [f"{rows - 1 - i}.png"],
+                                 "instruction": f"make it {i}"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+
+
 def result(out: Path) -> tuple[bytes, list[tuple]]:
     """The adapter's bytes, and every step's number and losses."""
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -63,19 +76,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--longest", type=float, default=3.0, help="seconds of a life")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", action="store_true", help="encode a folder's pictures first")
     args, kills, at = parser.parse_args(), 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--data", "tiny", "--batch-size", "1", "--steps", str(args.steps), "--lr", "1e-3",
+        weights.CACHE_SHARD = 100_000                    # bytes: many shards, many moments
+        write(Path(folder))
+        common = ["--data", folder if args.cache else "tiny", "--batch-size", "1", "--steps", str(args.steps), "--lr", "1e-3",
                   "--schedule", "cosine", "--save-every", "1", "--seed", str(args.seed),
                   "--resume", "--out"]
-        whole, log = Path(folder) / "whole", Path(folder) / "log"
-        life([*common, str(whole)], float("inf"), log)
+        log = Path(folder) / "log"
+
+        def train_in(out: Path, seconds: float = float("inf")) -> bool:
+            return life([*common, str(out), *(["--cache", f"{out}-cache"] * args.cache)], seconds,
+                        log)
+        whole = Path(folder) / "whole"
+        train_in(whole)
         for run in range(args.kills):
             broken = Path(folder) / f"broken-{run}"
-            while kills < args.kills and not life([*common, str(broken)],
-                                                  at.uniform(0.1, args.longest), log):
+            while kills < args.kills and not train_in(broken, at.uniform(0.1, args.longest)):
                 kills += 1
-            life([*common, str(broken)], float("inf"), log)
+            train_in(broken)
             if result(broken) != result(whole):
                 sys.exit(f"after {kills} kills the result is another one")
             if kills >= args.kills:
