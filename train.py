@@ -730,8 +730,10 @@ def main() -> None:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^31 - 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
-    if not args.resume and any((args.out / name).exists() for name in
-                               (*CHECKPOINTS, "adapter.safetensors")):
+    if args.dry_run is not None and not 0 <= args.dry_run < float("inf"):
+        raise ValueError(f"--dry-run {args.dry_run}: GB of memory must be a number from 0 up")
+    if not args.resume and args.dry_run is None and any(
+            (args.out / name).exists() for name in (*CHECKPOINTS, "adapter.safetensors")):
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))

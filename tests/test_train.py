@@ -372,7 +372,11 @@ def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
     assert other["transformer, frozen"] < 0.4 * told["transformer, frozen"]
 
 
-def test_shard_needs_processes(monkeypatch):
+def test_shard_needs_processes_and_dry_run_a_size(monkeypatch):
+    for size in ("-1", "nan"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", size])
+        with pytest.raises(ValueError, match="from 0 up"):
+            train.main()
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--shard"])
     with pytest.raises(ValueError, match="torchrun"):
         train.main()
