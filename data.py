@@ -569,8 +569,8 @@ class Public:
                     [number, i, conditions, int(rng.integers(self.draws))])
                 sample = self.sample(row, own, conditions, where)
                 if sample and shapes(sample) == shapes(samples[0] if samples else sample):
+                    look = look if samples else self.look(row, where)
                     samples.append(sample)
-                    look = self.look(row, where)
             if len(samples) == wanted:
                 break
         return samples
@@ -759,27 +759,28 @@ class COCOFolder(COCO):
 
     def open(self, path: Path) -> None:
         folder, notes = path / "train2017", path / "annotations"
-        captions, people = (notes / f"{name}_train2017.json"
-                            for name in ("captions", "person_keypoints"))
         depth = {picture.stem: picture for picture in pictures_in(path / "depth")}
         rows: dict[int, dict] = {}
-        for number, picture in self.entries(
-                captions, "images", "id", "file_name", lambda name, key, where: located(
-                    text_of(name, key, where), folder, folder, where)):
-            rows[number] = {"image": picture, "conditioning_image": (), "text": (),
-                            "depth": depth.get(picture.stem)}
-        for column, file, key, check in (("text", captions, "caption", text_of),
-                                         ("conditioning_image", people, "keypoints", points_of)):
-            for number, value in self.entries(file, "annotations", "image_id", key, check):
+        for column, name, key, check in (
+                ("text", "captions", "caption", text_of),
+                ("conditioning_image", "person_keypoints", "keypoints", points_of)):
+            file = notes / f"{name}_train2017.json"
+            whole = from_json(read_text(file), file)     # hundreds of megabytes: one at a time
+            if column == "text":                         # this file names the pictures too
+                for number, picture in self.entries(
+                        file, whole, "images", "id", "file_name", lambda name, key, where: located(
+                            text_of(name, key, where), folder, folder, where)):
+                    rows[number] = {"image": picture, "conditioning_image": (), "text": (),
+                                    "depth": depth.get(picture.stem)}
+            for number, value in self.entries(file, whole, "annotations", "image_id", key, check):
                 if value and number in rows:
                     rows[number][column] += (value,)
         self.listed = [row for row in rows.values() if row["text"]]
         self.groups, self.sizes = [(folder, 0, 0)][:len(self.listed)], [len(self.listed)]
 
-    def entries(self, file: Path, part: str, id_: str, key: str,
+    def entries(self, file: Path, whole: object, part: str, id_: str, key: str,
                 check: Callable[[object, str, str], object]) -> Iterator[tuple[int, object]]:
         """A picture's number, and what is said of it, for each entry in a part of a file."""
-        whole = from_json(read_text(file), file)
         entries = whole.get(part) if isinstance(whole, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{file}: holds no list {part!r}, as COCO's files do")
@@ -793,6 +794,10 @@ class COCOFolder(COCO):
 
     def read(self, number: int) -> list[dict]:
         return self.listed
+
+    def contents(self) -> Iterator[tuple]:
+        for row in self.listed:
+            yield row["image"].name, row["text"]
 
     def where(self, number: int, i: int) -> str:
         return str(self.listed[i]["image"])

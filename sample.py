@@ -31,8 +31,8 @@ import baselines
 import dit
 import mole
 import weights
-from data import (NAMES, checked_text, fitted, load_image, read_rows, resize,
-                  row_paths, row_text, to_tensor)
+from data import (NAMES, checked_text, fitted, load_image, read_rows, resize, row_paths, row_text,
+                  to_tensor)
 from dit import FluxTransformer, load_dit
 from mole import Routing
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer, load_clip, load_t5
@@ -139,7 +139,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     """Read a model and any adapter given. others: as model_paths() takes them.
 
     A model that would fill the device stays where it is mapped; its parts visit the device in turn.
-    So do text encoders and autoencoder if they are asked to stay. weightless: all on "meta".
+    So do text encoders and autoencoder if they are asked to stay. weightless: on "meta".
     Raises: FileNotFoundError, ValueError.
     """
     paths = model_paths(Path(model), **others)
@@ -151,8 +151,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     needed = stored * kind.itemsize / 2                  # files hold two bytes a weight, or fewer
     home = where if needed < ROOM * memory(where) else torch.device("cpu")
     keep = where.type == "cpu" and needed >= memory(where) / 2   # widened where they are used
+    home = torch.device("meta") if weightless else home
     near = torch.device("cpu") if encoders_stay else home
-    home, near = (torch.device("meta"), torch.device("meta")) if weightless else (home, near)
     pipe = Pipeline(
         load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], near, kind),
         load_t5(paths["text_encoder_2"], near, kind, keep),
@@ -166,16 +166,23 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     return pipe
 
 
+def put_adapter(model: FluxTransformer, config: mole.AdapterConfig,
+                tensors: dict[str, Tensor] | None = None) -> mole.Adapter:
+    """An adapter on the transformer, where that one is: a new one, or of saved tensors."""
+    c = model.config
+    return mole.Adapter(model, config, c.joint_attention_dim, c.pooled_projection_dim, tensors,
+                        baselines.KINDS)
+
+
 def load_adapter(model: FluxTransformer, path: Path) -> mole.Adapter:
     """Put a saved adapter on the transformer, frozen: a file, or a folder of ours or the paper's.
 
     Raises: FileNotFoundError, ValueError.
     """
-    c, (values, tensors) = model.config, weights.read_adapter(path)
+    values, tensors = weights.read_adapter(path)
     config = weights.config_from(mole.AdapterConfig, values, path, whole=True)
     try:
-        adapter = mole.Adapter(model, config, c.joint_attention_dim, c.pooled_projection_dim,
-                               tensors, baselines.KINDS)
+        adapter = put_adapter(model, config, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return adapter.requires_grad_(False).eval()

@@ -51,8 +51,8 @@ from data import Sample, stack, to_tensor
 from mole import AdapterConfig
 from sample import (ROOM, Given, Pipeline, add_model_options, arranged, choose_device, condition,
                     draw_routing, drawn, encode_picture, encode_text, expert_use, fits, generate,
-                    memory, model_options, model_paths, open_model, save_picture, seeded_noise,
-                    velocity, visiting, weights_of)
+                    memory, model_options, model_paths, open_model, put_adapter, save_picture,
+                    seeded_noise, velocity, visiting, weights_of)
 from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
@@ -77,13 +77,6 @@ def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
         values = weights.from_research(values, file)
     c = weights.config_from(AdapterConfig, values, file or "adapter", whole=True)
     return baselines.configure(kind, c)
-
-
-def put_adapter(pipe: Pipeline, config: AdapterConfig) -> mole.Adapter:
-    """A new adapter on the pipeline's transformer, where that one is."""
-    c = pipe.dit.config
-    return mole.Adapter(pipe.dit, config, c.joint_attention_dim, c.pooled_projection_dim,
-                        kinds=baselines.KINDS)
 
 
 def shard(pipe: Pipeline) -> None:
@@ -362,15 +355,10 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
     sample = max((next(batches)[0] for _ in range(16)), key=lambda s: sum(
         picture.size for picture in (s.target, *s.images, *s.conds)))
     batches.close()
-    with FakeTensorMode(), Live() as live:
-        for module in pipe.dit.modules():
-            for name, p in module.named_parameters(recurse=False):
-                p = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False)
-                module.register_parameter(name, p)
-            for name, p in module.named_buffers(recurse=False):
-                module.register_buffer(name, torch.empty(p.shape, dtype=p.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        pipe.dit.to_empty(device="cpu")
         base = live.now
-        pipe.adapter = put_adapter(pipe, config)
+        pipe.adapter = put_adapter(pipe.dit, config)
         own = live.now - base
         optimizers = make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
         first, _ = play(pipe, sample, 1, optimizers, args, live)
@@ -380,8 +368,7 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
     room = args.dry_run * GB or memory(pipe.device)
     encoders = 0 if args.cache else sum(
         t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae) for t in weights_of(part))
-    stay = base + encoders < ROOM * room                 # as load_pipeline() decides
-    stay *= encoders
+    stay = encoders if base + encoders < ROOM * room else 0      # as load_pipeline() decides
     passes = first + (args.batch_size - 1) * (second - first)
     whole = max(passes, update)
     height, width = sample.target.shape[:2]
@@ -530,14 +517,14 @@ def draw_similarity(cosines: Tensor) -> np.ndarray:
     return drawn(figure)
 
 
-def report(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]],
-           log: Path | None) -> dict[str, np.ndarray]:
+def report(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]], log: Path | None,
+           step: int) -> dict[str, np.ndarray]:
     """Pictures of how training goes, by name; those that matplotlib draws only with a log.
 
     seen: some instructions of each task.
     """
     pipe.adapter.eval()
-    pictures = {"samples": sample_sheet(pipe, samples)}
+    pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
     cosines = expert_similarity(pipe, samples[0])
     if log:
         pictures["loss"] = draw_losses(log)
@@ -589,7 +576,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
         raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in {out}; "
                          "it must be a folder that all machines see")
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0] for i, (source, _)
-               in enumerate(sources * -(-8 // len(sources)))][:8]
+               in enumerate(sources * -(-8 // len(sources)) if rank == 0 or args.shard else [])][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     seen: dict[str, deque[str]] = {}                     # some instructions of each task
     plots = rank == 0 and find_spec("matplotlib") is not None
@@ -637,10 +624,9 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                 log.flush()
                 save_checkpoint(out, adapter, optimizers, step + 1, number, settings)
             if due and (rank == 0 or args.shard):        # blocks in parts need all processes
-                pictures = report(pipe, preview, seen, log_file if plots else None)
+                pictures = report(pipe, preview, seen, log_file if plots else None, step + 1)
                 for name, picture in pictures.items() if rank == 0 else ():
-                    number_of = f"_{step + 1:06d}" if name == "samples" else ""
-                    save_picture(picture, out / f"{name}{number_of}.png")
+                    save_picture(picture, out / f"{name}.png")
             if leave and step + 1 < args.steps:
                 if workers > 1:
                     dist.barrier()                       # until the first one has saved
@@ -763,7 +749,7 @@ def main() -> None:
     torch.manual_seed(args.seed)                         # the adapter's first weights
     if not args.shard:
         pipe.dit.to(pipe.device)                         # the other parts may only visit it
-    pipe.adapter = put_adapter(pipe, config)
+    pipe.adapter = put_adapter(pipe.dit, config)
     if args.shard:
         shard(pipe)
     settings = {name: str(getattr(args, name)) for name in

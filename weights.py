@@ -771,7 +771,8 @@ def main() -> None:
         write_research(args.path, args.to_research)
     told = describe(args.to_research or args.path)
     print(told)
-    sys.exit(told.endswith(": not whole"))               # 1 then, so that scripts can ask
+    if told.endswith(": not whole"):
+        sys.exit(1)                                      # so that scripts can ask
 
 
 def run(command: Callable[[], None]) -> None:

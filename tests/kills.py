@@ -34,7 +34,7 @@ def life(arguments: list[str], seconds: float, log: Path) -> bool:
                 os.dup2(told.fileno(), 1), os.dup2(told.fileno(), 2)
                 torch.set_num_threads(1)
                 sys.argv = ["train.py", *arguments]
-                train.report = lambda *_: {}     # takes longer than all else
+                train.report = lambda *_: {}             # takes longer than all else
                 train.main()
             os._exit(0)
         except BaseException:
@@ -79,11 +79,12 @@ def main() -> None:
     parser.add_argument("--cache", action="store_true", help="encode a folder's pictures first")
     args, kills, at = parser.parse_args(), 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
-        weights.CACHE_SHARD = 100_000                    # bytes: many shards, many moments
-        write(Path(folder))
-        common = ["--data", folder if args.cache else "tiny", "--batch-size", "1", "--steps", str(args.steps), "--lr", "1e-3",
-                  "--schedule", "cosine", "--save-every", "1", "--seed", str(args.seed),
-                  "--resume", "--out"]
+        if args.cache:
+            weights.CACHE_SHARD = 100_000                # bytes: many shards, many moments
+            write(Path(folder))
+        common = ["--data", folder if args.cache else "tiny", "--batch-size", "1", "--steps",
+                  str(args.steps), "--lr", "1e-3", "--schedule", "cosine", "--save-every", "1",
+                  "--seed", str(args.seed), "--resume", "--out"]
         log = Path(folder) / "log"
 
         def train_in(out: Path, seconds: float = float("inf")) -> bool:

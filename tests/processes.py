@@ -26,8 +26,8 @@ def run(dtype: str, steps: int, mine: list[int], together: bool, split: bool = F
     """-> the first step's gradients, and the adapter in the end."""
     torch.manual_seed(0)
     pipe = sample.load_pipeline(ROOT / "tiny/model", device="cpu", dtype=dtype)
-    pipe.adapter = train.put_adapter(
-        pipe, train.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
+    pipe.adapter = sample.put_adapter(
+        pipe.dit, train.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
     pipe.adapter.to(getattr(torch, dtype)).train()
     own = pipe.adapter.tensors()
     for p in own.values():                               # as after some training

@@ -301,9 +301,10 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path):
 
 
 def test_two_processes_have_one_s_gradients():
-    """In fp32 to 1e-6 of each norm, adapters after steps in float64 to 1e-8; --shard as well."""
+    """In fp32 to 1e-6 of a norm, adapters after steps in float64 to 1e-8; --shard as well."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           ROOT / "tests/processes.py", "--steps", "2"], capture_output=True, text=True)
+                           ROOT / "tests/processes.py", "--steps", "2"], capture_output=True,
+                          text=True)
     assert done.returncode == 0 and done.stdout.count("split True") == 4, done.stdout + done.stderr
 
 
