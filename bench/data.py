@@ -20,6 +20,7 @@ from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                              # noqa: E402
+from common import in_turns, memory                      # noqa: E402
 
 
 def jpeg(rng: np.random.Generator, size: tuple[int, int] = (512, 512)) -> bytes:
@@ -57,12 +58,6 @@ def write(folder: Path, rows: int) -> None:
                             row_group_size=100)
 
 
-def memory() -> int:
-    """Bytes of this process's own, not the operating system's copies of files."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=2000)
@@ -88,14 +83,10 @@ def main() -> None:
               f"memory at every tenth, MB: {' '.join(f'{value:.0f}' for value in own)}")
         content = jpeg(np.random.default_rng(1))
         picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        for name, work in (("decoding a picture", lambda: Image.open(io.BytesIO(content)).load()),
-                           ("Canny", lambda: data.canny(picture, 100, 200))):
-            times = []
-            for _ in range(20):
-                began = time.time()
-                work()
-                times.append(time.time() - began)
-            print(f"{name}: {1000 * np.median(times):.1f} ms")
+        for name, seconds in in_turns({
+                "decoding a picture": lambda: Image.open(io.BytesIO(content)).load(),
+                "Canny": lambda: data.canny(picture, 100, 200)}, rounds=20).items():
+            print(f"{name}: {1000 * seconds:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ large product of the same type in the same run.
     blocks  one double and one single block of the transformer, 512 + 2,048 tokens
     vae     the released autoencoder, a picture of 512x512, both ways
     t5      two layers of T5-XXL's encoder, 512 tokens
+    load    all of the embedded model, and of a folder of the released size, whose files are holes
 
-Run: python bench/models.py blocks vae t5 --rounds 5
+Run: python bench/models.py blocks vae t5 load --rounds 5
 """
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,9 +23,12 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
+import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
 import vae                                               # noqa: E402
 import weights                                           # noqa: E402
+import whole                                             # noqa: E402
+from common import block_flops, in_turns, product_rate   # noqa: E402
 
 TEXT, IMAGE = 512, 2048                                  # tokens
 
@@ -34,26 +37,13 @@ def config(part: str) -> dict:
     return json.loads((ROOT / f"tests/keys/config_{part}.json").read_text())
 
 
-def times(rounds: int, contestants: dict[str, Callable]) -> dict[str, float]:
-    """The median seconds of each, taking turns; one turn before does not count."""
-    found: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, work in contestants.items():
-            began = time.time()
-            with torch.inference_mode():
-                work()
-            if turn:
-                found[name].append(time.time() - began)
-    return {name: sorted(values)[len(values) // 2] for name, values in found.items()}
-
-
 def put(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype).eval()
 
 
 def show(what: str, found: dict[str, float], floor: float | None = None) -> None:
     line = f"{what}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items())
-    ours, peer = found["ours"], next(s for name, s in found.items() if name not in ("ours", "it"))
+    ours, peer = found["ours"], next(s for name, s in found.items() if name != "ours")
     line += f"; peer / ours {peer / ours:.2f}"
     if floor:
         line += f"; of the floor, {floor:.2f} s: ours {floor / ours:.0%}, peer {floor / peer:.0%}"
@@ -64,10 +54,9 @@ def blocks(dtype: torch.dtype, rounds: int) -> None:
     from diffusers.models.transformers import transformer_flux as peers
     c = weights.config_from(dit.DiTConfig, config("transformer"), "transformer")
     D, S = c.width, TEXT + IMAGE
-    x, W = torch.randn(S, D, dtype=dtype), torch.randn(4 * D, D, dtype=dtype)
-    rate = 8 * S * D * D / times(rounds, {"it": lambda: x @ W.T})["it"]
+    rate = product_rate(S, D, dtype, rounds)
     print(f"one product of {S} x {D} with {D} x {4 * D}: {rate / 1e9:.0f} GFLOP/s")
-    floor = (24 * S * D ** 2 + 4 * S ** 2 * D) / rate
+    floor = block_flops(S, D) / rate
     txt, img, vec = (torch.randn(shape, dtype=dtype) for shape in
                      ((1, TEXT, D), (1, IMAGE, D), (1, D)))
     ids = torch.cat([torch.zeros(TEXT, 3), dit.position_ids(64, 128)])
@@ -75,15 +64,15 @@ def blocks(dtype: torch.dtype, rounds: int) -> None:
     rotary = peers.FluxPosEmbed(10000, c.axes_dims_rope)(ids)
     ours, peer = put(dit.DoubleBlock(c), dtype), put(peers.FluxTransformerBlock(
         D, c.num_attention_heads, c.attention_head_dim), dtype)
-    show("double block", times(rounds, {
+    show("double block", in_turns({
         "ours": lambda: ours(txt, [img], [vec], pe),
-        "diffusers": lambda: peer(img, txt, vec, rotary)}), floor)
+        "diffusers": lambda: peer(img, txt, vec, rotary)}, rounds), floor)
     one, other = put(dit.SingleBlock(c), dtype), put(peers.FluxSingleTransformerBlock(
         D, c.num_attention_heads, c.attention_head_dim), dtype)
     both = torch.cat([txt, img], dim=1)
-    show("single block", times(rounds, {
+    show("single block", in_turns({
         "ours": lambda: one([both], [vec], pe, False),
-        "diffusers": lambda: other(img, txt, vec, rotary)}), floor)
+        "diffusers": lambda: other(img, txt, vec, rotary)}, rounds), floor)
 
 
 def autoencoder(dtype: torch.dtype, rounds: int) -> None:
@@ -93,10 +82,10 @@ def autoencoder(dtype: torch.dtype, rounds: int) -> None:
     ours.to(memory_format=torch.channels_last)           # as load_vae() leaves it
     peer = put(AutoencoderKL.from_config(values), dtype)
     img, z = torch.randn(1, 3, 512, 512, dtype=dtype), torch.randn(1, 16, 64, 64, dtype=dtype)
-    show("autoencoder, encode", times(rounds, {
-        "ours": lambda: ours.encode(img), "diffusers": lambda: peer.encode(img)}))
-    show("autoencoder, decode", times(rounds, {
-        "ours": lambda: ours.decode(z), "diffusers": lambda: peer.decode(z)}))
+    show("autoencoder, encode", in_turns({
+        "ours": lambda: ours.encode(img), "diffusers": lambda: peer.encode(img)}, rounds))
+    show("autoencoder, decode", in_turns({
+        "ours": lambda: ours.decode(z), "diffusers": lambda: peer.decode(z)}, rounds))
 
 
 def t5(dtype: torch.dtype, rounds: int) -> None:
@@ -106,19 +95,60 @@ def t5(dtype: torch.dtype, rounds: int) -> None:
         text_encoder.T5Config, values, "t5")), dtype)
     peer = put(transformers.T5EncoderModel(transformers.T5Config(**values)), dtype)
     ids = torch.randint(0, 32000, (1, TEXT))
-    show("T5, two layers", times(rounds, {
-        "ours": lambda: ours(ids), "transformers": lambda: peer(ids)}))
+    show("T5, two layers", in_turns({
+        "ours": lambda: ours(ids), "transformers": lambda: peer(ids)}, rounds))
+
+
+def hollow(folder: Path) -> None:
+    """The released model's folder with names, shapes and types, and no values: sparse files."""
+    whole.copy_rest(folder)
+    for part in whole.PARTS:
+        model, values = whole.build(part)
+        base = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        header, at = {}, 0
+        for name, p in model.state_dict().items():
+            size = 2 * p.numel()
+            header[name] = {"dtype": "BF16", "shape": p.shape, "data_offsets": (at, at + size)}
+            at += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(values))
+        with (folder / part / f"{base}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + at)
+
+
+def headers(folder: Path) -> None:
+    """Know every tensor of a folder by name, shape and type."""
+    for part in whole.PARTS:
+        weights.to_folder(part, weights.read_tensors(weights.files_of(folder / part)))
+
+
+def load(dtype: torch.dtype, rounds: int) -> None:
+    from diffusers import FluxKontextPipeline
+    tiny = ROOT / "tiny/model"
+    show("loading tiny/model", in_turns({
+        "ours": lambda: sample.load_pipeline(tiny),
+        "diffusers": lambda: FluxKontextPipeline.from_pretrained(tiny, torch_dtype=dtype)}, rounds))
+    with tempfile.TemporaryDirectory() as name:
+        hollow(Path(name))
+        for what, seconds in in_turns({"the headers": lambda: headers(Path(name)),
+                                       "all of it": lambda: sample.load_pipeline(name)},
+                                      rounds).items():
+            print(f"loading the released size, {what}: {seconds:.2f} s", flush=True)
 
 
 def main() -> None:
-    parts = {"blocks": blocks, "vae": autoencoder, "t5": t5}
+    parts = {"blocks": blocks, "vae": autoencoder, "t5": t5, "load": load}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=list(parts))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    for part in args.parts:
-        parts[part](getattr(torch, args.dtype), args.rounds)
+    with torch.inference_mode():
+        for part in args.parts:
+            parts[part](getattr(torch, args.dtype), args.rounds)
 
 
 if __name__ == "__main__":

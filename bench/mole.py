@@ -16,7 +16,6 @@ Run: python bench/mole.py layer --rounds 3               # two minutes on two co
 """
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import in_turns                              # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
 from mole import Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, route    # noqa: E402
 from sample import merged                                # noqa: E402
@@ -64,17 +64,6 @@ class Nothing(nn.Module):
 
     def forward(self, x: Tensor) -> float:
         return 0.0
-
-
-def in_turns(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; they run one after the other in every round, the first is a trial."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: sorted(found[1:])[len(found[1:]) // 2] for name, found in times.items()}
 
 
 def saved_for_backward(run: Callable[[], Tensor], known: list[Tensor]) -> int:

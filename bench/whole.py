@@ -27,6 +27,7 @@ import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
 import vae                                               # noqa: E402
 import weights                                           # noqa: E402
+from common import block_flops, memory, product_rate     # noqa: E402
 
 PARTS = {"transformer": (dit.FluxTransformer, dit.DiTConfig),
          "vae": (vae.AutoEncoder, vae.VAEConfig),
@@ -77,9 +78,8 @@ def write(part: str, folder: Path) -> None:
             {"metadata": {}, "weight_map": index}))
 
 
-def write_model(folder: Path) -> None:
-    for part in PARTS:
-        write(part, folder / part)
+def copy_rest(folder: Path) -> None:
+    """What the embedded model's folder holds beside weights, with the released number of tokens."""
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         shutil.copytree(ROOT / "tiny/model" / name, folder / name, dirs_exist_ok=True)
     shutil.copy(ROOT / "tiny/model/model_index.json", folder)
@@ -105,18 +105,11 @@ def reading(folder: Path) -> tuple[float, int]:
     return time.time() - began, size
 
 
-def products(dtype: torch.dtype) -> tuple[float, float]:
+def floor(dtype: torch.dtype) -> tuple[float, float]:
     """FLOPs of a step's matrix products, and the rate of one large product, per second."""
-    c = build("transformer")[0].config
-    tokens, blocks = TEXT + 2 * (GRID // 2) ** 2, c.num_layers + c.num_single_layers
-    flops = blocks * (24 * tokens * c.width ** 2 + 4 * tokens ** 2 * c.width)
-    x, W = torch.randn(tokens, c.width, dtype=dtype), torch.randn(4 * c.width, c.width, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        began = time.time()
-        torch.nn.functional.linear(x, W)
-        best = min(best, time.time() - began)
-    return flops, 8 * tokens * c.width ** 2 / best
+    c, tokens = build("transformer")[0].config, TEXT + 2 * (GRID // 2) ** 2
+    blocks = c.num_layers + c.num_single_layers
+    return blocks * block_flops(tokens, c.width), product_rate(tokens, c.width, dtype)
 
 
 def timed(arguments: list[str]) -> None:
@@ -150,10 +143,8 @@ def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], flo
     began, most, room = time.time(), 0, 0.9 * sample.memory(torch.device("cpu"))
     with subprocess.Popen([sys.executable, __file__, *map(str, command)], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as process:
-        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            own = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
-            most = max(most, int(own[0].split()[1]) * 1024 if own else 0)
+            most = max(most, memory("RssAnon", process.pid))
             if most > room or time.time() - began > limit:
                 process.kill()
             time.sleep(0.1)
@@ -171,7 +162,9 @@ def main() -> None:
     folder, picture = args.folder / "random-kontext", ROOT / "tiny/examples/before.png"
     if not folder.exists():
         began = time.time()
-        write_model(folder)
+        for part in PARTS:
+            write(part, folder / part)
+        copy_rest(folder)
         print(f"written in {time.time() - began:.0f} s")
     try:
         forget(folder)
@@ -187,7 +180,7 @@ def main() -> None:
                        for what in ("step", "done"))
         kind = re.search(r"@step \S+ (\S+)", told)[1]
         each = [end - start for start, end in zip(steps, done)]
-        flops, rate = products(getattr(torch, kind.removeprefix("torch.")))
+        flops, rate = floor(getattr(torch, kind.removeprefix("torch.")))
         print(f"computed in {kind}; {whole:.0f} s in all; first step after "
               f"{steps[0] - began:.1f} s; steps of {', '.join(f'{s:.1f}' for s in each)} s\n"
               f"matrix products: {flops / 1e12:.1f} TFLOP, {flops / rate:.1f} s at the "

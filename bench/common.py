@@ -1,0 +1,34 @@
+"""What the benchmarks share: times taken in turns, memory, the rate of one large matrix product."""
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each; they run one after the other in every round, the first is a trial."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    return {name: sorted(found[1:])[len(found[1:]) // 2] for name, found in times.items()}
+
+
+def memory(what: str = "RssAnon", process: object = "self") -> int:
+    """Bytes of a process. RssAnon: its own, now; VmRSS: with mapped files; VmHWM: the most ever."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition(f"{what}:")[2].split()[0]) * 1024 if what in status else 0
+
+
+def block_flops(tokens: int, width: int) -> int:
+    """Of the matrix products in a block of the transformer, attention's two included."""
+    return 24 * tokens * width ** 2 + 4 * tokens ** 2 * width
+
+
+def product_rate(tokens: int, width: int, dtype: torch.dtype, rounds: int = 5) -> float:
+    """FLOP/s of one large product: (tokens, width) with (width, 4 width)."""
+    x, W = torch.randn(tokens, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
+    return 8 * tokens * width ** 2 / in_turns({"it": lambda: x @ W.T}, rounds)["it"]
