@@ -346,7 +346,7 @@ def play(pipe: Pipeline, sample: Sample, batch: int, optimizers: list[torch.opti
 def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> None:
     """Say what memory training will need, by a step played with tensors that hold nothing.
 
-    They have shapes and types alone, so no weight is read. Counted as on a CPU.
+    They have shapes and types alone, so no weight is read. Counted as on a CPU, for one process.
     """
     pipe = open_model(args, None, weightless=True)
     if args.base_dtype == "fp8":
@@ -357,7 +357,8 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
     batches.close()
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         pipe.dit.to_empty(device="cpu")
-        base = live.now
+        base, blocks = live.now, [sum(t.nbytes for t in weights_of(block)) for block in (
+            *pipe.dit.transformer_blocks, *pipe.dit.single_transformer_blocks)]
         pipe.adapter = put_adapter(pipe.dit, config)
         own = live.now - base
         optimizers = make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
@@ -366,6 +367,10 @@ def dry_run(args: argparse.Namespace, config: AdapterConfig, sources: list) -> N
         second, update = play(pipe, sample, 2, optimizers, args, live)
     first += states
     room = args.dry_run * GB or memory(pipe.device)
+    if args.shard:                                       # but for two: at work, and on its way
+        elsewhere = (sum(blocks) - 2 * max(blocks)) * (1 - 1 / int(os.environ["WORLD_SIZE"]))
+        base, first, second, update = (int(size - elsewhere) for size in
+                                       (base, first, second, update))
     encoders = 0 if args.cache else sum(
         t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae) for t in weights_of(part))
     stay = encoders if base + encoders < ROOM * room else 0      # as load_pipeline() decides
@@ -734,7 +739,8 @@ def main() -> None:
     if args.shard and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard: splits the model over processes; start them with torchrun")
     if args.dry_run is not None:
-        dry_run(args, config, sources)
+        if int(os.environ.get("RANK", 0)) == 0:          # one speaks for all
+            dry_run(args, config, sources)
         return
     rank, workers = join(args)
     if args.base_dtype == "fp8":

@@ -1,9 +1,10 @@
 """What `train.py --dry-run` says beside what training then takes, on a model that fits here.
 
 A random transformer (width 1,024, 3 + 6 blocks) on the embedded encoders, 512x512 pictures with one
-reference. Measured: the most memory that the process ever held, less what it held once everything
-was imported. Every tensor has a mapping of its own, as on the C library's heap there are holes: as
-much as half again.
+reference. Measured: the most memory of its own that the process ever held, looked at every
+millisecond, less what it held once everything was imported; and the transformer's file, which stays
+mapped, unless it is converted to fp8. Every tensor has a mapping of its own, as on the C library's
+heap there are holes: as much as half again.
 
 Run: python bench/memory.py
 """
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
 import train                                             # noqa: E402
 import weights                                           # noqa: E402
+from common import memory                                # noqa: E402
 
 ADAPTER = {"lora_rank": 16, "lora_alpha": 16, "rank": 8, "alpha": 8}
 RUNS = ([], ["--batch-size", "2"], ["--checkpoint"], ["--accumulate", "2"],
@@ -54,18 +57,23 @@ def write(folder: Path) -> None:
     (folder / "paper.json").write_text("{}")
 
 
-def held(what: str) -> int:
-    """VmRSS: bytes held now; VmHWM: the most ever."""
-    return int(Path("/proc/self/status").read_text().partition(f"{what}:")[2].split()[0]) * 1024
-
-
 def measured(arguments: list[str]) -> None:
-    """train.py's command in this process, and then what it took."""
-    before, sys.argv = held("VmRSS"), ["train.py", *arguments]
+    """train.py's command in this process, and the most memory of its own that it took."""
+    before, sys.argv = memory(), ["train.py", *arguments]
     train.report = lambda *_: {}
+    most, ended = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.001):
+            most = max(most, memory())
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     weights.run(train.main)
+    ended.set()
+    watcher.join()
     shutil.rmtree(arguments[arguments.index("--out") + 1])
-    print(f"measured {held('VmHWM') - before}")
+    print(f"measured {most - before}")
 
 
 def told(pattern: str, *command: str) -> str:
@@ -80,6 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
+        transformer = weights.files_of(folder / "model/transformer")[0]
         for options in RUNS:
             config = folder / ("paper.json" if "--paper" in options else "small.json")
             arguments = ["--data", str(folder), "--model", str(folder / "model"), "--config",
@@ -87,7 +96,9 @@ def main() -> None:
                          "1", *(option for option in options if option != "--paper")]
             guess = float(told(r"together +([\d.]+)", str(ROOT / "train.py"), *arguments,
                                "--dry-run"))
-            found = int(told(r"measured (\d+)", __file__, "--measured", *arguments)) / 1e9
+            found = int(told(r"measured (\d+)", __file__, "--measured", *arguments))
+            found += 0 if "fp8" in options else transformer.stat().st_size
+            found /= 1e9
             print(f"{' '.join(options) or 'plain':32} estimate {guess:5.2f} GB, measured "
                   f"{found:5.2f} GB, error {guess / found - 1:+.0%}", flush=True)
 

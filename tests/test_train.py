@@ -371,7 +371,18 @@ def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
                     "--adapter", "lora")
     assert other["activations"] < told["activations"]    # though the batch is twice as large
     assert other["transformer, frozen"] < 0.4 * told["transformer, frozen"]
-
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shared = dry_run(monkeypatch, capsys, "--batch-size", "2", "--shard")
+    bare = load_pipeline(MODEL, None, "cpu", "float32").dit
+    blocks = [sum(t.nbytes for t in block.parameters()) for block in (
+        *bare.transformer_blocks, *bare.single_transformer_blocks)]
+    away = told["transformer, frozen"] - shared["transformer, frozen"]
+    assert away == pytest.approx((sum(blocks) - 2 * max(blocks)) * 2 / 3, abs=2)
+    assert told["together"] - shared["together"] == pytest.approx(away, abs=2)
+    assert {name: told[name] for name in ("activations", "optimizer", "gradients")} == {
+        name: shared[name] for name in ("activations", "optimizer", "gradients")}
+    monkeypatch.setenv("RANK", "1")
+    assert dry_run(monkeypatch, capsys, "--shard") == {}         # one process speaks for all
 
 def test_shard_needs_processes_and_dry_run_a_size(monkeypatch):
     for size in ("-1", "nan"):
