@@ -87,6 +87,8 @@ class ChoiceLinear(MoLELinear):
 
     def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         p = self.logits(x).softmax(dim=-1)                                   # (..., N, E)
+        if x.dim() < 3:                                  # (B, in): a sample's only token
+            return p, p.new_zeros(())
         take = math.ceil(p.shape[-2] * self.config.top_k / p.shape[-1])
         best = p.topk(take, dim=-2).indices                                  # (..., take, E)
         return p * torch.zeros_like(p).scatter(-2, best, 1.0), p.new_zeros(())

@@ -153,9 +153,9 @@ def matches(name: str, *targets: str) -> bool:
 class Routing:
     """What the layers of a model are told while it serves some instructions, and what they tell."""
     z: Tensor                                            # (B, D) instruction vectors
-    losses: bool                                         # whether layers should add theirs:
-    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted sums, not
-    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # means, over all calls
+    losses: bool                                         # whether layers should add theirs
+    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted, over all
+    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # calls: sums, no means
     again: bool = False                                  # a second pass, for the backward pass only
     weights: dict[str, Tensor] = field(default_factory=dict)     # layer -> its last w, (..., E)
 
@@ -293,7 +293,7 @@ class Adapter(nn.Module):
                 self.layers[key] = LoRALinear(base, c)
         self.instruction = None
         if c.resampler and (c.mole_targets or c.token_targets):
-            with base.weight.device:
+            with base.weight.device:                     # any layer's
                 self.instruction = InstructionVector(c, text_width, pooled_width)
         if tensors is not None:
             self.fill(tensors)

@@ -123,7 +123,7 @@ def model_paths(model: Path, tokenizers: Path | None = None,
     found = weights.places(model) | {part: path for part, path in others.items() if path}
     if tokenizers:
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
-    missing = {option: 0 for part, option in weights.OPTIONS.items() if part not in found}
+    missing = dict.fromkeys(option for part, option in weights.OPTIONS.items() if part not in found)
     if missing:
         raise ValueError(f"{model}: is no whole model; name {', '.join(missing)} too "
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
@@ -157,7 +157,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
         load_dit(paths["transformer"], home, kind, keep), load_vae(paths["vae"], near, kind),
         load_t5(paths["text_encoder_2"], near, kind, keep),
         load_clip(paths["text_encoder"], near, kind), t5_tokens, clip_tokens, None, where, kind)
-    kinds = {t.dtype for t in weights_of(pipe.dit) + weights_of(pipe.t5)}
+    kinds = {t.dtype for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip) for t in weights_of(part)}
     weights.check_device(kinds, where, model)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter))
@@ -299,10 +299,10 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
                     len(images))
 
 
-def arranged(txt: Tensor, pooled: Tensor, latents: list[Tensor], images: int) -> Given:
-    """Latents (B, C, h, w) as tokens with their positions; the first `images` are native."""
+def arranged(txt: Tensor, pooled: Tensor, latents: list[Tensor], n: int) -> Given:
+    """Latents (B, C, h, w) as tokens with their positions; the first n are native references."""
     ids = [i.to(txt.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
-    tokens, n = [dit.pack(z) for z in latents], images   # each (B, hw/4, P)
+    tokens = [dit.pack(z) for z in latents]              # each (B, hw/4, P)
     ref, cond = (torch.cat(some, 1) if some else None for some in (tokens[:n], tokens[n:]))
     ref_ids, cond_ids = (torch.cat(some) if some else None for some in (ids[:n], ids[n:]))
     return Given(txt, pooled, ref, ref_ids, cond, cond_ids)
@@ -388,7 +388,7 @@ def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guida
              bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Pictures for what condition() encoded, and the routing weights of each adapted layer.
 
-    Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E).
+    Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E), by token (..., E).
     """
     whole = fits(pipe.dit, pipe.device)
     with torch.no_grad(), ExitStack() as stack:
@@ -506,14 +506,20 @@ def save_picture(picture: np.ndarray, path: Path) -> None:
         Image.fromarray(picture).save(aside)
 
 
-def experts_line(chosen: dict[str, Tensor]) -> str:
+def routed(pipe: Pipeline) -> list[mole.MoLELinear]:
+    """The layers that an instruction routes."""
+    layers = pipe.adapter.layers.values() if pipe.adapter else []
+    return [layer for layer in layers if isinstance(layer, mole.MoLELinear) and not layer.by_token]
+
+
+def experts_line(pipe: Pipeline, chosen: dict[str, Tensor]) -> str:
     """The experts an instruction chose, by mean weight over the layers it routes."""
-    routed = [w[0] for w in chosen.values() if w.dim() == 2]                 # each (E,)
-    if not routed:
+    layers = routed(pipe)
+    if not layers:
         return ""
-    mean = torch.stack(routed).mean(0)
+    mean = torch.stack([chosen[layer.name][0] for layer in layers]).mean(0)  # (E,)
     top = mean.argsort(descending=True)[:4].tolist()
-    return (f"; experts (mean weight over {len(routed)} layers) "
+    return (f"; experts (mean weight over {len(layers)} layers) "
             + ", ".join(f"{e}: {mean[e]:.2f}" for e in top))
 
 
@@ -522,8 +528,7 @@ def expert_use(pipe: Pipeline, instructions: list[str]) -> dict[str, Tensor]:
     given = condition(pipe, instructions, [], [])
     with torch.no_grad(), pipe.adapter.serve(given.txt, given.pooled) as routing:
         return {layer.name: layer.weigh(routing.z, routing)[0].mean(0)
-                for layer in pipe.adapter.layers.values()
-                if isinstance(layer, mole.MoLELinear) and not layer.by_token}
+                for layer in routed(pipe)}
 
 
 def drawn(figure: "matplotlib.figure.Figure") -> np.ndarray:
@@ -642,11 +647,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
     out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
     if lora and (args.batch or args.adapter == "none" or lora.suffix != ".safetensors"
-                 or lora.exists() or not lora.absolute().parent.is_dir()):
+                 or lora.exists() or not lora.parent.is_dir()):
         raise ValueError(f"--export-lora {lora}: needs one --instruction, an adapter, and a new "
                          "name that ends in .safetensors in a folder that exists")
     if args.routing and not (find_spec("matplotlib") and is_picture(args.routing)
-                             and args.routing.absolute().parent.is_dir()):
+                             and args.routing.parent.is_dir()):
         raise ValueError(f"--routing {args.routing}: needs matplotlib (pip install matplotlib) and "
                          "a picture's name in a folder that exists")
     make = args.out is not None or not (lora or args.routing)
@@ -683,7 +688,7 @@ def export_lora(pipe: Pipeline, instruction: str, file: Path) -> None:
     weights.save_lora(pairs, file)
     ranks = [len(A) for A, _ in pairs.values()]
     print(f"{file}: a plain LoRA on {len(pairs)} layers, of rank {min(ranks)} to {max(ranks)}"
-          f"{experts_line(routing.weights)}")
+          f"{experts_line(pipe, routing.weights)}")
 
 
 def main() -> None:
@@ -720,7 +725,7 @@ def main() -> None:
                 told += f" (the picture to edit: {images[0].width}x{images[0].height})"
             save_picture(picture, out)
             print(f"{out}: {told}, {args.steps} steps, seed {seed}, "
-                  f"{time.time() - start:.1f} s{experts_line(chosen)}")
+                  f"{time.time() - start:.1f} s{experts_line(pipe, chosen)}")
             start = time.time()
 
 

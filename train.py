@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import signal
 import sys
@@ -54,6 +53,7 @@ from sample import (ROOM, Given, Pipeline, add_model_options, arranged, choose_d
                     memory, model_options, model_paths, open_model, put_adapter, save_picture,
                     seeded_noise, velocity, visiting, weights_of)
 from tiny.world import TinyWorld
+from vae import VAEConfig
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
@@ -420,10 +420,10 @@ def save_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.opt
     state = {"step": step, "number": number, "settings": json.dumps(settings),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers],
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
-    with (weights.replacing(out / CHECKPOINTS[0]) as last,      # it says that all is there
-          weights.replacing(out / "adapter.safetensors") as first):
-        mole.save(adapter, first, step=str(step), settings=state["settings"])
+    with weights.replacing(out / CHECKPOINTS[0]) as last:       # renamed last: all is there then
         torch.save(state, last)
+        with weights.replacing(out / "adapter.safetensors") as first:
+            mole.save(adapter, first, step=str(step), settings=state["settings"])
         if (out / CHECKPOINTS[0]).is_file():
             (out / CHECKPOINTS[0]).replace(out / CHECKPOINTS[1])
 
@@ -434,14 +434,14 @@ def read_checkpoint(out: Path) -> dict | None:
     for file in (out / name for name in CHECKPOINTS):
         if file.is_file():
             try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
+                state = weights.unpickled(file)
+                if not isinstance(state, dict) or not state.keys() >= {
+                        "settings", "adapter", "optimizers", "step", "number"}:
+                    raise ValueError(f"{file}: is no checkpoint")
                 state["settings"] = weights.parse_json(state["settings"], file)
-                if all(name in state for name in ("adapter", "optimizers", "step", "number")):
-                    return state
-                broken.append(f"{file}: is no checkpoint")
-            except (RuntimeError, LookupError, EOFError, OSError, ValueError, TypeError,
-                    pickle.UnpicklingError) as error:
-                broken.append(f"{file}: cannot be read ({error!r})")
+                return state
+            except ValueError as error:
+                broken.append(str(error))
             print(f"{broken[-1]}; looking for the one before", file=sys.stderr)
     if broken:
         raise ValueError(f"{broken[0]}; name another --out")
@@ -580,6 +580,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
     if len(set(places)) > 1:
         raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in {out}; "
                          "it must be a folder that all machines see")
+    if rank == 0:
+        save_record(args, settings)
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0] for i, (source, _)
                in enumerate(sources * -(-8 // len(sources)) if rank == 0 or args.shard else [])][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
@@ -728,8 +730,9 @@ def main() -> None:
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
-    vae = args.vae or args.model / "vae"
-    side = (weights.read_json(vae / "config.json") if vae.is_dir() else {}).get("sample_size", 1024)
+    vae = (args.vae or args.model / "vae") / "config.json"
+    side = (weights.config_from(VAEConfig, weights.read_json(vae), vae) if vae.is_file() else
+            VAEConfig).sample_size
     bad: list[str] | None = [] if args.skip_bad else None
     sources = [data.open_source(text, {"tiny": TinyWorld}, (side, side) if side < 512 else None,
                                 args.data_root, bad, args.cache_draws) for text in args.data]
@@ -767,8 +770,6 @@ def main() -> None:
                  "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
                  "micro_batches": str(args.accumulate * workers)}            # in each step
     args.out.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        save_record(args, settings)
     try:
         train(args, pipe, sources, settings, rank, workers)
     finally:

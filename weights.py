@@ -15,12 +15,13 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from functools import reduce
 from itertools import count
 from pathlib import Path
@@ -55,15 +56,15 @@ def parse_json(text: str | bytes, where: str | Path) -> dict:
     return value
 
 
-def fits(value: object, kind: type) -> bool:
+def of_kind(value: object, kind: type) -> bool:
     """Whether an entry is of its field's type: counts not negative, sizes in a list not zero."""
     if kind == tuple[int, ...]:
         return (isinstance(value, tuple) and len(value) > 0
-                and all(fits(v, int) and v > 0 for v in value))
+                and all(of_kind(v, int) and v > 0 for v in value))
     if kind == tuple[str, ...]:
         return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
     if kind is int:
-        return type(value) is int and value >= 0         # True is no count
+        return type(value) is int and 0 <= value < 2 ** 31       # True is no count
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is kind
@@ -84,7 +85,7 @@ def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool 
         if entry.name in values:
             value = values[entry.name]
             value = tuple(value) if isinstance(value, list) else value
-            if not fits(value, entry.type):
+            if not of_kind(value, entry.type):
                 kind = entry.type.__name__ if isinstance(entry.type, type) else entry.type
                 raise ValueError(f"{where}: {entry.name} should be {kind}, found {value!r}")
             found[entry.name] = value
@@ -247,7 +248,7 @@ def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         rows, odd = divmod(len(t), sum(shares)) if t.dim() else (0, 1)
         new = dict(zip(names, [t] * len(names) if odd else       # check() tells of those
                        t.split([rows * share for share in shares])))
-        if new.keys() & found.keys() - {"shared.weight"}:
+        if new.keys() & found.keys() - {"shared.weight"}:        # T5's may have two names
             raise ValueError(f"{old} has the place of another tensor, {min(new)}")
         found |= new
     return found
@@ -374,17 +375,19 @@ def blocks(shapes: dict[str, torch.Size], prefix: str) -> int:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to. What stood in `file` stays whole until the `with` ends well.
+    """A name to write a file or folder to. What stood in `file` stays whole until all went well.
 
     Raises: OSError when the disk is full.
     """
     aside = file.with_name(f".{file.stem}.new{file.suffix}")
     try:
+        shutil.rmtree(aside, ignore_errors=True)         # a folder that a killed run has left
         yield aside
         os.replace(aside, file)
     except (SafetensorError, RuntimeError) as error:     # the libraries' words for OSError
         raise OSError(f"{file}: cannot be written ({error})") from None
     finally:
+        shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
 
 
@@ -490,7 +493,7 @@ def from_research(values: dict, where: str | Path) -> dict:
              if key in lora}
     ours |= {name: moe[key] for key, name in RESEARCH.items() if key in moe}
     names = ours["mole_targets"]
-    if not isinstance(names, list) or not fits(tuple(names), tuple[str, ...]):
+    if not isinstance(names, list) or not of_kind(tuple(names), tuple[str, ...]):
         raise ValueError(f"{where}: target_modules must be a list of names")
     for kind, block in BLOCKS.items():
         chosen = moe.get(f"token_route_overrides_{kind}") or []
@@ -509,33 +512,38 @@ def to_research(c: dict, where: str | Path) -> dict:
         raise ValueError(f"{where}: routing {c['routing']!r} has no form in the research code")
     theirs = {"lora_config": {"r": c["lora_rank"], "lora_alpha": c["lora_alpha"],
                               "init_lora_weights": "gaussian", "target_modules": c["lora_targets"]}}
-    strange = [target for target in c["token_targets"]
-               if not re.match(rf"({'|'.join(BLOCKS.values())})\.(\d+|\*)\.", target)]
-    if strange or (c["token_targets"] and not c["mole_targets"]):
+    if c["mole_targets"]:
+        theirs["moe_config"] = {"mole_expert": "LoRAMoE", "dropout": 0.0,
+                                "routing_policy": "default", "train_mole_only": True,
+                                **{key: c[name] for key, name in RESEARCH.items()}}
+        for kind, block in BLOCKS.items():
+            found = {number for target in c["token_targets"]
+                     for number in re.findall(rf"^{block}\.(\d+|\*)\.", target)}
+            theirs["moe_config"][f"token_route_overrides_{kind}"] = (
+                "all" if c["routing"] == "token" or "*" in found else sorted(map(int, found)))
+    back = from_research(json.loads(json.dumps(theirs)), where)["token_targets"]
+    if c["routing"] != "token" and sorted(back) != sorted(c["token_targets"]):
         raise ValueError(f"{where}: token_targets {c['token_targets']} have no form in the "
-                         "research code, which names blocks of its target_modules")
-    if not c["mole_targets"]:
-        return theirs
-    theirs["moe_config"] = {"mole_expert": "LoRAMoE", "dropout": 0.0, "routing_policy": "default",
-                            "train_mole_only": True, **{k: c[name] for k, name in RESEARCH.items()}}
-    for kind, block in BLOCKS.items():
-        found = {re.sub(rf"{block}\.([^.]+)\..*", r"\1", target) for target in c["token_targets"]
-                 if target.startswith(block)}
-        theirs["moe_config"][f"token_route_overrides_{kind}"] = (
-            "all" if c["routing"] == "token" or "*" in found else sorted(map(int, found)))
+                         "research code, which names whole blocks of its target_modules")
     return theirs
 
 
+def unpickled(file: Path) -> object:
+    """What torch.save wrote; no code in the file is run. Raises: ValueError."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+            AssertionError, pickle.UnpicklingError) as error:    # torch checks little
+        raise ValueError(f"{file}: cannot be read ({error!r})") from None
+
+
 def read_pickle(file: Path, key: str | None = None) -> dict[str, Tensor]:
-    """Tensors by name, saved by torch.save; no code in the file is run. Raises: ValueError."""
+    """Tensors by name, under a key if there is one. Raises: FileNotFoundError, ValueError."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not found")
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        found = found if key is None else found[key]
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(f"{file}: holds no tensors by name ({error!r})") from None
+    found = unpickled(file)
+    if key and isinstance(found, dict):
+        found = found.get(key)
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"{file}: holds no tensors by name")
     return found
@@ -674,9 +682,11 @@ def write_research(file: Path, folder: Path) -> None:
     """Write an adapter of ours as the research code's files. Raises: ValueError."""
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name another folder")
+    import mole                                          # here: nothing else in this file needs it
     c, tensors = read_adapter(file)
     if "routing" not in c:
         raise ValueError(f"{file}: is no adapter of train.py's")
+    c = asdict(config_from(mole.AdapterConfig, c, file, whole=True))
     lora, experts, resampler = {}, {}, {}
     for name, t in tensors.items():
         module, _, last = name.rpartition(".")
@@ -691,18 +701,14 @@ def write_research(file: Path, folder: Path) -> None:
         else:
             experts[name.replace("router.weight", "gate.weight")] = t
     config = json.dumps(to_research(c, file), indent=2)
-    aside = folder.with_name(f".{folder.name}.new")
-    aside.mkdir(parents=True)
-    try:
+    with replacing(folder) as aside:
+        aside.mkdir(parents=True)
         (aside / "train_config.json").write_text(config + "\n")
         write_tensors(lora, aside / "pytorch_lora_weights.safetensors")
         if experts:
             torch.save(experts, aside / "mole_experts.pt")
         if resampler:
             torch.save({"condition_type_embedder": resampler}, aside / "condition_type_embedder.pt")
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -719,22 +725,27 @@ def describe_part(part: str, path: Path) -> tuple[str, str]:
     import text_encoder
     import vae
     load = {"transformer": dit.load_dit, "vae": vae.load_vae,
-            "text_encoder": text_encoder.load_clip, "text_encoder_2": text_encoder.load_t5}[part]
-    tensors = read_tensors(files_of(path))
-    found = to_folder(part, tensors)
-    scaled = any(name.endswith(".scale_weight") for name in found)
-    layout = ("ComfyUI, fp8 with scales" if scaled else
-              "Hugging Face" if found.keys() <= tensors.keys() else "original or ComfyUI")
+            "text_encoder": text_encoder.load_clip, "text_encoder_2": text_encoder.load_t5,
+            "tokenizer": text_encoder.CLIPTokenizer, "tokenizer_2": text_encoder.T5Tokenizer}
+    told = f"{path}: {part}"
     try:
-        load(path, "meta")                               # all its checks, and no memory
-        wrong = ""
-    except ValueError as error:
-        wrong = str(error)
-    return f"{path}: {part}, {layout}, {tally(found)}", wrong
+        if part not in SIGNS:
+            load[part](path)
+            return told, ""
+        tensors = read_tensors(files_of(path))
+        found = to_folder(part, tensors)
+        scaled = any(name.endswith(".scale_weight") for name in found)
+        layout = ("ComfyUI, fp8 with scales" if scaled else
+                  "Hugging Face" if found.keys() <= tensors.keys() else "original or ComfyUI")
+        told = f"{told}, {layout}, {tally(found)}"
+        load[part](path, "meta")                         # all its checks, and no memory
+    except (ValueError, FileNotFoundError) as error:
+        return told, str(error)
+    return told, ""
 
 
 def describe(path: Path) -> str:
-    """What a file or folder is, whether it is whole, and the command that uses it."""
+    """What a file or folder is, for a model whether it is whole, and the command that uses it."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
     sample = "python sample.py --instruction TEXT"
@@ -745,19 +756,20 @@ def describe(path: Path) -> str:
             else "")
     if kind:
         return (f"{path}: an adapter {kind}, {tally(read_adapter(path)[1])}\n"
-                f"{sample} --adapter {path}")
+f"{sample} --adapter {shlex.quote(str(path))}")
     found = places(path)
     if not found:
         raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(OPTIONS)}), part of one, "
                          "or adapter")
-    told = [describe_part(part, place) for part, place in found.items() if part in SIGNS]
+    told = [describe_part(part, place) for part, place in found.items()]
     lines, wrong = [line for line, _ in told], [why for _, why in told if why]
     folder = path not in found.values()
     wrong += [f"{path}: without {part}" for part in OPTIONS if folder and part not in found]
     if wrong:
         return "\n".join([*lines, *wrong, f"{path}: not whole"])
-    used = [f"--model {path}"] if folder else [
-        f"{OPTIONS[part]} {found.get(part, '...')}" for part in SIGNS] + ["--tokenizers ..."]
+    named = {part: shlex.quote(str(place)) for part, place in found.items()}
+    used = [f"--model {shlex.quote(str(path))}"] if folder else [
+        f"{OPTIONS[part]} {named.get(part, '...')}" for part in SIGNS] + ["--tokenizers ..."]
     return "\n".join([*lines, f"{path}: whole", " ".join([sample, *used])])
 
 
@@ -782,10 +794,11 @@ def run(command: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:                        # torch says so in many ways
-        if not re.search("out of memory|can't allocate|cannot allocate", str(error), re.I):
+    except (RuntimeError, MemoryError) as error:         # torch says so in many ways
+        told = f"MemoryError {error}" if isinstance(error, MemoryError) else str(error)
+        if not re.search("MemoryError|out of memory|can't allocate|cannot allocate", told, re.I):
             raise
-        print(f"error: not enough memory ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(f"error: not enough memory ({told.splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

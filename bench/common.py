@@ -17,10 +17,10 @@ def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[
     return {name: sorted(found[1:])[len(found[1:]) // 2] for name, found in times.items()}
 
 
-def memory(what: str = "RssAnon", process: object = "self") -> int:
-    """Bytes of a process. RssAnon: its own, now; VmRSS: with mapped files; VmHWM: the most ever."""
+def memory(process: object = "self") -> int:
+    """Bytes that are a process's own now, without mapped files; 0 when it has ended."""
     status = Path(f"/proc/{process}/status").read_text()
-    return int(status.partition(f"{what}:")[2].split()[0]) * 1024 if what in status else 0
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024 if "RssAnon" in status else 0
 
 
 def block_flops(tokens: int, width: int) -> int:

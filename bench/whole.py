@@ -144,7 +144,7 @@ def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], flo
     with subprocess.Popen([sys.executable, __file__, *map(str, command)], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None:
-            most = max(most, memory("RssAnon", process.pid))
+            most = max(most, memory(process.pid))
             if most > room or time.time() - began > limit:
                 process.kill()
             time.sleep(0.1)
@@ -160,13 +160,14 @@ def main() -> None:
     parser.add_argument("--diffusers", action="store_true", help="see how far diffusers comes")
     args = parser.parse_args()
     folder, picture = args.folder / "random-kontext", ROOT / "tiny/examples/before.png"
-    if not folder.exists():
-        began = time.time()
-        for part in PARTS:
-            write(part, folder / part)
-        copy_rest(folder)
-        print(f"written in {time.time() - began:.0f} s")
     try:
+        if not folder.exists():
+            began = time.time()
+            with weights.replacing(folder) as aside:
+                for part in PARTS:
+                    write(part, aside / part)
+                copy_rest(aside)
+            print(f"written in {time.time() - began:.0f} s")
         forget(folder)
         seconds, size = reading(folder / "transformer")
         print(f"reading the transformer's {size / 1e9:.1f} GB once: {seconds:.1f} s", flush=True)
@@ -194,7 +195,7 @@ def main() -> None:
                   f"(stopped there, if twice our time), with {most / 1e9:.1f} GB of its own")
     finally:
         if not args.keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
