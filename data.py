@@ -194,7 +194,7 @@ def from_cells(cells: dict, where: str) -> dict:
     """A table's row: empty cells are none, a list of paths is in JSON. Raises: ValueError."""
     if None in cells:
         raise ValueError(f"{where}: has more cells than the first line has names")
-    row = {name: cell for name, cell in cells.items() if cell and cell.strip()}
+    row = {name: text for name, cell in cells.items() if cell and (text := cell.strip())}
     for name in row.keys() & {*NAMES["images"], *NAMES["conds"]}:
         if row[name][0] + row[name][-1] == "[]":
             row[name] = from_json(row[name], f"{where} {name!r}")
@@ -342,8 +342,9 @@ class Folder:
                 paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
                 found = [load_image(path, where).size for path in paths]     # finds broken ones
                 sizes = [self.size or fitted(size) for size in found]
-                sizes[1:2] = sizes[:1] if images else sizes[1:2]
-                task = checked_text(str(row.get("task", "")), where)
+                if images:
+                    sizes[1] = sizes[0]                  # the picture to edit takes the target's
+                task = checked_text(str(row.get("task") or ""), where)
                 self.groups.setdefault((len(images), *sizes), []).append(
                     Row(instruction, paths, sizes, len(images), task, where))
         if worse:
@@ -499,8 +500,8 @@ class Public:
     Raises: FileNotFoundError, ValueError naming file and row.
     """
     columns: tuple[str, ...]                             # that a file must have, the target first
-    conditions: tuple[int, ...] = (1,)                   # how many a sample may have: a batch of
-                                                         # more is so many times smaller
+    conditions: tuple[int, ...] = (1,)                   # how many a sample may have; with n of
+                                                         # them a batch has size // n samples
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
                  bad: list[str] | None = None, draws: int | None = None):
         self.size, self.draws = size, draws
@@ -522,7 +523,7 @@ class Public:
         files = sorted(file for file in path.rglob("*.parquet") if not HELD_OUT.match(file.name)
                        ) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise FileNotFoundError(f"{path}: no parquet files")
+            raise FileNotFoundError(f"{path}: no parquet files (dev, test and val are left out)")
         for file in files:
             with reading(file):
                 about = parquet.read_metadata(file)
@@ -559,7 +560,7 @@ class Public:
     def draw_from(self, number: int, rng: np.random.Generator, wanted: int,
                   conditions: int) -> list[Sample]:
         samples: list[Sample] = []
-        rows = self.rows(number)
+        rows, look = self.rows(number), None             # look: (W, H) of the first one's target
         for i in rng.permutation(len(rows)):
             with self.noting():
                 row, where = rows[i], self.where(number, i)
@@ -784,7 +785,7 @@ class COCOFolder(COCO):
         entries = whole.get(part) if isinstance(whole, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{file}: holds no list {part!r}, as COCO's files do")
-        self.sizes = [len(entries)]                      # of which few may be bad
+        self.sizes = [len(entries)]                      # what noting() counts the bad ones by
         for i, entry in enumerate(entries):
             with self.noting():
                 where = f"{file} {part} {i}"
@@ -809,7 +810,7 @@ def open_coco(path: str | Path, *options: object) -> COCO:
     return (COCOFolder if plain else COCO)(path, *options)
 
 
-HELD_OUT = re.compile(r"(dev|test|val)[^/]*")            # files that are not for training
+HELD_OUT = re.compile(r"dev|test|val")                   # files that are not for training
 PUBLIC = {"omniedit": OmniEdit, "musar": MUSAR, "subjectspatial": SubjectSpatial, "coco": open_coco}
 
 

@@ -144,8 +144,10 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
         results[task] = samples, make(pipe, samples, steps, guidance)
         scores.append(measure(task, results[task][1], samples))
         print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
-    (out / "scores.json").write_text(json.dumps([vars(score) for score in scores], indent=2) + "\n")
-    (out / "table.md").write_text(table(scores) + "\n")
+    for name, text in (("scores.json", json.dumps([vars(score) for score in scores], indent=2)),
+                       ("table.md", table(scores))):
+        with weights.replacing(out / name) as aside:
+            aside.write_text(text + "\n")
     save_picture(contact_sheet(results), out / "sheet.png")
     return scores
 
@@ -173,7 +175,8 @@ def main() -> None:
     if pipe.vae.config.sample_size != world.SIZE:
         raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")
-    scores = bench_tiny(pipe, args.tasks, args.number, args.steps, args.guidance, args.out)
+    tasks = list(dict.fromkeys(args.tasks))              # each once
+    scores = bench_tiny(pipe, tasks, args.number, args.steps, args.guidance, args.out)
     print(f"\n{table(scores)}\n\n{args.out}/sheet.png: given, instruction, result, truth")
 
 

@@ -270,7 +270,7 @@ def encode_text(pipe: Pipeline, instructions: list[str]) -> tuple[Tensor, Tensor
     if pipe.cache is None:
         return compute(instructions)
     keys = [hashlib.sha256(text.encode()).hexdigest() for text in instructions]
-    txt, pooled = pipe.cache.through(keys, lambda rows: compute([instructions[i] for i in rows]))
+    txt, pooled = pipe.cache.through(keys, lambda i: compute([instructions[i]]))
     return txt.to(pipe.device), pooled.to(pipe.device)
 
 
@@ -283,7 +283,7 @@ def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return compute(pictures)
     keys = [hashlib.sha256(str(p.shape).encode() + p.numpy().tobytes()).hexdigest()
             for p in pictures]
-    mean, logvar = pipe.cache.through(keys, lambda rows: compute(pictures[rows]))
+    mean, logvar = pipe.cache.through(keys, lambda i: compute(pictures[i:i + 1]))
     return mean.to(pipe.device), logvar.to(pipe.device)
 
 

@@ -156,23 +156,23 @@ def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], fa
     return totals
 
 
-def average(adapter: mole.Adapter, losses: dict[str, float], accumulate: int) -> dict[str, float]:
+def average(adapter: mole.Adapter, losses: dict[str, float], passes: int) -> dict[str, float]:
     """Gradients and losses: from sums over a process's micro-batches to means over all of them.
 
     What follows the batch without a gradient (Expert Race's thresholds) is averaged too.
     """
-    number = dist.get_world_size() if dist.is_initialized() else 1
+    workers = dist.get_world_size() if dist.is_initialized() else 1
     values = torch.tensor(list(losses.values()), dtype=torch.float64)
     for p in adapter.tensors().values():
         value = p.grad if p.requires_grad else p.data
-        if number > 1 and value is not None:
+        if workers > 1 and value is not None:
             dist.all_reduce(value)
-            value /= number
+            value /= workers
         if p.grad is not None:
-            p.grad /= accumulate
-    if number > 1:
+            p.grad /= passes
+    if workers > 1:
         dist.all_reduce(values)
-    return dict(zip(losses, (values / number).tolist()))
+    return dict(zip(losses, (values / workers).tolist()))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -248,12 +248,8 @@ def fill(pipe: Pipeline, sources: list[tuple[data.Source, float]], rank: int, wo
         while some := list(islice(samples, 4)):          # few: pictures are large on their way
             bar.update(len(some))
             encode_text(pipe, [s.instruction for s in some] + [""])
-            pictures: dict[tuple, list] = {}
             for picture in (p for s in some for p in (s.target, *s.images, *s.conds)):
-                pictures.setdefault(picture.shape, []).append(picture)
-            for alike in pictures.values():
-                for i in range(0, len(alike), 4):
-                    encode_picture(pipe, to_tensor(alike[i:i + 4]))
+                encode_picture(pipe, to_tensor([picture]))
         bar.close()
     pipe.cache.save()
     if workers > 1:
@@ -272,24 +268,23 @@ def open_cache(folder: Path, about: dict, rank: int, workers: int) -> weights.Ca
 
 
 def identity(args: argparse.Namespace, pipe: Pipeline) -> dict[str, str]:
-    """What a cache's values depend on: the encoders' and tokenizers' files, and the type.
+    """What tells a model from others: a digest of each part's files, and the type.
 
     Of a file of gigabytes a thousand pieces are looked at.
     """
     found = {"dtype": str(pipe.dtype)}
     for part, path in model_paths(args.model, **model_options(args)).items():
-        if part != "transformer":
-            digest = hashlib.sha256()
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    size = file.stat().st_size
-                    digest.update(f"{file.name} {size}".encode())
-                    pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
-                    with file.open("rb") as opened:
-                        for i in range(pieces):
-                            opened.seek(size * i // pieces)
-                            digest.update(opened.read(length))
-            found[part] = digest.hexdigest()
+        digest = hashlib.sha256()
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}".encode())
+                pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
+                with file.open("rb") as opened:
+                    for i in range(pieces):
+                        opened.seek(size * i // pieces)
+                        digest.update(opened.read(length))
+        found[part] = digest.hexdigest()
     return found
 
 
@@ -413,9 +408,9 @@ def save_record(args: argparse.Namespace, settings: dict) -> None:
 
 def save_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.optim.Optimizer],
                     step: int, number: int, settings: dict) -> None:
-    """adapter.safetensors for use, checkpoint.pt to go on from, each written aside and renamed.
+    """adapter.safetensors for use, checkpoint.pt to go on from; the checkpoint before is kept.
 
-    The checkpoint before stays beside it.
+    Both are written aside; then the adapter is renamed, the old checkpoint, and last the new one.
     """
     state = {"step": step, "number": number, "settings": json.dumps(settings),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -429,7 +424,7 @@ def save_checkpoint(out: Path, adapter: mole.Adapter, optimizers: list[torch.opt
 
 
 def read_checkpoint(out: Path) -> dict | None:
-    """The last checkpoint in `out` that is whole, or None if there is none. Raises: ValueError."""
+    """The last checkpoint in `out` that can be read, or None if none is. Raises: ValueError."""
     broken = []
     for file in (out / name for name in CHECKPOINTS):
         if file.is_file():
@@ -749,8 +744,10 @@ def main() -> None:
     if args.base_dtype == "fp8":
         weights.check_device([torch.float8_e4m3fn], choose_device(args.device), "--base-dtype fp8")
     pipe = open_model(args, None, encoders_stay=args.cache is not None)
+    model = identity(args, pipe)
     if args.cache:
-        pipe.cache = open_cache(args.cache, identity(args, pipe), rank, workers)
+        encoders = {part: value for part, value in model.items() if part != "transformer"}
+        pipe.cache = open_cache(args.cache, encoders, rank, workers)
         if not (args.resume and any((args.out / name).is_file() for name in CHECKPOINTS)):
             fill(pipe, sources, rank, workers)
     if args.base_dtype == "fp8":
@@ -764,7 +761,8 @@ def main() -> None:
     settings = {name: str(getattr(args, name)) for name in
                 ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
                  "schedule", "shift", "seed", "base_dtype")}
-    settings |= {"model": args.model.resolve().name,     # not where it lies on this machine
+    digest = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
+    settings |= {"model": f"{args.model.resolve().name} {digest}",     # not where it lies
                  "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype),
                  "cache_draws": str(args.cache_draws),
                  "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),

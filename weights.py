@@ -421,19 +421,18 @@ class Cache:
         for file in sorted(self.folder.glob("[!.]*.safetensors")):
             self.found |= read_tensors([file])
 
-    def through(self, keys: list[str], compute: Callable[[list[int]], tuple[Tensor, ...]]
+    def through(self, keys: list[str], compute: Callable[[int], tuple[Tensor, ...]]
                 ) -> tuple[Tensor, ...]:
         """What compute gives: several tensors with one row for each key.
 
-        compute is asked for the rows (by number) that are not known yet, and what it gives is kept.
+        compute gives the row of a number, asked once for each key; its result is kept. In a batch
+        values would depend, in the last bit, on what else is in it.
         """
-        unknown = [i for i, key in enumerate(keys) if f"{key}.0" not in self.found
-                   and f"{key}.0" not in self.new and key not in keys[:i]]
-        if unknown:
-            for i, *rows in zip(unknown, *compute(unknown)):
-                self.new |= {f"{keys[i]}.{j}": row.cpu().clone() for j, row in enumerate(rows)}
-            if sum(t.nbytes for t in self.new.values()) > CACHE_SHARD:
-                self.save()
+        for i, key in enumerate(keys):
+            if f"{key}.0" not in self.new and f"{key}.0" not in self.found:
+                self.new |= {f"{key}.{j}": t[0].cpu().clone() for j, t in enumerate(compute(i))}
+        if sum(t.nbytes for t in self.new.values()) > CACHE_SHARD:
+            self.save()
         known = ChainMap(self.new, self.found)
         parts = next(j for j in count() if f"{keys[0]}.{j}" not in known)
         return tuple(torch.stack([known[f"{key}.{j}"] for key in keys]) for j in range(parts))

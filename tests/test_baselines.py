@@ -120,6 +120,15 @@ def test_expert_choice(x, E, k):
     check(layer, x, w, 0.0)
 
 
+def test_expert_choice_of_a_vector_is_each_samples_own():
+    """Where a sample has one input, (B, in), every expert takes it, whatever the batch."""
+    layer, x = layer_of("choice"), torch.randn(3, 5, dtype=torch.float64)
+    together, _ = layer.weigh(x, None)
+    alone = torch.cat([layer.weigh(row[None], None)[0] for row in x])
+    assert torch.equal(together > 0, torch.ones(3, 4, dtype=torch.bool))
+    assert torch.allclose(together, alone, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_everything_that_is_trained_gets_a_gradient(x, kind):
     layer = layer_of(kind)

@@ -15,6 +15,7 @@ import data
 import train
 import vae
 import weights
+from sample import load_pipeline
 
 MODEL = Path(__file__).resolve().parent.parent / "tiny/model"
 
@@ -53,7 +54,7 @@ def encoders(monkeypatch) -> list[int]:
 
 
 def test_a_cache_changes_nothing_and_is_filled_once(folder, tmp_path, monkeypatch):
-    """Encoded in other batches, so equal to rounding; 6 texts of 2 kinds, one empty, 6 pictures."""
+    """Encoded one by one, so equal to rounding; 6 texts of 2 kinds, one empty, 6 pictures."""
     plain = command(monkeypatch, tmp_path / "plain", folder)
     calls = encoders(monkeypatch)
     filled = command(monkeypatch, tmp_path / "filled", folder, "--cache", tmp_path / "cache")
@@ -62,7 +63,8 @@ def test_a_cache_changes_nothing_and_is_filled_once(folder, tmp_path, monkeypatc
     assert len(calls) == 3 + 6                           # nothing is encoded any more
     for name, t in plain.items():
         far = (filled[name] - t).norm() / t.norm().clamp(min=1e-9)
-        assert far < 1e-4 and torch.equal(filled[name], again[name])
+        # AdamW's first steps are as large where a gradient is small: rounding becomes 1e-4 there
+        assert far < 1e-3 and torch.equal(filled[name], again[name])
     first = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["flow"]
              for name in ("plain", "filled")]
     assert first[0] == pytest.approx(first[1], rel=2e-6)
@@ -90,6 +92,17 @@ def test_an_interrupted_cache_goes_on(folder, tmp_path, monkeypatch):
     calls = encoders(monkeypatch)
     command(monkeypatch, tmp_path / "out", folder, "--cache", tmp_path / "cache")
     assert len(calls) == 9 - len(known) // 2
+
+
+def test_a_value_does_not_depend_on_what_is_encoded_with_it(tmp_path):
+    """Processes that meet the same picture in other company write the same bits."""
+    pipe, found = load_pipeline(MODEL, None, "cpu", "float32"), []
+    pictures = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for i, rows in enumerate(([2], [0, 1, 2, 3], [4, 2])):
+        pipe.cache = weights.Cache(tmp_path / str(i), {})
+        mean, logvar = train.encode_picture(pipe, pictures[rows])
+        found.append(torch.stack([mean, logvar])[:, rows.index(2)])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_changed_pictures_are_encoded_anew(folder, tmp_path, monkeypatch):

@@ -223,3 +223,36 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="race"):
         weights.write_research(tmp_path / "race.st", tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["race.st", "there"]
+
+
+def test_layers_that_would_route_otherwise_are_not_written():
+    """The research code's form names whole blocks: what it cannot say is refused, not changed."""
+    c = dict(mole_targets=("ff.net.2", "attn.to_q"))
+    for tokens in (("transformer_blocks.0.ff.net.2",), ("transformer_blocks.0.ff.net.0.proj",)):
+        with pytest.raises(ValueError, match="token_targets"):
+            weights.to_research(vars(mole.AdapterConfig(token_targets=tokens, **c)), "p")
+    both = ("transformer_blocks.0.ff.net.2", "transformer_blocks.0.attn.to_q")
+    told = weights.to_research(vars(mole.AdapterConfig(token_targets=both, **c)), "p")
+    assert told["moe_config"]["token_route_overrides_double"] == [0]
+
+
+def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".new.new").mkdir()                      # what a killed run has left
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail] write failed: No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(sys, "argv", ["weights.py", str(ROOT / "tiny/adapter.safetensors"),
+                                      "--to-research", str(tmp_path / "new")])
+    with pytest.raises(SystemExit) as stopped:
+        weights.run(weights.main)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(err.splitlines()) == 1 and "written" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_little_memory_is_one_line(capsys):
+    def greedy() -> None:
+        raise MemoryError
+    with pytest.raises(SystemExit) as stopped:
+        weights.run(greedy)
+    assert stopped.value.code == 2 and "not enough memory" in capsys.readouterr().err

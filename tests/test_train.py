@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import resource
 import signal
 import subprocess
@@ -485,7 +486,15 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
     (out / "log.jsonl").rename(tmp_path / "log.jsonl")
     assert "--resume" in refused("--steps", 2)           # results are there yet
     (tmp_path / "log.jsonl").rename(out / "log.jsonl")
+    record = (out / "run.json").read_bytes()
     assert "steps" in refused("--steps", 3, "--batch-size", 2, "--adapter", "lora", "--resume")
+    shutil.copytree(MODEL, tmp_path / "model")           # the same names, other weights
+    changed = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    changed.write_bytes(changed.read_bytes()[:-2] + b"\0\0")
+    assert "model = " in refused("--steps", 2, "--batch-size", 2, "--adapter", "lora", "--resume",
+                                 "--model", tmp_path / "model", "--config",
+                                 ROOT / "tiny/adapter.json")
+    assert (out / "run.json").read_bytes() == record
     assert (out / "adapter.safetensors").read_bytes() == before
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole ones load unchanged and uncopied, others are refused, by name, in one line."""
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -410,8 +411,17 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
                          f"{tmp_path}: not whole"]
     for part in ("tokenizer", "tokenizer_2"):
         (tmp_path / part).mkdir()
-    assert weights.describe(tmp_path).splitlines()[4:] == [
+    assert weights.describe(tmp_path).endswith(": not whole")    # they are empty
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(ROOT / "tiny/model" / part, tmp_path / part, dirs_exist_ok=True)
+    assert weights.describe(tmp_path).splitlines()[6:] == [
         f"{tmp_path}: whole", f"python sample.py --instruction TEXT --model {tmp_path}"]
+    file = tmp_path / "vae" / next(iter((tmp_path / "vae").glob("*.safetensors"))).name
+    file.rename(file.with_suffix(".gone"))               # as a broken download leaves it
+    told = weights.describe(tmp_path).splitlines()
+    assert len(told) == 8 and "vae: expected one .safetensors" in told[6]
+    assert told[7] == f"{tmp_path}: not whole"
+    file.with_suffix(".gone").rename(file)
     tensors = tensors_of("vae")
     expected = (f"{len(tensors)} tensors, "
                 f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")

@@ -158,7 +158,7 @@ def pose_map(scene: Scene) -> np.ndarray:
 
 def boxed(scene: Scene, thing: Thing) -> np.ndarray:
     """The picture of the scene with a black box over the cell of one thing, (H, W, 3)."""
-    picture = draw(scene).copy()
+    picture = draw(scene)
     x, y = 12 + 20 * (thing.cell % 3), 12 + 20 * (thing.cell // 3)
     picture[y - 11:y + 11, x - 11:x + 11] = 0
     return picture
@@ -330,7 +330,9 @@ def edited(rng: np.random.Generator, task: str,
 
 
 def tiny_sample(rng: np.random.Generator, task: str, held_out: bool = False) -> Sample:
-    """A random sample of one task; with `held_out`, of scenes and wordings never trained on.
+    """A random sample of one task; with `held_out`, of scenes never trained on.
+
+    Those are asked for in all wordings, of which training never uses the last two.
 
     Raises: ValueError for an unknown task.
     """
