@@ -10,6 +10,7 @@ Run: python evaluate.py --bench tiny --number 64         # two minutes on two co
 import argparse
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
 
 
+@lru_cache(maxsize=2)
 def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Drawings of neighbouring scenes in [-1, 1], (n, H W 3) float32, and squared norms (n,)."""
     truth = world.draw(scene)
