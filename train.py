@@ -226,7 +226,8 @@ def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
                     kind: str = "adamw") -> list[torch.optim.Optimizer]:
     """AdamW; the routers have their own rate. All states are fp32, as the adapter is.
 
-    kind "muon": Muon at twice the rate for the matrices A and B, AdamW for the rest.
+    kind "muon": Muon at twice the rate for the matrices A and B, AdamW for the rest. A group's
+    "initial_lr" is what its "lr" is counted from.
     """
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
     for name, p in adapter.tensors().items():
@@ -236,7 +237,10 @@ def make_optimizers(adapter: mole.Adapter, lr: float, router_lr: float,
              for name, rate in (("others", lr), ("routers", router_lr)) if groups[name]]
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
                                     fused=True)] if adamw else []
-    return optimizers + ([Muon(groups["matrices"], 2 * lr, 1e-4)] if groups["matrices"] else [])
+    optimizers += [Muon(groups["matrices"], 2 * lr, 1e-4)] if groups["matrices"] else []
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
 
 
 def fill(pipe: Pipeline, sources: list[tuple[data.Source, float]], rank: int, workers: int) -> None:
@@ -559,39 +563,60 @@ def signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
+def update(args: argparse.Namespace, adapter: mole.Adapter,
+           optimizers: list[torch.optim.Optimizer], step: int, loss: float) -> float:
+    """Follow the gradients, clipped to a norm of 1; -> their norm. Raises: ValueError."""
+    norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"step {step}: the loss is no number any more; the last checkpoint, if "
+                         f"any, is in {args.out}. Try a smaller --lr")
+    decay = (0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.schedule == "cosine"
+             else 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * decay
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def start_of(args: argparse.Namespace, adapter: mole.Adapter,
+             optimizers: list[torch.optim.Optimizer], settings: dict,
+             workers: int) -> tuple[int, int]:
+    """Step and micro-batch to begin with, the same in all processes. Raises: ValueError."""
+    own = load_checkpoint(args.out, adapter, optimizers, settings) if args.resume else (0, 0)
+    places = [own] * workers
+    if workers > 1:
+        dist.all_gather_object(places, own)
+    if len(set(places)) > 1:
+        raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in "
+                         f"{args.out}; it must be a folder that all machines see")
+    return own
+
+
 def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dict,
           rank: int, workers: int) -> None:
     """Run the steps that are left. Of the micro-batches, this process takes every workers-th."""
     adapter, out = pipe.adapter.train(), args.out
     optimizers = make_optimizers(adapter, args.lr, args.lr / 2 if args.router_lr is None else
                                  args.router_lr, args.optimizer)
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    start, number = (load_checkpoint(out, adapter, optimizers, settings) if args.resume
-                     else (0, 0))
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    places = [(start, number)] * workers
-    if workers > 1:
-        dist.all_gather_object(places, (start, number))
-    if len(set(places)) > 1:
-        raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in {out}; "
-                         "it must be a folder that all machines see")
+    start, number = start_of(args, adapter, optimizers, settings, workers)
+    plots = rank == 0 and find_spec("matplotlib") is not None
+    log_file = out / "log.jsonl" if rank == 0 else Path(os.devnull)
     if rank == 0:
         save_record(args, settings)
+        done = log_file.read_text().splitlines(True) if log_file.is_file() else []
+        with weights.replacing(log_file) as aside:       # what came after the checkpoint is redone
+            aside.write_text("".join(done[:start]))
+        if not plots:
+            print("note: loss.png, routing.png and experts.png are drawn by matplotlib, which is "
+                  "not installed", file=sys.stderr)
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0] for i, (source, _)
                in enumerate(sources * -(-8 // len(sources)) if rank == 0 or args.shard else [])][:8]
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     seen: dict[str, deque[str]] = {}                     # some instructions of each task
-    plots = rank == 0 and find_spec("matplotlib") is not None
-    if rank == 0 and not plots:
-        print("note: loss.png, routing.png and experts.png are drawn by matplotlib, which is not "
-              "installed", file=sys.stderr)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
                mininterval=2, disable=rank > 0)
-    log_file = out / "log.jsonl" if rank == 0 else Path(os.devnull)
-    if rank == 0:                                        # what came after the checkpoint is redone
-        kept = log_file.read_text().splitlines(True)[:start] if log_file.is_file() else []
-        with weights.replacing(log_file) as aside:
-            aside.write_text("".join(kept))
     with log_file.open("a") as log, signals() as asked:
         for step in bar:
             began = time.time()
@@ -602,17 +627,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                                 args.shift)
             losses = average(adapter, losses | {"asked": len(asked)}, args.accumulate)
             leave = losses.pop("asked") > 0              # processes leave together
-            norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
-            if not math.isfinite(losses["loss"] + norm):
-                raise ValueError(f"step {step}: the loss is no number any more; the last "
-                                 f"checkpoint, if any, is in {out}. Try a smaller --lr")
-            decay = (0.5 * (1 + math.cos(math.pi * step / args.steps))
-                     if args.schedule == "cosine" else 1.0)
-            for group, rate in zip(groups, rates):
-                group["lr"] = rate * decay
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            norm = update(args, adapter, optimizers, step, losses["loss"])
             together = [s for _, samples in micro for s in samples]
             for s in together:
                 seen.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
@@ -701,28 +716,47 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse()
-    args.out = args.out or Path("runs") / args.adapter
+def check(args: argparse.Namespace) -> None:
+    """Raises: ValueError for what cannot be, before anything is read."""
     if args.cache_draws is not None and not args.cache:
         raise ValueError("--cache-draws belongs to --cache FOLDER")
-    if args.cache and args.cache_draws is None:
-        args.cache_draws = 1
-    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift",
-                 *(["cache_draws"] if args.cache else [])):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if args.router_lr is not None and not 0 <= args.router_lr < float("inf"):
-        raise ValueError(f"--router-lr {args.router_lr}: must be a number from 0 up")
+    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "shift", "cache_draws"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be positive")
+    for name in ("router_lr", "dry_run"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be a number from 0 up")
     if not 0 <= args.seed < 2 ** 31:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^31 - 1")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a file, not a folder")
-    if args.dry_run is not None and not 0 <= args.dry_run < float("inf"):
-        raise ValueError(f"--dry-run {args.dry_run}: GB of memory must be a number from 0 up")
     if not args.resume and args.dry_run is None and any(
             (args.out / name).exists() for name in (*CHECKPOINTS, "adapter.safetensors")):
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--shard: splits the model over processes; start them with torchrun")
+
+
+def settings_of(args: argparse.Namespace, config: AdapterConfig, model: dict[str, str],
+                sources: list[tuple[data.Source, float]], workers: int) -> dict[str, str]:
+    """What a run may not change when it is resumed, and what it may but is told of."""
+    digest = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
+    return {name: str(getattr(args, name)) for name in
+            ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer", "schedule",
+             "shift", "seed", "base_dtype", "cache_draws")} | {
+        "model": f"{args.model.resolve().name} {digest}",        # not where it lies
+        "config": json.dumps(asdict(config)), "dtype": model["dtype"],
+        "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
+        "micro_batches": str(args.accumulate * workers)}         # in each step
+
+
+def main() -> None:
+    args = parse()
+    args.out = args.out or Path("runs") / args.adapter
+    check(args)
+    args.cache_draws = args.cache_draws or (1 if args.cache else None)
     beside = args.model.parent / "adapter.json"
     config = adapter_config(args.adapter, args.config or (beside if beside.is_file() else None))
     vae = (args.vae or args.model / "vae") / "config.json"
@@ -734,8 +768,6 @@ def main() -> None:
     endless = [text for text, (source, _) in zip(args.data, sources) if not hasattr(source, "all")]
     if args.cache and endless:
         raise ValueError(f"--cache: {endless[0]} has no end; there is nothing to encode once")
-    if args.shard and "WORLD_SIZE" not in os.environ:
-        raise ValueError("--shard: splits the model over processes; start them with torchrun")
     if args.dry_run is not None:
         if int(os.environ.get("RANK", 0)) == 0:          # one speaks for all
             dry_run(args, config, sources)
@@ -758,18 +790,10 @@ def main() -> None:
     pipe.adapter = put_adapter(pipe.dit, config)
     if args.shard:
         shard(pipe)
-    settings = {name: str(getattr(args, name)) for name in
-                ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer",
-                 "schedule", "shift", "seed", "base_dtype")}
-    digest = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
-    settings |= {"model": f"{args.model.resolve().name} {digest}",     # not where it lies
-                 "config": json.dumps(asdict(config)), "dtype": str(pipe.dtype),
-                 "cache_draws": str(args.cache_draws),
-                 "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
-                 "micro_batches": str(args.accumulate * workers)}            # in each step
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        train(args, pipe, sources, settings, rank, workers)
+        train(args, pipe, sources, settings_of(args, config, model, sources, workers), rank,
+              workers)
     finally:
         if bad:
             print(f"{len(bad)} bad lines of the data were skipped:", *bad, sep="\n  ",

@@ -755,7 +755,7 @@ def describe(path: Path) -> str:
             else "")
     if kind:
         return (f"{path}: an adapter {kind}, {tally(read_adapter(path)[1])}\n"
-f"{sample} --adapter {shlex.quote(str(path))}")
+                f"{sample} --adapter {shlex.quote(str(path))}")
     found = places(path)
     if not found:
         raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(OPTIONS)}), part of one, "
