@@ -62,16 +62,17 @@ def stack(given: Iterable[list[np.ndarray]]) -> list[torch.Tensor]:
     return [to_tensor(list(pictures)) for pictures in zip(*given, strict=True)]
 
 
-def grid(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Pictures in rows, each aligned at the right, on grey -> (H, W, 3) uint8."""
+def grid(rows: list[list[np.ndarray]], texts: list[str]) -> np.ndarray:
+    """Pictures in rows, aligned at the right, on grey, a text below each -> (H, W, 3) uint8."""
     cell = max(side for row in rows for picture in row for side in picture.shape[:2])
-    columns = max(map(len, rows))
-    sheet = np.full((len(rows) * cell, columns * cell, 3), 128, np.uint8)
-    for i, row in enumerate(rows):
+    columns, line = max(map(len, rows)), 14              # pixels of a line of text
+    sheet = Image.new("RGB", (columns * cell, len(rows) * (cell + line)), "grey")
+    pen = ImageDraw.Draw(sheet)
+    for top, row, text in zip(count(0, cell + line), rows, texts):
         for j, picture in enumerate(row, columns - len(row)):
-            height, width = picture.shape[:2]
-            sheet[i * cell:i * cell + height, j * cell:j * cell + width] = picture
-    return sheet
+            sheet.paste(Image.fromarray(picture), (j * cell, top))
+        pen.text((2, top + cell), text[:columns * cell // 5], "white", font_size=10)
+    return np.asarray(sheet)
 
 
 # ------------------------------------------------------------------------------ reading pictures
@@ -84,7 +85,7 @@ def opened(source: str | Path | io.BytesIO, where: str = "") -> Iterator[Image.I
     """
     path = where if isinstance(source, io.BytesIO) else f"{where}: {source}" if where else source
     if path is not where and not os.path.isfile(source):  # Path.is_file minds names too long
-        raise FileNotFoundError(f"{path}: no such picture")
+        raise FileNotFoundError(f"{path}: no such picture file")
     try:
         with Image.open(source) as image:
             if max(image.size) >= 2 ** 16:               # no camera's: a broken or a hostile head
@@ -104,7 +105,9 @@ def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
     with opened(source, where) as image:
         image = ImageOps.exif_transpose(image)
         image.load()
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: 0..65535 -> 0..255
+    if image.mode == "F":                                # nobody knows where its white is
+        raise ValueError(f"{where or source}: holds floats; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):                       # 16-bit grey: 0..65535 -> 0..255
         grey = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -331,8 +334,9 @@ class Folder:
         files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
         file = next(filter(Path.is_file, files), None)
         if file is None and not pictures_in(path):
-            raise FileNotFoundError(f"{path}: not found; a data folder needs metadata.jsonl, "
-                                    "metadata.csv, or pictures with .txt files")
+            raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
+                                    "a data folder needs metadata.jsonl, metadata.csv, or pictures "
+                                    "with .txt files")
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
         for where, row in read_rows(file, worse) if file else read_pairs(folder, worse):
             with noting(worse):
@@ -523,7 +527,8 @@ class Public:
         files = sorted(file for file in path.rglob("*.parquet") if not HELD_OUT.match(file.name)
                        ) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise FileNotFoundError(f"{path}: no parquet files (dev, test and val are left out)")
+            why = "no parquet files (dev, test and val are left out)"
+            raise FileNotFoundError(f"{path}: {why if path.exists() else 'not found'}")
         for file in files:
             with reading(file):
                 about = parquet.read_metadata(file)
@@ -834,6 +839,8 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
     kind, equals, path = name.partition("=")
     if equals and kind in PUBLIC:
         return PUBLIC[kind](path, size, bad, draws), value
+    if equals and not Path(name).exists():
+        raise ValueError(f"--data {text}: no public set {kind!r}; there are {', '.join(PUBLIC)}")
     return Folder(name, size, root, bad), value
 
 

@@ -155,7 +155,8 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a model and an adapter.")
+    parser = argparse.ArgumentParser(description="Score a model and an adapter.",
+                                     usage="python evaluate.py --bench tiny [options]")
     parser.add_argument("--bench", required=True, choices=["tiny"])
     add_model_options(parser)
     parser.add_argument("--adapter", help="adapter file or folder, or none; "

@@ -124,6 +124,9 @@ def model_paths(model: Path, tokenizers: Path | None = None,
     if tokenizers:
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
     missing = dict.fromkeys(option for part, option in weights.OPTIONS.items() if part not in found)
+    if "--model" in missing:
+        raise ValueError(f"--model {model}: holds no FLUX Kontext transformer; "
+                         f"python weights.py {model} says what it is")
     if missing:
         raise ValueError(f"{model}: is no whole model; name {', '.join(missing)} too "
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
@@ -473,7 +476,7 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
     Everything is checked before anything is made; what is in the folder already is left out.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"--batch {file}: not found")
+        raise FileNotFoundError(f"--batch {file}: no such file")
     jobs, names = [], set()
     known = {*NAMES["instruction"], *NAMES["images"], *NAMES["conds"], "task", "seed", "out"}
     for where, row in read_rows(file):
@@ -606,7 +609,8 @@ def open_model(args: argparse.Namespace, adapter: Path | None, **how: bool) -> P
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Edit or make a picture by instruction.")
+    parser = argparse.ArgumentParser(description="Edit or make a picture by instruction.",
+                                     usage="python sample.py --instruction TEXT [options]")
     parser.add_argument("--instruction", help="what to do, in words")
     parser.add_argument("--image", type=Path, action="append", default=[],
                         help="picture to edit; may be repeated")
@@ -618,10 +622,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path,
                         help="picture (out.png), or with --batch a folder (out)")
     parser.add_argument("--batch", type=Path,
-                        help="a .jsonl file: one instruction, with images and conds, per line")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--guidance", type=float, default=2.5)
+                        help="a .jsonl file: one instruction, with images and conds, per line; a "
+                        "picture whose name is in --out already is not made again")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise: the same makes the same")
+    parser.add_argument("--steps", type=int, default=28, help="from noise to picture; 28")
+    parser.add_argument("--guidance", type=float, default=2.5, help="2.5; more follows the words "
+                        "more closely")
     parser.add_argument("--size", help="WIDTHxHEIGHT; else that of --image, at the model's scale")
     parser.add_argument("--keep-size", action="store_true",
                         help="give the result the size of the first --image")
@@ -635,6 +641,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_folder(option: str, file: Path) -> None:
+    """Raises: ValueError when no file can be made there."""
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
+
+
+def check_picture(option: str, file: Path, args: argparse.Namespace) -> None:
+    """Raises: ValueError when no picture can be made there without loss of one that is given."""
+    if not is_picture(file) or file.is_dir():
+        raise ValueError(f"{option} {file}: name a picture file, for example out.png")
+    check_folder(option, file)
+    if file.exists() and any(map(file.samefile, (*args.image, *args.cond))):
+        raise ValueError(f"{option} {file}: is a picture that is given; name another file")
+
+
 def plan(args: argparse.Namespace) -> list[Job]:
     """What is to be made; all that the user gave is checked before any weight is read."""
     if (args.instruction is None) == (args.batch is None):
@@ -646,14 +667,18 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
     out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
-    if lora and (args.batch or args.adapter == "none" or lora.suffix != ".safetensors"
-                 or lora.exists() or not lora.parent.is_dir()):
-        raise ValueError(f"--export-lora {lora}: needs one --instruction, an adapter, and a new "
-                         "name that ends in .safetensors in a folder that exists")
-    if args.routing and not (find_spec("matplotlib") and is_picture(args.routing)
-                             and args.routing.parent.is_dir()):
-        raise ValueError(f"--routing {args.routing}: needs matplotlib (pip install matplotlib) and "
-                         "a picture's name in a folder that exists")
+    if lora:
+        for wrong, why in ((args.batch, "needs one --instruction"),
+                           (args.adapter == "none", "needs an adapter"),
+                           (lora.suffix != ".safetensors", "its name must end in .safetensors"),
+                           (lora.exists(), "exists already; name another file")):
+            if wrong:
+                raise ValueError(f"--export-lora {lora}: {why}")
+        check_folder("--export-lora", lora)
+    if args.routing:
+        check_picture("--routing", args.routing, args)
+        if not find_spec("matplotlib"):
+            raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
     make = args.out is not None or not (lora or args.routing)
     if args.num > 1 and not make:
         raise ValueError(f"--num {args.num}: without --out no picture is made")
@@ -662,8 +687,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
             raise ValueError("--batch: pictures and seeds stand in the file; "
                              "leave out --image, --cond and --num")
         jobs = read_batch(args.batch, out, args.seed)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out}: with --batch this must be a folder")
+        if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
+            raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
         return jobs if make else [replace(job, outs=[]) for job in jobs]
     if args.keep_size and not args.image:
         raise ValueError("--keep-size: there is no --image whose size could be kept")
@@ -672,10 +697,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
     checked_text(args.instruction, "--instruction")
     for path in (*args.image, *args.cond):
         load_image(path)
-    if not is_picture(out) or out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out {out}: name a picture file, for example out.png, "
-                         "in a folder that exists")
     outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
+    for path in outs if make else ():
+        check_picture("--out", path, args)
+        if path == args.routing:
+            raise ValueError(f"--routing {path}: --out makes that file too; name another")
     return [Job(args.instruction, args.image, args.cond, "",
                 list(enumerate(outs, args.seed)) if make else [])]
 
@@ -695,8 +721,11 @@ def main() -> None:
     args, start = parse(), time.time()
     size = parse_size(args.size) if args.size else None
     jobs = plan(args)
-    if args.batch and not args.routing and not any(job.outs for job in jobs):
-        print(f"{args.batch}: nothing to make; all of it is in {args.out or 'out'} already")
+    made = [job for job in jobs if not job.outs and args.batch and (args.out or not args.routing)]
+    if made:
+        print(f"{args.batch}: {len(made)} of {len(jobs)} pictures are in {args.out or 'out'} by "
+              "their names already, and are not made again")
+    if len(made) == len(jobs) and not args.routing:
         return
     adapter = choose_adapter(args.adapter, args.model)
     pipe = open_model(args, adapter)

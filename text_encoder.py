@@ -95,7 +95,7 @@ def read_tokenizer(file: Path,
                    build: Callable[[str], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
     """Build a tokenizer from a file's text. Raises: FileNotFoundError, ValueError."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found")
+        raise FileNotFoundError(f"{file}: no such file")
     try:
         return build(file.read_text(encoding="utf-8"))
     except Exception as error:                           # the library raises no narrower type

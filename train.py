@@ -438,10 +438,11 @@ def read_checkpoint(out: Path) -> dict | None:
                         "settings", "adapter", "optimizers", "step", "number"}:
                     raise ValueError(f"{file}: is no checkpoint")
                 state["settings"] = weights.parse_json(state["settings"], file)
+                for line in broken:
+                    print(f"{line}; going on from the one before it", file=sys.stderr)
                 return state
             except ValueError as error:
                 broken.append(str(error))
-            print(f"{broken[-1]}; looking for the one before", file=sys.stderr)
     if broken:
         raise ValueError(f"{broken[0]}; name another --out")
     return None
@@ -476,7 +477,7 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
         given = condition(pipe, [sample.instruction], stack([sample.images]), stack([sample.conds]))
         result, _ = generate(pipe, given, noise, steps=12)
         rows.append([*sample.images, *sample.conds, result[0], sample.target])
-    return data.grid(rows)
+    return data.grid(rows, [sample.instruction for sample in samples])
 
 
 def expert_similarity(pipe: Pipeline, sample: Sample) -> Tensor | None:
@@ -506,7 +507,8 @@ def draw_losses(log: Path) -> np.ndarray:
         values = [row[name] for row in rows]
         panel.plot(steps, values, alpha=0.3)
         panel.plot(steps[smooth - 1:], np.convolve(values, np.ones(smooth) / smooth, "valid"))
-        panel.set(title=name, xlabel="step")
+        panel.set(title="norm of the gradients" if name == "norm" else f"{name} loss",
+                  xlabel="step")
     return drawn(figure)
 
 
@@ -613,6 +615,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: list, settings: dic
                   "not installed", file=sys.stderr)
     preview = [source.draw(np.random.default_rng([args.seed, 2 ** 32 + i]), 1)[0] for i, (source, _)
                in enumerate(sources * -(-8 // len(sources)) if rank == 0 or args.shard else [])][:8]
+    preview = list({s.target.tobytes(): s for s in preview}.values())        # each picture once
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     seen: dict[str, deque[str]] = {}                     # some instructions of each task
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.adapter,
@@ -671,10 +674,12 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train an adapter on a frozen model.")
+    parser = argparse.ArgumentParser(description="Train an adapter on a frozen model.",
+                                     usage="python train.py --data SOURCE[:weight] ... [options]")
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
                         help="tiny, a folder (metadata.jsonl or .csv, or pictures with .txt), a "
-                        ".jsonl or .csv file, or SET=PATH of a public set; one drawn per batch")
+                        ".jsonl or .csv file, or a public set: "
+                        f"{'=PATH, '.join(data.PUBLIC)}=PATH; one drawn per batch")
     parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="that no path in the data "
                         "may leave; by default the folder of the file that names it")
     parser.add_argument("--skip-bad", action="store_true",
@@ -685,13 +690,16 @@ def parse() -> argparse.Namespace:
                         "to draw a row of a public set (wording, conditions, boxes); else one")
     add_model_options(parser)
     parser.add_argument("--adapter", default="instructmole",
-                        choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]])
-    parser.add_argument("--config", type=Path, help="JSON of adapter sizes; "
+                        choices=["instructmole", "pooled", "lora", *list(baselines.KINDS)[1:]],
+                        help="pooled: routed by CLIP's vector alone; lora: no experts; the others: "
+                        "baselines.py")
+    parser.add_argument("--config", type=Path, help="JSON with fields of mole.AdapterConfig; "
                         "by default adapter.json beside the model, if any")
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=100_000, help="100,000; the auxiliary losses "
+                        "fade over the run, so it cannot be made longer later")
+    parser.add_argument("--batch-size", type=int, default=4, help="4, or as many as there are")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate; 1e-4")
     parser.add_argument("--router-lr", type=float, help="by default half of --lr")
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"],
                         help="muon: for the matrices A and B, at twice the rate; the rest by adamw")
@@ -709,7 +717,8 @@ def parse() -> argparse.Namespace:
                         "what memory this will need, and the largest batch for so many GB (else "
                         "for this device)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS",
+                        help="between checkpoints, and pictures of how it goes; 500")
     parser.add_argument("--out", type=Path, help="by default runs/ADAPTER")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in --out, if there is one")

@@ -41,7 +41,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def read_json(path: Path) -> dict:
     """A JSON object. Raises: FileNotFoundError; ValueError when it is no JSON object."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
+        raise FileNotFoundError(f"{path}: no such file")
     return parse_json(path.read_bytes(), path)
 
 
@@ -86,7 +86,8 @@ def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool 
             value = values[entry.name]
             value = tuple(value) if isinstance(value, list) else value
             if not of_kind(value, entry.type):
-                kind = entry.type.__name__ if isinstance(entry.type, type) else entry.type
+                kind = ("a whole number from 0 up" if entry.type is int else
+                        entry.type.__name__ if isinstance(entry.type, type) else entry.type)
                 raise ValueError(f"{where}: {entry.name} should be {kind}, found {value!r}")
             found[entry.name] = value
         elif entry.default is MISSING:
@@ -117,7 +118,7 @@ def files_of(path: Path) -> list[Path]:
 def opened(file: Path) -> Iterator[safe_open]:
     """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found")
+        raise FileNotFoundError(f"{file}: no such file")
     with file.open("rb") as start:
         if start.read(4) == b"GGUF":
             raise ValueError(f"{file}: GGUF is not read; take the .safetensors of this model")
@@ -384,8 +385,11 @@ def replacing(file: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)         # a folder that a killed run has left
         yield aside
         os.replace(aside, file)
-    except (SafetensorError, RuntimeError) as error:     # the libraries' words for OSError
-        raise OSError(f"{file}: cannot be written ({error})") from None
+    except (SafetensorError, RuntimeError, OSError) as error:    # the libraries' words, or its own
+        if isinstance(error, OSError) and error.errno is None:
+            raise                                        # said already, of a file within
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{file}: cannot be written ({why})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
@@ -533,13 +537,14 @@ def unpickled(file: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
             AssertionError, pickle.UnpicklingError) as error:    # torch checks little
-        raise ValueError(f"{file}: cannot be read ({error!r})") from None
+        why = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file}: cannot be read ({why})") from None
 
 
 def read_pickle(file: Path, key: str | None = None) -> dict[str, Tensor]:
     """Tensors by name, under a key if there is one. Raises: FileNotFoundError, ValueError."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found")
+        raise FileNotFoundError(f"{file}: no such file")
     found = unpickled(file)
     if key and isinstance(found, dict):
         found = found.get(key)
@@ -746,7 +751,7 @@ def describe_part(part: str, path: Path) -> tuple[str, str]:
 def describe(path: Path) -> str:
     """What a file or folder is, for a model whether it is whole, and the command that uses it."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     sample = "python sample.py --instruction TEXT"
     kind = ("of the research code" if (path / "train_config.json").is_file() else
             "of train.py's" if (path / "adapter.safetensors").is_file() or (
@@ -758,8 +763,8 @@ def describe(path: Path) -> str:
                 f"{sample} --adapter {shlex.quote(str(path))}")
     found = places(path)
     if not found:
-        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(OPTIONS)}), part of one, "
-                         "or adapter")
+        raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(OPTIONS)}), weights of one "
+                         "of its parts, or adapter")
     told = [describe_part(part, place) for part, place in found.items()]
     lines, wrong = [line for line, _ in told], [why for _, why in told if why]
     folder = path not in found.values()
@@ -773,7 +778,8 @@ def describe(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say what a checkpoint is.")
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is.",
+                                     usage="python weights.py PATH [options]")
     parser.add_argument("path", type=Path, help="a FLUX Kontext folder or a .safetensors file")
     parser.add_argument("--to-research", type=Path, metavar="FOLDER",
                         help="write an adapter in the form of the paper's code")

@@ -215,6 +215,25 @@ def test_unreadable_pictures_are_named(tmp_path):
         data.load_image(tmp_path / "gone.png")
 
 
+def test_pictures_of_floats_are_refused(tmp_path):
+    """Their white may be 1, 255, 65535 or a distance."""
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="float.tiff: holds floats"):
+        data.load_image(tmp_path / "float.tiff")
+
+
+def test_a_grid_aligns_rows_and_writes_below_them():
+    red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    sheet = data.grid([[red, blue], [blue]], ["make it blue", "a" * 99])
+    height = len(sheet) // 2
+    assert sheet.shape == (2 * height, 128, 3) and height > 64
+    assert (sheet[:64, :64] == red).all() and (sheet[:64, 64:] == blue).all()
+    assert (sheet[height:height + 64, :64] == 128).all()                     # nothing was given
+    assert (sheet[height:height + 64, 64:] == blue).all()
+    for top in (64, height + 64):                        # a text in each strip
+        assert len(np.unique(sheet[top:top + height - 64])) > 1
+
+
 def test_fitted_keeps_aspect_and_never_enlarges():
     assert data.fitted((1000, 500)) == (512, 256) and data.fitted((100, 60)) == (96, 64)
 
@@ -255,7 +274,7 @@ def test_a_folder_of_pictures(tmp_path):
     ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
     ({"target": "0.png", "instruction": "\ud800" + "a" * 9999}, "line 2.*not valid Unicode"),
     ({"target": "0.png", "instruction": "a", "task": "\ud800"}, "line 2.*not valid Unicode"),
-    ({"target": "a" * 300, "instruction": "a"}, "line 2.*no such picture"),
+    ({"target": "a" * 300, "instruction": "a"}, "line 2.*no such picture file"),
     ({"target": "a/" * 3000, "instruction": "a"}, "line 2.*cannot be a path"),
     ({"target": "a\nb.png", "instruction": "a"}, "line 2.*cannot be a path"),
     ({"target": "0.png", "instruction": "a", "images": [3]}, "line 2.*images"),
@@ -327,7 +346,7 @@ def test_a_table_says_what_lines_of_json_say(tmp_path):
 
 @pytest.mark.parametrize("row, words", [
     ("0.png,a,more,even more", "line 3.*more cells"), (",a", "line 3.*target"),
-    ("0.png", "line 3.*instruction"), ('0.png,a,"[""1.png"""', "line 3.*no such picture"),
+    ("0.png", "line 3.*instruction"), ('0.png,a,"[""1.png"""', "line 3.*no such picture file"),
     ("0.png,a,[1.png]", "line 3 'images'.*JSON"), ("0.png,a,[3]", "line 3.*list of paths"),
     ("0.png,a,../1.png", "line 3.*leads out")])
 def test_bad_rows_of_a_table_are_named(tmp_path, row, words):
@@ -395,8 +414,10 @@ def test_a_folder_without_metadata(tmp_path):
 
 
 def test_missing_or_empty_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="metadata.jsonl"):
+    with pytest.raises(FileNotFoundError, match="holds no data.*metadata.jsonl"):
         data.Folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="gone: not found.*metadata.jsonl"):
+        data.Folder(tmp_path / "gone")
     with pytest.raises(ValueError, match="no rows"):
         folder(tmp_path, [])
 
@@ -407,6 +428,8 @@ def test_sources_and_weights(tmp_path):
     assert data.open_source("tiny:2.5", named)[1] == 2.5 and isinstance(
         data.open_source("tiny", named)[0], world.TinyWorld)
     assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
+    with pytest.raises(ValueError, match="no public set 'cooc'; there are omniedit, "):
+        data.open_source(f"cooc={tmp_path}")
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
         with pytest.raises(ValueError, match="weight"):
             data.open_source(text)

@@ -278,10 +278,10 @@ def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
     (out / "star.png").unlink()
     first = (out / "0001.png").stat().st_mtime_ns
     code, printed, _ = command(monkeypatch, capsys, *arguments)
-    assert (code == 0 and len(printed.splitlines()) == 1
+    assert (code == 0 and "2 of 3 pictures" in printed and len(printed.splitlines()) == 2
             and (out / "0001.png").stat().st_mtime_ns == first)
     code, printed, _ = command(monkeypatch, capsys, *arguments)
-    assert code == 0 and "nothing to make" in printed
+    assert code == 0 and "3 of 3 pictures" in printed and len(printed.splitlines()) == 1
 
 
 def test_the_use_of_experts_is_what_sampling_reports(adapted):
@@ -361,6 +361,12 @@ def wrong_model(path: Path, part: str, change) -> Path:
     (["--instruction", "a", "--seed", "-1"], "--seed"),
     (["--instruction", "a", "--num", "0"], "--num"),
     (["--instruction", "a", "--model", "gone"], "gone"),
+    (["--instruction", "a", "--model", str(MODEL.parent / "adapter.safetensors")],
+     "no FLUX Kontext transformer"),
+    (["--instruction", "a", "--export-lora", "a.bin"], ".safetensors"),
+    (["--instruction", "a", "--export-lora", str(MODEL.parent / "adapter.safetensors")], "exists"),
+    (["--instruction", "a", "--export-lora", "a.safetensors", "--adapter", "none"], "an adapter"),
+    (["--batch", "a.jsonl", "--export-lora", "a.safetensors"], "one --instruction"),
     (["--instruction", "a", "--adapter", "gone"], "gone"),
     (["--instruction", "a", "--adapter", str(PICTURE)], "before.png"),
     (["--instruction", "a", "--device", "cuda:99"], "--device"),
@@ -381,6 +387,36 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
 def test_bad_outputs_are_found_before_the_work(tmp_path, monkeypatch, capsys, out, words):
     code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", tmp_path / out)
     assert code == 2 and words in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--out", "--routing"])
+@pytest.mark.parametrize("given", ["--image", "--cond"])
+def test_pictures_that_are_given_are_not_written_over(tmp_path, monkeypatch, capsys, option, given):
+    mine, way = tmp_path / "mine.png", tmp_path / "way.png"
+    mine.write_bytes(PICTURE.read_bytes())
+    way.symlink_to(mine)                                 # the same file by another name
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a", given, mine, option, way)
+    assert code == 2 and "is a picture that is given" in err and len(err.splitlines()) == 1
+    assert mine.read_bytes() == PICTURE.read_bytes()
+
+
+def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.png"
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", out, "--routing", out)
+    assert code == 2 and "makes that file too" in err and not out.exists()
+
+
+def test_folders_that_may_not_be_written_to_are_found_before_the_work(tmp_path, monkeypatch,
+                                                                      capsys):
+    monkeypatch.setattr(sample.os, "access", lambda path, mode: Path(path) != tmp_path)
+    for arguments in (("--out", tmp_path / "a.png"), ("--routing", tmp_path / "a.png"),
+                      ("--export-lora", tmp_path / "a.safetensors")):
+        code, _, err = command(monkeypatch, capsys, "--instruction", "a", *arguments)
+        assert code == 2 and "may not be written to" in err and arguments[0] in err
+    (tmp_path / "jobs.jsonl").write_text('{"instruction": "a star"}')
+    code, _, err = command(monkeypatch, capsys, "--batch", tmp_path / "jobs.jsonl", "--out",
+                           tmp_path)
+    assert code == 2 and "a folder to write to" in err
 
 
 @pytest.mark.parametrize("part, change, words", [

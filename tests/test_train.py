@@ -195,7 +195,7 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
     command("--steps", 4, "--save-every", 4, "--out", tmp_path / "broken", "--resume")
     assert len({(tmp_path / name / "adapter.safetensors").read_bytes()
                 for name in ("whole", "broken")}) == 1
-    assert "looking for the one before" in capsys.readouterr().err
+    assert "going on from the one before it" in capsys.readouterr().err
 
 
 def test_killed_at_any_moment_nothing_is_lost():

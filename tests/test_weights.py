@@ -231,17 +231,17 @@ def test_tensors_that_are_no_floating_point_numbers_are_named(tmp_path: Path,
 
 def test_what_is_absent_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "vae", "vae")
-    with pytest.raises(FileNotFoundError, match="nowhere.*not found"):
+    with pytest.raises(FileNotFoundError, match="nowhere.*no such file"):
         load(tmp_path / "nowhere", "vae")
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json: not found"):
+    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
         load(folder, "vae")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="found 0 files"):
         load(folder, "vae")
     for read in (lambda file: weights.read_tensors([file]), weights.read_metadata,
                  weights.read_json, weights.describe):
-        with pytest.raises(FileNotFoundError, match="gone: not found"):
+        with pytest.raises(FileNotFoundError, match="gone: no such file"):
             read(tmp_path / "gone")
 
 
@@ -317,7 +317,7 @@ def test_index_without_a_map_is_refused(tmp_path: Path, weight_map: object) -> N
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     shard(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors: not found"):
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors: no such file"):
         load(tmp_path, "vae")
 
 
@@ -462,6 +462,18 @@ def test_run_says_why_it_ends(capsys: pytest.CaptureFixture, error: BaseExceptio
         weights.run(fail)
     err = capsys.readouterr().err
     assert stop.value.code == code and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """By the name that was asked for, not by the one that it is written to first."""
+    file = tmp_path / "gone" / "a.txt"
+    with pytest.raises(OSError, match="a.txt: cannot be written .No such file or directory"):
+        with weights.replacing(file) as aside:
+            aside.write_text("a")
+    with pytest.raises(OSError, match="^[^:]*b.txt: cannot be written .No space left on device.$"):
+        with weights.replacing(tmp_path / "a.txt"), weights.replacing(tmp_path / "b.txt"):
+            raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_leaves_our_own_mistakes_alone() -> None:
