@@ -497,5 +497,5 @@ def test_what_a_file_lacks_is_named(tmp_path):
     with pytest.raises(ValueError, match="name --clip too"):
         model_paths(file, vae=file, text_encoder_2=file, tokenizers=tmp_path)
     save_file(original("vae"), file)
-    with pytest.raises(ValueError, match="name --model, --clip"):
+    with pytest.raises(ValueError, match="holds no FLUX Kontext transformer"):
         model_paths(file)
