@@ -309,6 +309,29 @@ def test_two_processes_have_one_s_gradients():
     assert done.returncode == 0 and done.stdout.count("split True") == 4, done.stdout + done.stderr
 
 
+def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch):
+    common = ["--data", "tiny", "--batch-size", "1", "--steps", "4", "--adapter", "lora",
+              "--save-every", "1", "--out", str(tmp_path / "run")]
+    script = tmp_path / "train.py"
+    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train, weights\n"
+                      "train.report = lambda *_: {}\nupdate = train.update\n"
+                      "def dies(*args):\n"
+                      "    if args[3] == 2 and os.environ['RANK'] == '1':\n"
+                      "        os.kill(os.getpid(), 9)\n"
+                      "    return update(*args)\n"
+                      "train.update = dies\nweights.run(train.main)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           str(script), *common], cwd=ROOT, timeout=120, capture_output=True)
+    assert done.returncode != 0
+    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--resume"])
+    train.main()
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and state["number"] == 8
+
+
 def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     """Each takes its own samples; their gradients' mean is that of one process's accumulation.
 
