@@ -2,6 +2,7 @@
 import sys
 
 import pytest
+import torch
 
 import sample
 from tiny import pretrain
@@ -9,7 +10,16 @@ from tiny import pretrain
 STAGES = ["--vae-steps", "2", "--samples", "300", "--no-compile"]
 
 
-def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch):
+@pytest.fixture
+def all_threads():
+    """Its batches are large, unlike other tests'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch, all_threads):
     def run(*arguments: str) -> None:
         paths = ["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *STAGES, *paths, *arguments])
