@@ -625,9 +625,9 @@ def parse() -> argparse.Namespace:
                         help="a .jsonl file: one instruction, with images and conds, per line; a "
                         "picture whose name is in --out already is not made again")
     parser.add_argument("--seed", type=int, default=0, help="of the noise: the same makes the same")
-    parser.add_argument("--steps", type=int, default=28, help="from noise to picture; 28")
-    parser.add_argument("--guidance", type=float, default=2.5, help="2.5; more follows the words "
-                        "more closely")
+    parser.add_argument("--steps", type=int, default=28, help="from noise to picture; %(default)s")
+    parser.add_argument("--guidance", type=float, default=2.5, help="%(default)s; more follows "
+                        "the words more closely")
     parser.add_argument("--size", help="WIDTHxHEIGHT; else that of --image, at the model's scale")
     parser.add_argument("--keep-size", action="store_true",
                         help="give the result the size of the first --image")
@@ -647,13 +647,14 @@ def check_folder(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
 
 
-def check_picture(option: str, file: Path, args: argparse.Namespace) -> None:
-    """Raises: ValueError when no picture can be made there without loss of one that is given."""
-    if not is_picture(file) or file.is_dir():
-        raise ValueError(f"{option} {file}: name a picture file, for example out.png")
-    check_folder(option, file)
-    if file.exists() and any(map(file.samefile, (*args.image, *args.cond))):
-        raise ValueError(f"{option} {file}: is a picture that is given; name another file")
+def check_pictures(option: str, files: list[Path], args: argparse.Namespace) -> None:
+    """Of one folder and ending. Raises: ValueError when they cannot be, or one is given."""
+    if not is_picture(files[0]) or any(map(Path.is_dir, files)):
+        raise ValueError(f"{option} {files[0]}: name a picture file, for example out.png")
+    check_folder(option, files[0])
+    for file in filter(Path.exists, files):
+        if any(map(file.samefile, (*args.image, *args.cond))):
+            raise ValueError(f"{option} {file}: is a picture that is given; name another file")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
@@ -676,7 +677,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 raise ValueError(f"--export-lora {lora}: {why}")
         check_folder("--export-lora", lora)
     if args.routing:
-        check_picture("--routing", args.routing, args)
+        check_pictures("--routing", [args.routing], args)
         if not find_spec("matplotlib"):
             raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
     make = args.out is not None or not (lora or args.routing)
@@ -689,7 +690,12 @@ def plan(args: argparse.Namespace) -> list[Job]:
         jobs = read_batch(args.batch, out, args.seed)
         if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
             raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
-        return jobs if make else [replace(job, outs=[]) for job in jobs]
+        if not make:
+            return [replace(job, outs=[]) for job in jobs]
+        if made := sum(not job.outs for job in jobs):
+            print(f"{args.batch}: {made} of {len(jobs)} pictures are in {out} by their names "
+                  "already, and are not made again")
+        return jobs
     if args.keep_size and not args.image:
         raise ValueError("--keep-size: there is no --image whose size could be kept")
     if not args.instruction.strip():
@@ -698,10 +704,10 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for path in (*args.image, *args.cond):
         load_image(path)
     outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
-    for path in outs if make else ():
-        check_picture("--out", path, args)
-        if path == args.routing:
-            raise ValueError(f"--routing {path}: --out makes that file too; name another")
+    if make:
+        check_pictures("--out", outs, args)
+        if args.routing in outs:
+            raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
     return [Job(args.instruction, args.image, args.cond, "",
                 list(enumerate(outs, args.seed)) if make else [])]
 
@@ -721,11 +727,7 @@ def main() -> None:
     args, start = parse(), time.time()
     size = parse_size(args.size) if args.size else None
     jobs = plan(args)
-    made = [job for job in jobs if not job.outs and args.batch and (args.out or not args.routing)]
-    if made:
-        print(f"{args.batch}: {len(made)} of {len(jobs)} pictures are in {args.out or 'out'} by "
-              "their names already, and are not made again")
-    if len(made) == len(jobs) and not args.routing:
+    if not (args.export_lora or args.routing or any(job.outs for job in jobs)):
         return
     adapter = choose_adapter(args.adapter, args.model)
     pipe = open_model(args, adapter)

@@ -62,9 +62,14 @@ GB = 10 ** 9                                             # bytes, in what --dry-
 GUIDANCE = 1.0                                           # what the model is told while training
 
 
+def cosine(step: int, steps: int) -> float:
+    """From 1 at the start to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def auxiliary_factor(step: int, steps: int) -> float:
     """c(step): from 1 at the start to 1e-5 at the end, along a cosine."""
-    return 1e-5 + (1 - 1e-5) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return 1e-5 + (1 - 1e-5) * cosine(step, steps)
 
 
 def adapter_config(kind: str, file: Path | None) -> AdapterConfig:
@@ -572,8 +577,7 @@ def update(args: argparse.Namespace, adapter: mole.Adapter,
     if not math.isfinite(loss + norm):
         raise ValueError(f"step {step}: the loss is no number any more; the last checkpoint, if "
                          f"any, is in {args.out}. Try a smaller --lr")
-    decay = (0.5 * (1 + math.cos(math.pi * step / args.steps)) if args.schedule == "cosine"
-             else 1.0)
+    decay = cosine(step, args.steps) if args.schedule == "cosine" else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * decay
@@ -695,11 +699,12 @@ def parse() -> argparse.Namespace:
                         "baselines.py")
     parser.add_argument("--config", type=Path, help="JSON with fields of mole.AdapterConfig; "
                         "by default adapter.json beside the model, if any")
-    parser.add_argument("--steps", type=int, default=100_000, help="100,000; the auxiliary losses "
-                        "fade over the run, so it cannot be made longer later")
-    parser.add_argument("--batch-size", type=int, default=4, help="4, or as many as there are")
+    parser.add_argument("--steps", type=int, default=100_000, help="%(default)s; the auxiliary "
+                        "losses fade over the run, so it cannot be made longer later")
+    parser.add_argument("--batch-size", type=int, default=4,
+                        help="%(default)s, or as many as there are")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate; 1e-4")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate; %(default)s")
     parser.add_argument("--router-lr", type=float, help="by default half of --lr")
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"],
                         help="muon: for the matrices A and B, at twice the rate; the rest by adamw")
@@ -718,7 +723,7 @@ def parse() -> argparse.Namespace:
                         "for this device)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS",
-                        help="between checkpoints, and pictures of how it goes; 500")
+                        help="between checkpoints, and pictures of how it goes; %(default)s")
     parser.add_argument("--out", type=Path, help="by default runs/ADAPTER")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in --out, if there is one")

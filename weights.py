@@ -378,7 +378,7 @@ def blocks(shapes: dict[str, torch.Size], prefix: str) -> int:
 def replacing(file: Path) -> Iterator[Path]:
     """A name to write a file or folder to. What stood in `file` stays whole until all went well.
 
-    Raises: OSError when the disk is full.
+    Raises: OSError naming `file` when it cannot be written.
     """
     aside = file.with_name(f".{file.stem}.new{file.suffix}")
     try:

@@ -233,7 +233,8 @@ def test_skeletons_have_the_colours_and_joints_of_openpose():
 
 @pytest.mark.parametrize("name, part, at, change, words", [
     ("captions", "images", 1, {"file_name": "../0.jpg"}, "captions.*images 1.*leads out"),
-    ("captions", "images", 1, {"file_name": "gone.jpg"}, "train2017/gone.jpg: no such picture file"),
+    ("captions", "images", 1, {"file_name": "gone.jpg"},
+     "train2017/gone.jpg: no such picture file"),
     ("captions", "images", 1, {"file_name": 3}, "captions.*images 1.*file_name"),
     ("captions", "images", 1, {"id": "7"}, "captions.*images 1.*id"),
     ("captions", "annotations", 3, {"caption": " "}, "captions.*annotations 3.*caption"),

@@ -402,7 +402,8 @@ def test_pictures_that_are_given_are_not_written_over(tmp_path, monkeypatch, cap
 
 def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.png"
-    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", out, "--routing", out)
+    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", out,
+                           "--routing", out)
     assert code == 2 and "makes that file too" in err and not out.exists()
 
 

@@ -2,8 +2,8 @@
 import json
 import os
 import re
-import shutil
 import resource
+import shutil
 import signal
 import subprocess
 import sys
