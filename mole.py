@@ -175,6 +175,27 @@ class Product(torch.autograd.Function):
         return (grad @ W.to(grad.dtype).T).to(x.dtype), own.to(W.dtype)
 
 
+class Fork(torch.autograd.Function):
+    """x for the frozen layer, and x @ W beside it. Then one product adds the gradients of both."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+        if not ctx.needs_input_grad[0]:                  # the frozen layer need not trouble either
+            ctx.mark_non_differentiable(x)
+        return x, Product.forward(ctx, x, W)
+
+    @staticmethod
+    def backward(ctx, frozen: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, W = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        own = (x.flatten(0, -2).to(grad.dtype).T @ flat).to(W.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, own
+        rows = frozen.view(-1, x.shape[-1])              # a linear layer made it for us alone
+        rows.addmm_(flat.to(x.dtype), W.T.to(x.dtype))
+        return frozen, own
+
+
 class LoRALinear(nn.Module):
     """y = W x + b + s B (A x)."""
 
@@ -186,8 +207,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
-        low = self.scale * Product.apply(x, self.lora_A.T)       # (..., r), where s costs least
-        return self.base(x) + Product.apply(low, self.lora_B.T)
+        x, low = Fork.apply(x, self.lora_A.T)            # (..., r), where s costs least
+        return self.base(x) + Product.apply(self.scale * low, self.lora_B.T)
 
     def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), s within B."""
@@ -230,7 +251,7 @@ class MoLELinear(nn.Module):
         routing.weights[self.name] = w.detach()
         if w.dim() < x.dim():
             w = w[:, None]                               # (B, 1, E): one council for all tokens
-        H = Product.apply(x, self.experts_A)             # (..., E r)
+        x, H = Fork.apply(x, self.experts_A)             # (..., E r)
         if routing.losses:
             routing.balance = routing.balance + loss
         if routing.losses and self.orthogonal:
