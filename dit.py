@@ -89,9 +89,9 @@ def schedule(steps: int, tokens: int) -> Tensor:
 
 def rope(ids: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> Tensor:
     """Rotation table for position ids (S, 3) -> (S, d/2) complex: cos + i sin of the angles."""
-    angles = [ids[:, i, None].cpu().double()
-              * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-              for i, dim in enumerate(axes)]             # fp64 on the CPU: some devices have none
+    places = ids.cpu().double()                          # some devices have no fp64
+    angles = [places[:, i, None] * theta ** -(torch.arange(0, dim, 2, device="cpu").double() / dim)
+              for i, dim in enumerate(axes)]
     angle = torch.cat(angles, dim=1)                     # (S, d/2)
     return torch.complex(angle.cos().float(), angle.sin().float()).to(ids.device)
 
@@ -212,8 +212,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D).
     """
     q, k, dtype = rotate(q, pe[:q.shape[2]]), rotate(k, pe), v.dtype
-    if dtype == torch.bfloat16 and q.requires_grad and q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()        # there its backward takes 10 times as long
+    if q.requires_grad and q.device.type == "cpu" and not weights.fast_bf16():
+        q, k, v = q.float(), k.float(), v.float()        # bf16's backward takes 10 times as long
     out = F.scaled_dot_product_attention(q, k, v)        # (B, N, S', d)
     return out.transpose(1, 2).flatten(2).to(dtype)
 

@@ -6,14 +6,25 @@ from pathlib import Path
 import torch
 
 
+def finish() -> None:
+    """Wait for what a GPU was told to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each; they run one after the other in every round, the first is a trial."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    device = torch.get_default_device()
+    torch.set_default_device(None)                       # its machinery would break compiled graphs
     for _ in range(rounds + 1):
         for name, run in contestants.items():
+            finish()
             began = time.perf_counter()
             run()
+            finish()
             times[name].append(time.perf_counter() - began)
+    torch.set_default_device(device)
     return {name: sorted(found[1:])[len(found[1:]) // 2] for name, found in times.items()}
 
 
@@ -28,7 +39,8 @@ def block_flops(tokens: int, width: int) -> int:
     return 24 * tokens * width ** 2 + 4 * tokens ** 2 * width
 
 
-def product_rate(tokens: int, width: int, dtype: torch.dtype, rounds: int = 5) -> float:
+def product_rate(tokens: int, width: int, dtype: torch.dtype, rounds: int = 5,
+                 device: str | None = None) -> float:
     """FLOP/s of one large product: (tokens, width) with (width, 4 width)."""
-    x, W = torch.randn(tokens, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
-    return 8 * tokens * width ** 2 / in_turns({"it": lambda: x @ W.T}, rounds)["it"]
+    x, W = (torch.randn(rows, width, dtype=dtype, device=device) for rows in (tokens, 4 * width))
+    return 8 * tokens * width ** 2 / in_turns({"it": lambda: x @ W.T}, max(rounds, 15))["it"]

@@ -5,11 +5,13 @@ is the time that the matrix products alone would take, attention's two included,
 large product of the same type in the same run.
 
     blocks  one double and one single block of the transformer, 512 + 2,048 tokens
+    dit     the whole transformer, 512 + 8,192 tokens: 1024x1024 with a reference (needs 60 GB)
     vae     the released autoencoder, a picture of 512x512, both ways
     t5      two layers of T5-XXL's encoder, 512 tokens
     load    all of the embedded model, and of a folder of the released size, whose files are holes
 
 Run: python bench/models.py blocks vae t5 load --rounds 5
+     python bench/models.py blocks dit --dtype bfloat16 --device cuda --compile
 """
 import argparse
 import json
@@ -31,6 +33,7 @@ import whole                                             # noqa: E402
 from common import block_flops, in_turns, product_rate   # noqa: E402
 
 TEXT, IMAGE = 512, 2048                                  # tokens
+COMPILE = "--compile" in sys.argv
 
 
 def config(part: str) -> dict:
@@ -41,12 +44,18 @@ def put(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype).eval()
 
 
+def compiled(*modules: nn.Module) -> None:
+    """Under --compile, each by itself, as sample.py --compile has its blocks."""
+    for module in modules if COMPILE else ():
+        module.compile()
+
+
 def show(what: str, found: dict[str, float], floor: float | None = None) -> None:
-    line = f"{what}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.items())
+    line = f"{what}: " + ", ".join(f"{name} {seconds:.4g} s" for name, seconds in found.items())
     ours, peer = found["ours"], next(s for name, s in found.items() if name != "ours")
     line += f"; peer / ours {peer / ours:.2f}"
     if floor:
-        line += f"; of the floor, {floor:.2f} s: ours {floor / ours:.0%}, peer {floor / peer:.0%}"
+        line += f"; of the floor, {floor:.4g} s: ours {floor / ours:.0%}, peer {floor / peer:.0%}"
     print(line, flush=True)
 
 
@@ -64,15 +73,44 @@ def blocks(dtype: torch.dtype, rounds: int) -> None:
     rotary = peers.FluxPosEmbed(10000, c.axes_dims_rope)(ids)
     ours, peer = put(dit.DoubleBlock(c), dtype), put(peers.FluxTransformerBlock(
         D, c.num_attention_heads, c.attention_head_dim), dtype)
+    one, other = put(dit.SingleBlock(c), dtype), put(peers.FluxSingleTransformerBlock(
+        D, c.num_attention_heads, c.attention_head_dim), dtype)
+    compiled(ours, peer, one, other)
     show("double block", in_turns({
         "ours": lambda: ours(txt, [img], [vec], pe),
         "diffusers": lambda: peer(img, txt, vec, rotary)}, rounds), floor)
-    one, other = put(dit.SingleBlock(c), dtype), put(peers.FluxSingleTransformerBlock(
-        D, c.num_attention_heads, c.attention_head_dim), dtype)
     both = torch.cat([txt, img], dim=1)
     show("single block", in_turns({
         "ours": lambda: one([both], [vec], pe, False),
         "diffusers": lambda: other(img, txt, vec, rotary)}, rounds), floor)
+
+
+def whole_dit(dtype: torch.dtype, rounds: int) -> None:
+    from diffusers import FluxTransformer2DModel
+    values = config("transformer")
+    with torch.device("meta"):
+        ours = dit.FluxTransformer(weights.config_from(dit.DiTConfig, values, "transformer"))
+        peer = FluxTransformer2DModel.from_config(values)
+    ours = ours.to(dtype).to_empty(device=torch.get_default_device()).eval()
+    for p in ours.parameters():
+        p.data.normal_(std=0.02)
+    peer.load_state_dict(ours.state_dict(), assign=True)         # the same weights: one copy
+    peer.eval()
+    compiled(*ours.transformer_blocks, *ours.single_transformer_blocks,
+             *peer.transformer_blocks, *peer.single_transformer_blocks)
+    ids = torch.cat([dit.position_ids(128, 128), dit.position_ids(128, 128, 1)])
+    img, txt, pooled = (torch.randn(shape, dtype=dtype) for shape in
+                        ((1, len(ids), 64), (1, TEXT, 4096), (1, 768)))
+    t, guidance, txt_ids = torch.tensor([0.5]), torch.tensor([2.5]), torch.zeros(TEXT, 3)
+    c, tokens = ours.config, TEXT + len(ids)
+    floor = ((c.num_layers + c.num_single_layers) * block_flops(tokens, c.width)
+             / product_rate(tokens, c.width, dtype, rounds))
+    show("transformer", in_turns({
+        "ours": lambda: ours(img, txt, pooled, t, guidance, ids),
+        "diffusers": lambda: peer(hidden_states=img, encoder_hidden_states=txt,
+                                  pooled_projections=pooled, timestep=t.to(dtype),
+                                  guidance=guidance.to(dtype), img_ids=ids,
+                                  txt_ids=txt_ids)}, rounds), floor)
 
 
 def autoencoder(dtype: torch.dtype, rounds: int) -> None:
@@ -140,12 +178,15 @@ def load(dtype: torch.dtype, rounds: int) -> None:
 
 
 def main() -> None:
-    parts = {"blocks": blocks, "vae": autoencoder, "t5": t5, "load": load}
+    parts = {"blocks": blocks, "dit": whole_dit, "vae": autoencoder, "t5": t5, "load": load}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="+", choices=list(parts))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="the transformers' blocks")
     args = parser.parse_args()
+    torch.set_default_device(args.device)
     with torch.inference_mode():
         for part in args.parts:
             parts[part](getattr(torch, args.dtype), args.rounds)

@@ -9,12 +9,15 @@ machines, seconds do not.
     step    a training step of a middle-sized transformer (width 768, 4 + 8 blocks, 512 + 1,024
             tokens) with the paper's adapter, against diffusers with peft's LoRA of the same rank on
             the same layers and no experts at all
+    train   the same at the released size, 512 + 1,024 + 1,024 tokens, blocks recomputed in backward
+            (on a GPU with 100 GB)
     sample  a sampling step of the same transformer: alone, with the adapter merged for one
             instruction, and with the adapter beside the weights
 
 Run: python bench/mole.py layer --rounds 3               # two minutes on two cores
 """
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,9 +30,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import in_turns                              # noqa: E402
-from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
+from dit import DiTConfig, FluxTransformer, call, position_ids   # noqa: E402
 from mole import Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, route    # noqa: E402
 from sample import merged                                # noqa: E402
+from train import recomputed                             # noqa: E402
 
 
 class DenseMoLE(MoLELinear):
@@ -114,7 +118,7 @@ def bench_layer(dtype: torch.dtype, rounds: int, tokens: int = 2048, inner: int 
                                           [x, *layers[name].parameters()])
     kind = str(dtype).removeprefix("torch.")
     for name, value in seconds.items():
-        print(f"{kind:9} {name:18} {1000 * value:8.0f} ms")
+        print(f"{kind:9} {name:18} {1000 * value:8.4g} ms")
     def ratio(what: str, values: dict[str, float], above: str, below: str) -> None:
         print(f"{kind:9} {what:33} {values[above] / values[below]:6.2f}", flush=True)
     ratio("MoLE / frozen linear", seconds, "MoLE", "frozen linear")
@@ -126,58 +130,90 @@ def bench_layer(dtype: torch.dtype, rounds: int, tokens: int = 2048, inner: int 
 SHAPE = {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 6,
          "attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
          "guidance_embeds": True, "in_channels": 64, "axes_dims_rope": (16, 56, 56)}
+RELEASED = SHAPE | {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
 
 
-def middle_sized(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """img, txt, pooled, t, guidance, img_ids for a transformer of SHAPE: 512 + 1,024 tokens."""
+def inputs(dtype: torch.dtype, *grids: int) -> tuple[Tensor, ...]:
+    """img, txt, pooled, t, guidance, img_ids for a transformer of SHAPE; latents of each side."""
     torch.manual_seed(0)
-    img, txt, pooled = torch.randn(1, 1024, 64), torch.randn(1, 512, 4096), torch.randn(1, 768)
+    ids = torch.cat([position_ids(side, side, i) for i, side in enumerate(grids)])
+    img, txt, pooled = (torch.randn(1, len(ids), 64), torch.randn(1, 512, 4096),
+                        torch.randn(1, 768))
     return (img.to(dtype), txt.to(dtype), pooled.to(dtype), torch.tensor([0.5]),
-            torch.tensor([1.0]), position_ids(64, 64))
+            torch.tensor([1.0]), ids)
 
 
-def bench_step(dtype: torch.dtype, rounds: int) -> None:
+def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
+             checkpointing: bool) -> dict[str, Callable[[], Callable[[], None]]]:
+    """What builds a model and gives its training step, by name."""
     from diffusers import FluxTransformer2DModel
+    from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
-    c, (img, txt, pooled, t, guidance, ids) = AdapterConfig(), middle_sized(dtype)
+    c, (img, txt, pooled, t, guidance, ids) = AdapterConfig(), given
 
     def ours(kind: type[MoLELinear]) -> Callable[[], None]:
-        model = FluxTransformer(DiTConfig(**SHAPE)).to(dtype)
+        model = FluxTransformer(DiTConfig(**shape)).to(dtype)
         adapter = Adapter(model, c, 4096, 768, kinds={"instruction": kind}).train()
         optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4, fused=True)
         def step() -> None:
             with adapter.serve(txt, pooled, losses=True) as routing:
-                v = model(img, txt, pooled, t, guidance, ids)
+                run = recomputed(adapter, routing) if checkpointing else call
+                v = model(img, txt, pooled, t, guidance, ids, run=run)
             (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
             optimizer.step()
             optimizer.zero_grad()
         return step
 
     def theirs() -> Callable[[], None]:
-        model = FluxTransformer2DModel(**SHAPE).to(dtype).requires_grad_(False)
-        singles = [f"single_transformer_blocks.{i}.proj_mlp" for i in range(8)]
+        model = FluxTransformer2DModel(**shape).to(dtype).requires_grad_(False)
+        singles = [f"single_transformer_blocks.{i}.proj_mlp"
+                   for i in range(shape["num_single_layers"])]
         targets = [name for name in c.lora_targets if not name.startswith("single")]
         model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha,
                                      target_modules=targets + singles))
-        trained = [p for p in model.parameters() if p.requires_grad]
+        if checkpointing:
+            model.train().enable_gradient_checkpointing()
+        cast_training_params(model, torch.float32)       # like this and with autocast its own
+        trained = [p for p in model.parameters() if p.requires_grad]         # scripts train
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         def step() -> None:
-            v = model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled,
-                      timestep=t.to(dtype), guidance=guidance.to(dtype), img_ids=ids,
-                      txt_ids=torch.zeros(512, 3), return_dict=False)[0]
+            with torch.autocast(img.device.type, dtype, enabled=dtype != torch.float32):
+                v = model(hidden_states=img, encoder_hidden_states=txt, pooled_projections=pooled,
+                          timestep=t.to(dtype), guidance=guidance.to(dtype), img_ids=ids,
+                          txt_ids=ids.new_zeros(512, 3), return_dict=False)[0]
             v.float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         return step
 
-    names = {"MoLE": ours(MoLELinear), "dense MoLE": ours(DenseMoLE), "diffusers, LoRA": theirs()}
-    seconds = in_turns(names, rounds)
+    return {"MoLE": lambda: ours(MoLELinear), "dense MoLE": lambda: ours(DenseMoLE),
+            "diffusers, LoRA": theirs}
+
+
+def bench_step(dtype: torch.dtype, rounds: int) -> None:
+    makers = trainers(SHAPE, dtype, inputs(dtype, 64), checkpointing=False)
+    seconds = in_turns({name: make() for name, make in makers.items()}, rounds)
     for name, value in seconds.items():
-        print(f"{name:18} {value:8.2f} s a step, {value / seconds['MoLE']:.2f} of ours", flush=True)
+        print(f"{name:18} {value:8.4g} s a step, {value / seconds['MoLE']:.2f} of ours", flush=True)
+
+
+def bench_train(dtype: torch.dtype, rounds: int) -> None:
+    ours, gpu = None, torch.cuda.is_available()
+    for name, make in trainers(RELEASED, dtype, inputs(dtype, 64, 64), checkpointing=True).items():
+        step = make()                                    # one at a time: there is no room for two
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        value = in_turns({name: step}, rounds)[name]
+        ours = ours or value
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU" if gpu else ""
+        print(f"{name:18} {value:8.4g} s a step, {value / ours:.2f} of ours{memory}", flush=True)
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def bench_sample(dtype: torch.dtype, rounds: int) -> None:
-    img, txt, pooled, t, guidance, ids = middle_sized(dtype)
+    img, txt, pooled, t, guidance, ids = inputs(dtype, 64)
     names = ("base", "adapter merged", "adapter beside")
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -194,10 +230,10 @@ def bench_sample(dtype: torch.dtype, rounds: int) -> None:
         seconds = in_turns({name: lambda model=model: model(img, txt, pooled, t, guidance, ids)
                             for name, model in models.items()}, rounds)
     for name, value in seconds.items():
-        print(f"{name:18} {value:8.3f} s a step, {value / seconds['base']:.3f} of the base's")
+        print(f"{name:18} {value:8.4g} s a step, {value / seconds['base']:.3f} of the base's")
 
 
-BENCHES = {"layer": bench_layer, "step": bench_step, "sample": bench_sample}
+BENCHES = {"layer": bench_layer, "step": bench_step, "train": bench_train, "sample": bench_sample}
 
 
 def main() -> None:
@@ -205,8 +241,10 @@ def main() -> None:
     parser.add_argument("what", choices=list(BENCHES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    torch.set_default_device(args.device)
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in args.dtype or ["bfloat16", "float32"]:
         BENCHES[args.what](getattr(torch, name), args.rounds)
 

@@ -5,6 +5,9 @@ command on it at 512x512 with one reference: time to the first step, seconds per
 memory that was its own (not the operating system's cache of files). Beside them two floors from the
 same run: reading the transformer's files once, and its matrix products at the rate of a large one.
 
+Where there is a GPU, sample.py takes it, and so do the floor and the peer; memory is then the GPU's.
+--train measures a few steps of train.py's command too, with the paper's adapter.
+
 Run: python bench/whole.py --folder /a/disk/with/40/GB
 """
 import argparse
@@ -18,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,16 +29,18 @@ sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
 import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
+import train                                             # noqa: E402
 import vae                                               # noqa: E402
 import weights                                           # noqa: E402
-from common import block_flops, memory, product_rate     # noqa: E402
+from common import block_flops, finish, memory, product_rate     # noqa: E402
 
 PARTS = {"transformer": (dit.FluxTransformer, dit.DiTConfig),
          "vae": (vae.AutoEncoder, vae.VAEConfig),
          "text_encoder": (text_encoder.CLIPEncoder, text_encoder.CLIPConfig),
          "text_encoder_2": (text_encoder.T5Encoder, text_encoder.T5Config)}
 SHARD = 2 * 10 ** 9                                      # bytes
-TEXT, GRID = 512, 64                                     # T5 tokens; latents of 512 pixels
+TEXT = 512                                               # T5 tokens
+GPU = torch.cuda.is_available()
 
 
 def build(part: str) -> tuple[torch.nn.Module, dict]:
@@ -105,34 +111,68 @@ def reading(folder: Path) -> tuple[float, int]:
     return time.time() - began, size
 
 
-def floor(dtype: torch.dtype) -> tuple[float, float]:
+def floor(dtype: torch.dtype, side: int) -> tuple[float, float]:
     """FLOPs of a step's matrix products, and the rate of one large product, per second."""
-    c, tokens = build("transformer")[0].config, TEXT + 2 * (GRID // 2) ** 2
+    c, tokens = build("transformer")[0].config, TEXT + 2 * (side // 16) ** 2
     blocks = c.num_layers + c.num_single_layers
-    return blocks * block_flops(tokens, c.width), product_rate(tokens, c.width, dtype)
+    return blocks * block_flops(tokens, c.width), product_rate(
+        tokens, c.width, dtype, device="cuda" if GPU else "cpu")
 
 
-def timed(arguments: list[str]) -> None:
-    """sample.py's command in this process; says when each step of the transformer began."""
-    forward = dit.FluxTransformer.forward
+def told(*what: object) -> None:
+    finish()
+    print("@" + what[0], time.time(), *what[1:], flush=True)
 
-    def told(*args: object, **named: object) -> torch.Tensor:
-        print("@step", time.time(), args[1].dtype, flush=True)
+
+def timed(command: str, *arguments: str) -> None:
+    """sample.py's or train.py's command in this process; says when each pass of the model began."""
+    forward, train.report = dit.FluxTransformer.forward, lambda *_: {}
+
+    def noted(*args: object, **named: object) -> torch.Tensor:
+        told("step", args[1].dtype)
         out = forward(*args, **named)
-        print("@done", time.time(), flush=True)
+        told("done")
         return out
-    dit.FluxTransformer.forward = told
-    sys.argv = ["sample.py", *arguments]
-    weights.run(sample.main)
+    dit.FluxTransformer.forward = noted
+    sys.argv = [f"{command}.py", *arguments]
+    weights.run({"sample": sample.main, "train": train.main}[command])
+    told("end", torch.cuda.max_memory_allocated() if GPU else 0)
 
 
-def peer(folder: Path, picture: Path) -> None:
+def peer(folder: Path, picture: Path, side: int, steps: int) -> None:
     """The same by diffusers."""
     from diffusers import FluxKontextPipeline
-    from PIL import Image
     pipe = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    pipe(prompt="make it red", image=Image.open(picture).resize((512, 512)), height=512, width=512,
-         max_area=512 * 512, num_inference_steps=2, _auto_resize=False)
+    if GPU:
+        pipe.to("cuda")
+    forward = pipe.transformer.forward
+
+    def noted(*args: object, **named: object) -> object:
+        told("step", torch.bfloat16)
+        out = forward(*args, **named)
+        told("done")
+        return out
+    pipe.transformer.forward = noted
+    pipe(prompt="make it red", image=Image.open(picture).resize((side, side)), height=side,
+         width=side, max_area=side ** 2, num_inference_steps=steps, _auto_resize=False)
+    told("end", torch.cuda.max_memory_allocated() if GPU else 0)
+
+
+def times(lines: list[str], what: str) -> list[float]:
+    """When it was told, in seconds since 1970; the progress bar stands between."""
+    return [float(at) for at in re.findall(rf"@{what} ([\d.]+)", " ".join(lines))]
+
+
+def summary(lines: list[str], began: float, whole: float, most: int) -> list[float]:
+    """Print what watch() found; -> seconds of each step."""
+    steps, done = times(lines, "step"), times(lines, "done")
+    each = [end - start for start, end in zip(steps, done)]
+    gpu = re.search(r"@end \S+ (\d+)", " ".join(lines))
+    print(f"{whole:.1f} s in all; first step after {steps[0] - began:.1f} s; "
+          f"steps of {', '.join(f'{s:.3g}' for s in each[:3])} s, median "
+          f"{sorted(each)[len(each) // 2]:.4g} s; memory of its own {most / 1e9:.2f} GB"
+          + (f", of the GPU {int(gpu[1]) / 1e9:.1f} GB" if GPU and gpu else ""), flush=True)
+    return each
 
 
 def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], float, float, int]:
@@ -152,12 +192,39 @@ def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], flo
     return lines, began, time.time() - began, most
 
 
+def training(folder: Path, picture: Path) -> None:
+    """A few steps of train.py with the paper's adapter, and what --dry-run says of its memory."""
+    data, out = folder / "data", folder / "run"
+    data.mkdir(exist_ok=True)
+    with Image.open(picture) as img:
+        img.resize((512, 512)).save(data / "a.png")
+    row = {"target": "a.png", "images": ["a.png"], "instruction": "make it red"}
+    (data / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "adapter.json").write_text("{}")           # the published sizes
+    for options in ([], ["--base-dtype", "fp8"]):
+        shutil.rmtree(out, ignore_errors=True)
+        arguments = ["--data", data, "--model", folder, "--config", folder / "adapter.json",
+                     "--out", out, "--steps", 8, "--batch-size", 1, "--checkpoint", *options]
+        dry = subprocess.run([sys.executable, ROOT / "train.py", *map(str, arguments), "--dry-run"],
+                             capture_output=True, text=True).stdout
+        found = watch("--timed", "train", *arguments)
+        print("train.py", *options, "says", re.search(r"together +[\d.]+", dry)[0], "GB")
+        print(*found[0][-1:] if not times(found[0], "step") else "", end="")
+        summary(*found)
+        seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").open()]
+        print(f"  whole steps of {', '.join(f'{s:.3g}' for s in seconds)} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="made, and removed afterwards")
     parser.add_argument("--keep", action="store_true", help="let it stay; use it if it is there")
+    parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--diffusers", action="store_true", help="see how far diffusers comes")
+    parser.add_argument("--train", action="store_true", help="some steps of train.py too")
+    parser.add_argument("--options", nargs="*", default=[], help="more options of sample.py, "
+                        "without their dashes")
     args = parser.parse_args()
     folder, picture = args.folder / "random-kontext", ROOT / "tiny/examples/before.png"
     try:
@@ -172,27 +239,25 @@ def main() -> None:
         seconds, size = reading(folder / "transformer")
         print(f"reading the transformer's {size / 1e9:.1f} GB once: {seconds:.1f} s", flush=True)
         forget(folder)
-        lines, began, whole, most = watch(
-            "--timed", "--model", folder, "--instruction", "make it red", "--image", picture,
-            "--size", "512x512", "--steps", args.steps, "--out", folder / "out.png")
-        print(*lines[-1:])
-        told = " ".join(lines)                           # the progress bar stands between
-        steps, done = ([float(at) for at in re.findall(rf"@{what} ([\d.]+)", told)]
-                       for what in ("step", "done"))
-        kind = re.search(r"@step \S+ (\S+)", told)[1]
-        each = [end - start for start, end in zip(steps, done)]
-        flops, rate = floor(getattr(torch, kind.removeprefix("torch.")))
-        print(f"computed in {kind}; {whole:.0f} s in all; first step after "
-              f"{steps[0] - began:.1f} s; steps of {', '.join(f'{s:.1f}' for s in each)} s\n"
-              f"matrix products: {flops / 1e12:.1f} TFLOP, {flops / rate:.1f} s at the "
+        found = watch(
+            "--timed", "sample", "--model", folder, "--instruction", "make it red", "--image",
+            picture, "--size", f"{args.side}x{args.side}", "--steps", args.steps, "--out",
+            folder / "out.png", *(f"--{option}" for option in args.options))
+        print(*found[0][-2:], sep="\n")
+        each = summary(*found)
+        kind = re.search(r"@step \S+ (\S+)", " ".join(found[0]))[1]
+        flops, rate = floor(getattr(torch, kind.removeprefix("torch.")), args.side)
+        print(f"matrix products in {kind}: {flops / 1e12:.1f} TFLOP, {flops / rate:.3g} s at the "
               f"{rate / 1e9:.0f} GFLOP/s of one large product; reached "
-              f"{flops / rate / each[-1]:.0%}\n"
-              f"memory of its own at most {most / 1e9:.2f} GB", flush=True)
+              f"{flops / rate / each[-1]:.0%}", flush=True)
         if args.diffusers:
             forget(folder)
-            lines, _, limit, most = watch("--peer", folder, picture, limit=2 * whole)
-            print(f"diffusers: {lines[-1] if lines else 'no word'}\n  ended after {limit:.0f} s "
-                  f"(stopped there, if twice our time), with {most / 1e9:.1f} GB of its own")
+            theirs = watch("--peer", folder, picture, args.side, args.steps, limit=2 * found[2])
+            print("diffusers (stopped at twice our time):", *theirs[0][-1:])
+            if times(theirs[0], "done"):
+                summary(*theirs)
+        if args.train:
+            training(folder, picture)
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -200,8 +265,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--timed"]:
-        timed(sys.argv[2:])
+        timed(*sys.argv[2:])
     elif sys.argv[1:2] == ["--peer"]:
-        peer(Path(sys.argv[2]), Path(sys.argv[3]))
+        peer(Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
     else:
         main()
