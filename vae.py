@@ -211,4 +211,6 @@ def load_vae(path: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> AutoEncoder:
     """Read a folder's vae/, or a file. Raises: FileNotFoundError, ValueError."""
     model = weights.load_part("vae", AutoEncoder, VAEConfig, implied_config, path, device, dtype)
-    return model.to(memory_format=torch.channels_last)   # convolutions are faster so
+    if torch.device(device).type == "cpu":               # convolutions are faster so there
+        model.to(memory_format=torch.channels_last)      # (and slower on a GPU, with the norms)
+    return model

@@ -117,7 +117,8 @@ def autoencoder(dtype: torch.dtype, rounds: int) -> None:
     from diffusers import AutoencoderKL
     values = config("vae")
     ours = put(vae.AutoEncoder(weights.config_from(vae.VAEConfig, values, "vae")), dtype)
-    ours.to(memory_format=torch.channels_last)           # as load_vae() leaves it
+    if torch.get_default_device().type == "cpu":
+        ours.to(memory_format=torch.channels_last)       # as load_vae() leaves it
     peer = put(AutoencoderKL.from_config(values), dtype)
     img, z = torch.randn(1, 3, 512, 512, dtype=dtype), torch.randn(1, 16, 64, 64, dtype=dtype)
     show("autoencoder, encode", in_turns({
