@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
@@ -668,6 +669,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--guidance {args.guidance}: must be from 0 to 100; 2.5 is usual")
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
+    if args.compile and not which(os.environ.get("CXX", "c++")):
+        raise ValueError("--compile: needs a C++ compiler, such as g++; none was found")
     out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
     if lora:
         for wrong, why in ((args.batch, "needs one --instruction"),

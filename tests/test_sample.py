@@ -265,6 +265,32 @@ def test_the_result_may_keep_the_size_of_its_picture(tmp_path, monkeypatch, caps
     assert code == 2 and "--keep-size" in err
 
 
+def test_compiled_blocks_make_the_same_picture(tmp_path, monkeypatch, capsys):
+    """Traced by torch.compile, run by its eager backend: the same operations, within rounding."""
+    compiled = []
+    def compile(block: torch.nn.Module) -> None:
+        compiled.append(type(block).__name__)
+        block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    monkeypatch.setenv("CXX", sys.executable)            # that backend needs none, but it is asked
+    for name, options in (("plain", []), ("compiled", ["--compile"])):
+        assert command(monkeypatch, capsys, "--instruction", "make it red", "--image", PICTURE,
+                       "--cond", PICTURE, "--steps", 2, "--out", tmp_path / f"{name}.png",
+                       *options)[0] == 0
+    c = weights.read_json(MODEL / "transformer/config.json")
+    assert compiled == (["DoubleBlock"] * c["num_layers"]
+                        + ["SingleBlock"] * c["num_single_layers"])
+    plain, traced = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+                     for name in ("plain", "compiled"))
+    assert np.abs(plain - traced).max() <= 1
+
+
+def test_compiling_needs_a_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    code, _, err = command(monkeypatch, capsys, "--instruction", "make it red", "--compile")
+    assert code == 2 and "--compile" in err
+
+
 def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
     Image.open(PICTURE).save(tmp_path / "in.png")
     rows = [{"instruction": "make the circle red", "images": ["in.png"]},
