@@ -103,10 +103,10 @@ def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
     EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
     """
     with opened(source, where) as image:
+        if image.mode == "F":                            # nobody knows where its white is
+            raise ValueError("it holds floats; save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(image)
         image.load()
-    if image.mode == "F":                                # nobody knows where its white is
-        raise ValueError(f"{where or source}: holds floats; save it with 8 or 16 bits")
     if image.mode.startswith("I"):                       # 16-bit grey: 0..65535 -> 0..255
         grey = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))

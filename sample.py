@@ -649,13 +649,13 @@ def check_folder(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
 
 
-def check_pictures(option: str, files: list[Path], args: argparse.Namespace) -> None:
+def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
     """Of one folder and ending. Raises: ValueError when they cannot be, or one is given."""
     if not is_picture(files[0]) or any(map(Path.is_dir, files)):
         raise ValueError(f"{option} {files[0]}: name a picture file, for example out.png")
     check_folder(option, files[0])
     for file in filter(Path.exists, files):
-        if any(map(file.samefile, (*args.image, *args.cond))):
+        if any(map(file.samefile, given)):
             raise ValueError(f"{option} {file}: is a picture that is given; name another file")
 
 
@@ -681,7 +681,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 raise ValueError(f"--export-lora {lora}: {why}")
         check_folder("--export-lora", lora)
     if args.routing:
-        check_pictures("--routing", [args.routing], args)
+        check_pictures("--routing", [args.routing], [*args.image, *args.cond])
         if not find_spec("matplotlib"):
             raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
     make = args.out is not None or not (lora or args.routing)
@@ -692,6 +692,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
             raise ValueError("--batch: pictures and seeds stand in the file; "
                              "leave out --image, --cond and --num")
         jobs = read_batch(args.batch, out, args.seed)
+        if args.routing:
+            check_pictures("--routing", [args.routing],
+                           [path for job in jobs for path in (*job.images, *job.conds)])
         if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
             raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
         if not make:
@@ -709,7 +712,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
         load_image(path)
     outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
     if make:
-        check_pictures("--out", outs, args)
+        check_pictures("--out", outs, [*args.image, *args.cond])
         if args.routing in outs:
             raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
     return [Job(args.instruction, args.image, args.cond, "",

@@ -749,6 +749,8 @@ def check(args: argparse.Namespace) -> None:
     if not args.resume and args.dry_run is None and any(
             (args.out / name).exists() for name in (*CHECKPOINTS, "adapter.safetensors")):
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
+    if args.data_root and not args.data_root.is_dir():
+        raise ValueError(f"--data-root {args.data_root}: no such folder")
     if args.shard and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard: splits the model over processes; start them with torchrun")
 
@@ -810,7 +812,7 @@ def main() -> None:
               workers)
     finally:
         if bad:
-            print(f"{len(bad)} bad lines of the data were skipped:", *bad, sep="\n  ",
+            print(f"bad lines of the data, skipped: {len(bad)}", *bad, sep="\n  ",
                   file=sys.stderr)
     if rank == 0:
         print(f"{args.out / 'adapter.safetensors'}: "

@@ -426,6 +426,15 @@ def test_pictures_that_are_given_are_not_written_over(tmp_path, monkeypatch, cap
     assert mine.read_bytes() == PICTURE.read_bytes()
 
 
+def test_pictures_that_a_batch_names_are_not_written_over(tmp_path, monkeypatch, capsys):
+    mine, rows = tmp_path / "mine.png", tmp_path / "rows.jsonl"
+    mine.write_bytes(PICTURE.read_bytes())
+    rows.write_text(json.dumps({"instruction": "a", "conds": ["mine.png"]}))
+    code, _, err = command(monkeypatch, capsys, "--batch", rows, "--routing", mine)
+    assert code == 2 and "is a picture that is given" in err
+    assert mine.read_bytes() == PICTURE.read_bytes()
+
+
 def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.png"
     code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--out", out,

@@ -415,14 +415,16 @@ def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
     assert dry_run(monkeypatch, capsys, "--shard") == {}
 
 
-def test_shard_needs_processes_and_dry_run_a_size(monkeypatch):
+def test_what_options_need(monkeypatch):
     for size in ("-1", "nan"):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", size])
         with pytest.raises(ValueError, match="from 0 up"):
             train.main()
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--shard"])
-    with pytest.raises(ValueError, match="torchrun"):
-        train.main()
+    for option, value, words in (("--shard", [], "torchrun"),
+                                 ("--data-root", ["/gone"], "no such folder")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", option, *value])
+        with pytest.raises(ValueError, match=words):
+            train.main()
 
 
 def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys):
