@@ -212,8 +212,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
     q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D).
     """
     q, k, dtype = rotate(q, pe[:q.shape[2]]), rotate(k, pe), v.dtype
-    if q.requires_grad and q.device.type == "cpu" and not weights.fast_bf16():
-        q, k, v = q.float(), k.float(), v.float()        # bf16's backward takes 10 times as long
+    slow = dtype == torch.bfloat16 and q.device.type == "cpu" and not weights.FAST_BF16
+    if slow and q.requires_grad:
+        q, k, v = q.float(), k.float(), v.float()        # there its backward takes 10 times as long
     out = F.scaled_dot_product_attention(q, k, v)        # (B, N, S', d)
     return out.transpose(1, 2).flatten(2).to(dtype)
 

@@ -191,9 +191,9 @@ class Fork(torch.autograd.Function):
         own = (x.flatten(0, -2).to(grad.dtype).T @ flat).to(W.dtype)
         if not ctx.needs_input_grad[0]:
             return None, own
-        rows = frozen.view(-1, x.shape[-1])              # a linear layer made it for us alone
+        rows = frozen.flatten(0, -2)                     # a linear layer made it for us alone
         rows.addmm_(flat.to(x.dtype), W.T.to(x.dtype))
-        return frozen, own
+        return rows.view(x.shape), own
 
 
 class LoRALinear(nn.Module):

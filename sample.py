@@ -60,6 +60,7 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
     cache: weights.Cache | None = None                   # of what the encoders gave before
+    compiled: bool = False                               # whether generate() compiles the blocks
 
 
 @dataclass
@@ -107,7 +108,7 @@ def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
     """
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type != "cpu" or weights.fast_bf16()
+    fast = device.type != "cpu" or weights.FAST_BF16
     large = device.type != "cpu" or 2 * stored >= memory(device) / 2
     return torch.bfloat16 if fast and large else torch.float32
 
@@ -162,6 +163,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
         load_clip(paths["text_encoder"], near, kind), t5_tokens, clip_tokens, None, where, kind)
     kinds = {t.dtype for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip) for t in weights_of(part)}
     weights.check_device(kinds, where, model)
+    if where.type == "cpu":                              # convolutions are faster so there
+        pipe.vae.to(memory_format=torch.channels_last)   # (and slower on a GPU, with the norms)
     if adapter is not None:
         pipe.adapter = load_adapter(pipe.dit, Path(adapter))
         for p in pipe.adapter.tensors().values():        # and not the model's weights in its layers
@@ -387,6 +390,13 @@ def mergeable(pipe: Pipeline, given: Given) -> bool:
             and sum(layer.base.weight.nbytes for layer in layers) < memory(pipe.device) / 2)
 
 
+def compile_blocks(model: FluxTransformer) -> None:
+    """Have the blocks compiled when they first run; those of a kind share what is compiled."""
+    warnings.filterwarnings("ignore", ".*complex operators")     # rotate()'s are left as they are
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.compile()
+
+
 def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guidance: float = 2.5,
              bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Pictures for what condition() encoded, and the routing weights of each adapted layer.
@@ -396,10 +406,12 @@ def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guida
     whole = fits(pipe.dit, pipe.device)
     with torch.no_grad(), ExitStack() as stack:
         run = stack.enter_context((visiting if whole else streamed)(pipe.dit, pipe.device))
+        beside = pipe.adapter is not None and not mergeable(pipe, given)
         routing = stack.enter_context(
-            nullcontext() if pipe.adapter is None else
-            merged(pipe, given) if mergeable(pipe, given) else
+            nullcontext() if pipe.adapter is None else merged(pipe, given) if not beside else
             pipe.adapter.serve(given.txt, given.pooled))
+        if pipe.compiled and not beside:                 # such layers would each be compiled anew
+            compile_blocks(pipe.dit)
         for latents in tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
                             total=steps, disable=not bar, leave=False):
             pass
@@ -632,7 +644,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-size", action="store_true",
                         help="give the result the size of the first --image")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: "
-                        "half a minute more at first, then faster steps")
+                        "half a minute more at first, then faster steps; not where an adapter "
+                        "cannot be merged")
     parser.add_argument("--num", type=int, default=1, help="pictures, with --seed, --seed + 1, ...")
     parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
                         help="write the adapter, as this instruction routes it, as a plain LoRA; "
@@ -669,8 +682,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--guidance {args.guidance}: must be from 0 to 100; 2.5 is usual")
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
-    if args.compile and not which(os.environ.get("CXX", "c++")):
-        raise ValueError("--compile: needs a C++ compiler, such as g++; none was found")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not which(compiler):             # the one that torch.compile would take
+        raise ValueError(f"--compile: needs a C++ compiler; there is no {compiler}")
     out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
     if lora:
         for wrong, why in ((args.batch, "needs one --instruction"),
@@ -681,7 +695,6 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 raise ValueError(f"--export-lora {lora}: {why}")
         check_folder("--export-lora", lora)
     if args.routing:
-        check_pictures("--routing", [args.routing], [*args.image, *args.cond])
         if not find_spec("matplotlib"):
             raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
     make = args.out is not None or not (lora or args.routing)
@@ -693,8 +706,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
                              "leave out --image, --cond and --num")
         jobs = read_batch(args.batch, out, args.seed)
         if args.routing:
-            check_pictures("--routing", [args.routing],
-                           [path for job in jobs for path in (*job.images, *job.conds)])
+            check_pictures("--routing", [args.routing], [
+                path for job in jobs for path in (*job.images, *job.conds)])
         if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
             raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
         if not make:
@@ -708,11 +721,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if not args.instruction.strip():
         raise ValueError("--instruction is empty: say what to show, or what to change")
     checked_text(args.instruction, "--instruction")
-    for path in (*args.image, *args.cond):
+    given = [*args.image, *args.cond]
+    for path in given:
         load_image(path)
+    if args.routing:
+        check_pictures("--routing", [args.routing], given)
     outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
     if make:
-        check_pictures("--out", outs, [*args.image, *args.cond])
+        check_pictures("--out", outs, given)
         if args.routing in outs:
             raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
     return [Job(args.instruction, args.image, args.cond, "",
@@ -738,10 +754,7 @@ def main() -> None:
         return
     adapter = choose_adapter(args.adapter, args.model)
     pipe = open_model(args, adapter)
-    if args.compile:                                     # those of a kind share what is compiled
-        warnings.filterwarnings("ignore", ".*complex operators")     # rotate() is left as it is
-        for block in (*pipe.dit.transformer_blocks, *pipe.dit.single_transformer_blocks):
-            block.compile()
+    pipe.compiled = args.compile
     if args.export_lora:
         export_lora(pipe, args.instruction, args.export_lora)
     if args.routing:

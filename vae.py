@@ -210,7 +210,4 @@ def implied_config(shapes: dict[str, torch.Size]) -> dict:
 def load_vae(path: str | Path, device: torch.device | str = "cpu",
              dtype: torch.dtype | None = None) -> AutoEncoder:
     """Read a folder's vae/, or a file. Raises: FileNotFoundError, ValueError."""
-    model = weights.load_part("vae", AutoEncoder, VAEConfig, implied_config, path, device, dtype)
-    if torch.device(device).type == "cpu":               # convolutions are faster so there
-        model.to(memory_format=torch.channels_last)      # (and slower on a GPU, with the norms)
-    return model
+    return weights.load_part("vae", AutoEncoder, VAEConfig, implied_config, path, device, dtype)

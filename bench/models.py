@@ -33,7 +33,7 @@ import whole                                             # noqa: E402
 from common import block_flops, in_turns, product_rate   # noqa: E402
 
 TEXT, IMAGE = 512, 2048                                  # tokens
-COMPILE = "--compile" in sys.argv
+COMPILE = False                                          # --compile
 
 
 def config(part: str) -> dict:
@@ -46,6 +46,7 @@ def put(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def compiled(*modules: nn.Module) -> None:
     """Under --compile, each by itself, as sample.py --compile has its blocks."""
+    torch._dynamo.reset()                                # or it would allow for any size
     for module in modules if COMPILE else ():
         module.compile()
 
@@ -63,7 +64,7 @@ def blocks(dtype: torch.dtype, rounds: int) -> None:
     from diffusers.models.transformers import transformer_flux as peers
     c = weights.config_from(dit.DiTConfig, config("transformer"), "transformer")
     D, S = c.width, TEXT + IMAGE
-    rate = product_rate(S, D, dtype, rounds)
+    rate = product_rate(S, D, dtype)
     print(f"one product of {S} x {D} with {D} x {4 * D}: {rate / 1e9:.0f} GFLOP/s")
     floor = block_flops(S, D) / rate
     txt, img, vec = (torch.randn(shape, dtype=dtype) for shape in
@@ -75,11 +76,12 @@ def blocks(dtype: torch.dtype, rounds: int) -> None:
         D, c.num_attention_heads, c.attention_head_dim), dtype)
     one, other = put(dit.SingleBlock(c), dtype), put(peers.FluxSingleTransformerBlock(
         D, c.num_attention_heads, c.attention_head_dim), dtype)
-    compiled(ours, peer, one, other)
+    compiled(ours, peer)
     show("double block", in_turns({
         "ours": lambda: ours(txt, [img], [vec], pe),
         "diffusers": lambda: peer(img, txt, vec, rotary)}, rounds), floor)
     both = torch.cat([txt, img], dim=1)
+    compiled(one, other)
     show("single block", in_turns({
         "ours": lambda: one([both], [vec], pe, False),
         "diffusers": lambda: other(img, txt, vec, rotary)}, rounds), floor)
@@ -104,7 +106,7 @@ def whole_dit(dtype: torch.dtype, rounds: int) -> None:
     t, guidance, txt_ids = torch.tensor([0.5]), torch.tensor([2.5]), torch.zeros(TEXT, 3)
     c, tokens = ours.config, TEXT + len(ids)
     floor = ((c.num_layers + c.num_single_layers) * block_flops(tokens, c.width)
-             / product_rate(tokens, c.width, dtype, rounds))
+             / product_rate(tokens, c.width, dtype))
     show("transformer", in_turns({
         "ours": lambda: ours(img, txt, pooled, t, guidance, ids),
         "diffusers": lambda: peer(hidden_states=img, encoder_hidden_states=txt,
@@ -187,6 +189,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="the transformers' blocks")
     args = parser.parse_args()
+    global COMPILE
+    COMPILE = args.compile
     torch.set_default_device(args.device)
     with torch.inference_mode():
         for part in args.parts:

@@ -1,8 +1,8 @@
 """What a MoLE layer costs, in time and memory, against the dense formula and the frozen linear.
 
-Dense: every expert's output is built, stacked, gathered and compared, as the equations read. All
-contestants take turns in one run; a time is the median over the rounds. Ratios travel between
-machines, seconds do not.
+Dense: every expert's output is built, stacked, gathered and compared, as the equations read. The
+contestants of a word (but `train`) take turns in one run; a time is the median over the rounds.
+Ratios travel between machines, seconds do not.
 
     layer   one layer of the real size (in 15,360, out 3,072, E 8, k 4, r 32), 2,048 tokens, forward
             and backward with the input's gradient, balance and orthogonality losses included
@@ -45,7 +45,7 @@ class DenseMoLE(MoLELinear):
         Y = torch.stack([scale * (x @ A.to(x.dtype)) @ B.to(x.dtype) for A, B in zip(
             self.experts_A.chunk(c.experts, 1), self.experts_B.chunk(c.experts, 0))])
         chosen = w.topk(c.top_k).indices                 # (B, k);  Y (E, B, N, out)
-        rows = torch.arange(len(x))[:, None]             # (B, 1)
+        rows = torch.arange(len(x), device=x.device)[:, None]               # (B, 1)
         picked = Y.transpose(0, 1)[rows, chosen]         # (B, k, N, out)
         out = self.base(x) + (w.gather(1, chosen)[..., None, None].to(x.dtype) * picked).sum(1)
         if routing.losses:

@@ -163,15 +163,18 @@ def times(lines: list[str], what: str) -> list[float]:
     return [float(at) for at in re.findall(rf"@{what} ([\d.]+)", " ".join(lines))]
 
 
-def summary(lines: list[str], began: float, whole: float, most: int) -> list[float]:
-    """Print what watch() found; -> seconds of each step."""
+def summary(who: str, lines: list[str], began: float, whole: float, most: int) -> list[float]:
+    """Print what watch() found; -> seconds of each pass of the transformer, forward."""
     steps, done = times(lines, "step"), times(lines, "done")
     each = [end - start for start, end in zip(steps, done)]
+    if not each:
+        print(f"{who}: no pass in {whole:.0f} s, {most / 1e9:.2f} GB of its own;", *lines[-1:])
+        return each
     gpu = re.search(r"@end \S+ (\d+)", " ".join(lines))
-    print(f"{whole:.1f} s in all; first step after {steps[0] - began:.1f} s; "
-          f"steps of {', '.join(f'{s:.3g}' for s in each[:3])} s, median "
-          f"{sorted(each)[len(each) // 2]:.4g} s; memory of its own {most / 1e9:.2f} GB"
-          + (f", of the GPU {int(gpu[1]) / 1e9:.1f} GB" if GPU and gpu else ""), flush=True)
+    print(f"{who}: {whole:.1f} s in all{'' if gpu else ', when it was stopped'}; first pass after "
+          f"{steps[0] - began:.1f} s; passes of {', '.join(f'{s:.3g}' for s in each[:3])} s, half of "
+          f"all within {sorted(each)[(len(each) - 1) // 2]:.4g} s; {most / 1e9:.2f} GB of its own"
+          + (f", {int(gpu[1]) / 1e9:.1f} GB of the GPU" if GPU and gpu else ""), flush=True)
     return each
 
 
@@ -205,14 +208,12 @@ def training(folder: Path, picture: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         arguments = ["--data", data, "--model", folder, "--config", folder / "adapter.json",
                      "--out", out, "--steps", 8, "--batch-size", 1, "--checkpoint", *options]
-        dry = subprocess.run([sys.executable, ROOT / "train.py", *map(str, arguments), "--dry-run"],
-                             capture_output=True, text=True).stdout
-        found = watch("--timed", "train", *arguments)
-        print("train.py", *options, "says", re.search(r"together +[\d.]+", dry)[0], "GB")
-        print(*found[0][-1:] if not times(found[0], "step") else "", end="")
-        summary(*found)
-        seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").open()]
-        print(f"  whole steps of {', '.join(f'{s:.3g}' for s in seconds)} s", flush=True)
+        dry = subprocess.check_output([sys.executable, ROOT / "train.py", *map(str, arguments),
+                                       "--dry-run"], text=True)
+        print("train.py", *options, "--dry-run:", re.search(r"together +[\d.]+", dry)[0], "GB")
+        if summary("train.py", *watch("--timed", "train", *arguments)):
+            seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").open()]
+            print(f"  steps of {', '.join(f'{s:.3g}' for s in seconds)} s", flush=True)
 
 
 def main() -> None:
@@ -243,8 +244,8 @@ def main() -> None:
             "--timed", "sample", "--model", folder, "--instruction", "make it red", "--image",
             picture, "--size", f"{args.side}x{args.side}", "--steps", args.steps, "--out",
             folder / "out.png", *(f"--{option}" for option in args.options))
-        print(*found[0][-2:], sep="\n")
-        each = summary(*found)
+        print(*found[0][-2:-1])
+        each = summary("sample.py", *found)
         kind = re.search(r"@step \S+ (\S+)", " ".join(found[0]))[1]
         flops, rate = floor(getattr(torch, kind.removeprefix("torch.")), args.side)
         print(f"matrix products in {kind}: {flops / 1e12:.1f} TFLOP, {flops / rate:.3g} s at the "
@@ -252,10 +253,8 @@ def main() -> None:
               f"{flops / rate / each[-1]:.0%}", flush=True)
         if args.diffusers:
             forget(folder)
-            theirs = watch("--peer", folder, picture, args.side, args.steps, limit=2 * found[2])
-            print("diffusers (stopped at twice our time):", *theirs[0][-1:])
-            if times(theirs[0], "done"):
-                summary(*theirs)
+            summary("diffusers, uncompiled, for at most twice as long", *watch(
+                "--peer", folder, picture, args.side, args.steps, limit=2 * found[2]))
         if args.train:
             training(folder, picture)
     finally:

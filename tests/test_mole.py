@@ -398,6 +398,25 @@ def test_at_the_start_the_model_computes_what_it_did(dtype):
             assert torch.equal(model(**x), before)
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_the_frozen_layer_is_troubled_for_gradients_only_where_they_are_needed(needed):
+    """Its input's gradient is that of plain autograd, also where three layers share the input."""
+    whole, seen = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=needed), []
+    x, c = whole[:, 2:5], mole.AdapterConfig(lora_rank=2)
+    layers = [mole.LoRALinear(nn.Linear(5, 4), c).double() for _ in range(3)]
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+        layer.base.requires_grad_(False)
+        layer.base.register_full_backward_hook(lambda *_: seen.append(1))
+    sum(layer(x).square().sum() for layer in layers).backward()
+    assert len(seen) == (3 if needed else 0)
+    found, whole.grad = whole.grad, None
+    if needed:
+        sum((x @ (layer.base.weight + layer.scale * layer.lora_B @ layer.lora_A).T
+             + layer.base.bias).square().sum() for layer in layers).backward()
+        assert torch.allclose(found, whole.grad, atol=1e-10, rtol=0)
+
+
 def test_at_the_start_orthogonality_is_exactly_zero_with_zero_gradient():
     model, adapter = adapted(blank=True)
     x = inputs()
@@ -647,19 +666,23 @@ def test_autocast_gives_the_gradients_of_fp32_within_its_rounding():
     assert errors <= 0.05 ** 2 * sum(grad.square().sum() for grad in exact.values())
 
 
-def test_compiling_a_layer_changes_nothing():
+@pytest.mark.parametrize("needed", [True, False])
+def test_compiling_a_layer_changes_nothing(needed):
     """Traced by torch.compile, run by its eager backend: the same operations."""
     layer = mole_layer(4, 2)
-    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    whole = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=needed)
+    x = whole[:, 2:5]                                    # as a stream of the attention's tokens is
     results = []
     for call in (layer, torch.compile(layer, backend="aot_eager")):
         layer.zero_grad()
+        whole.grad = None
         routing = mole.Routing(torch.ones(2, 6, dtype=torch.float64), losses=True)
         layer.routings[:] = [routing]
         out = call(x)
         (out.square().mean() + routing.balance + routing.orthogonality).backward()
         results.append([out, routing.weights["some.layer"], routing.balance, routing.orthogonality,
-                        layer.experts_A.grad, layer.experts_B.grad, layer.router.weight.grad])
+                        layer.experts_A.grad, layer.experts_B.grad, layer.router.weight.grad,
+                        *([whole.grad] if needed else [])])
     for plain, compiled in zip(*results):
         assert torch.allclose(plain, compiled, atol=1e-12, rtol=0)
 

@@ -37,8 +37,7 @@ from vae import AutoEncoder, VAEConfig, load_vae
 
 NAMES = [*world.SHAPES, *world.FIGURES, *world.COLOURS, "big"]  # what a thing may be called
 LENGTH = 28                                              # tokens; the longest instruction has 26
-FAST = (torch.bfloat16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else
-        torch.float32)                                   # other CPUs have no fast bf16
+FAST = torch.bfloat16 if weights.FAST_BF16 else torch.float32
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64, 64],
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -267,7 +266,8 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     file = work / "latents.safetensors"
     if file.is_file():
         return weights.read_tensors([file])
-    rng, vae = np.random.default_rng(3), load_vae(out / "vae", dtype=FAST)
+    rng = np.random.default_rng(3)
+    vae = load_vae(out / "vae", dtype=FAST).to(memory_format=torch.channels_last)
     t5, clip = T5Tokenizer(out / "tokenizer_2"), CLIPTokenizer(out / "tokenizer")
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
