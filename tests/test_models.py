@@ -340,6 +340,20 @@ def test_rope_equals_diffusers(axes: tuple) -> None:
     assert (dit.rotate(x.bfloat16(), pe).dtype) == torch.bfloat16
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attention_in_training_is_one_graph_and_of_its_own_type(fast, dtype, monkeypatch):
+    """On processors slow at bf16 it passes through fp32, which float64 must not."""
+    monkeypatch.setattr(weights, "FAST_BF16", fast)
+    q, k, v = (torch.randn(1, 2, 5, 16).to(dtype).requires_grad_() for _ in range(3))
+    pe = dit.rope(torch.zeros(5, 3), (4, 6, 6))          # turns nothing
+    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-12   # its rounding of values about 2
+    for attend in (dit.attend, torch.compile(dit.attend, backend="aot_eager", fullgraph=True)):
+        out = attend(q, k, v, pe)
+        assert out.dtype == dtype and torch.allclose(out, wanted, atol=limit, rtol=0)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])
 @pytest.mark.parametrize("tokens", [16, 256, 1024, 4032, 4096])
 def test_schedule_equals_diffusers(steps: int, tokens: int) -> None:

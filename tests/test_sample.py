@@ -283,6 +283,10 @@ def test_compiled_blocks_make_the_same_picture(tmp_path, monkeypatch, capsys):
     plain, traced = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
                      for name in ("plain", "compiled"))
     assert np.abs(plain - traced).max() <= 1
+    compiled.clear()
+    monkeypatch.setattr(sample, "mergeable", lambda *_: False)               # it stays beside them
+    assert command(monkeypatch, capsys, "--instruction", "make it red", "--compile", "--steps", 1,
+                   "--out", tmp_path / "beside.png")[0] == 0 and not compiled
 
 
 def test_compiling_needs_a_compiler(monkeypatch, capsys):
