@@ -67,26 +67,33 @@ def balance_loss(p: Tensor, kept: Tensor) -> Tensor:
     return p.shape[-1] * (kept.mean(0) * p.mean(0)).sum()
 
 
-def similarity(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
-    """Cosines of the outputs of any two experts, chosen or not, on all tokens, (E, E).
+def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
+    """<Y_i, Y_j> of the outputs of any two experts, chosen or not, on all tokens, (E, E).
 
     Shapes: H = X A (..., E r), B (E r, out). Exactly those of the E flattened outputs, because
     <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab.
-    The Gram matrices are in fp32 or wider. Zero outputs give exactly zero.
+    The Gram matrices are in fp32 or wider.
     """
-    wide = torch.promote_types(H.dtype, torch.float32)
+    wide, r = torch.promote_types(H.dtype, torch.float32), len(B) // experts
     H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
     with torch.autocast(H.device.type, enabled=False):
         gram = (H.T @ H) * (B @ B.T) * scale ** 2        # (E r, E r)
-    inner = gram.unflatten(0, (experts, -1)).unflatten(2, (experts, -1)).sum((1, 3))     # (E, E)
-    norm = inner.diagonal().clamp(min=1e-24).sqrt()      # clamped first: at 0 the root is too steep
+    return gram.view(experts, r, experts, r).sum((1, 3))
+
+
+def similarity(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
+    """Cosines, (E, E), as inner_products() takes them. Zero outputs give exactly zero."""
+    inner = inner_products(H, B, experts, scale)
+    norm = inner.diagonal().clamp(min=1e-24).sqrt()
     return inner / (norm[:, None] * norm)
 
 
 def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
-    """Mean squared cosine of two different experts' outputs; as similarity() takes them."""
-    cosine = similarity(H, B, experts, scale)            # (E, E)
-    return 2 * cosine.triu(1).square().sum() / max(1, experts * (experts - 1))
+    """Mean squared cosine of two different experts' outputs; as inner_products() takes them."""
+    inner = inner_products(H, B, experts, scale)
+    share = inner / inner.diagonal().clamp(min=1e-24)    # <Y_i, Y_j> / |Y_j|^2; without a root,
+    square = share * share.T                             # which at 0 is too steep: cos_ij^2
+    return 2 * square.triu(1).sum() / max(1, experts * (experts - 1))
 
 
 # -------------------------------------------------------------------------- the instruction vector
