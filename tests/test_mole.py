@@ -309,6 +309,18 @@ def test_orthogonality_is_accumulated_in_fp32():
         assert torch.equal(mole.orthogonality_loss(H, B, 4), wide)
 
 
+def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles():
+    """Against normalised outputs written out, in float64; the loss is the mean of their squares."""
+    H, B = torch.randn(9, 8, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    B[2:4] = 0                                           # the second of four experts
+    Y = torch.stack([H[:, i:i + 2] @ B[i:i + 2] for i in range(0, 8, 2)]).flatten(1)
+    Y = nn.functional.normalize(Y, dim=1)
+    cosine = mole.similarity(H, B, 4, scale=3.0)
+    assert torch.allclose(cosine, Y @ Y.T, atol=1e-12, rtol=0) and (cosine[1] == 0).all()
+    loss = (cosine.square().sum() - 3) / 12              # three are not zero
+    assert abs(mole.orthogonality_loss(H, B, 4, scale=3.0) - loss) < 1e-12
+
+
 def test_one_expert_has_no_orthogonality_loss():
     H, B = torch.randn(4, 2, requires_grad=True), torch.randn(2, 3)
     assert mole.orthogonality_loss(H, B, 1) == 0
