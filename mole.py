@@ -164,7 +164,7 @@ class Routing:
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted, over all
     orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # calls: sums, no means
     again: bool = False                                  # a second pass, for the backward pass only
-    weights: dict[str, Tensor] = field(default_factory=dict)     # layer -> its last w, (..., E)
+    weights: dict[str, Tensor] = field(default_factory=dict)     # at the end: layer -> its last w
 
 
 class Product(torch.autograd.Function):
@@ -233,6 +233,8 @@ class MoLELinear(nn.Module):
         super().__init__()
         device, inner = base.weight.device, c.experts * c.rank
         self.base, self.config, self.name, self.routings = base, c, name, routings
+        self.chosen: Tensor | None = None                # the last w, (..., E); told by name in the
+                                                         # end, or each layer would be compiled anew
         # Reference: kaiming took r for the fan-in of (in, r): +-1/sqrt(r), not +-1/sqrt(in).
         first = torch.empty(base.in_features, inner, device=device).uniform_(-1, 1) / c.rank ** 0.5
         self.experts_A = nn.Parameter(first)
@@ -255,7 +257,7 @@ class MoLELinear(nn.Module):
             raise ValueError(f"{self.name}: no instruction; call the model within adapter.serve()")
         c, routing, scale = self.config, self.routings[-1], self.config.alpha / self.config.rank
         w, loss = self.weigh(x, routing)
-        routing.weights[self.name] = w.detach()
+        self.chosen = w.detach()
         if w.dim() < x.dim():
             w = w[:, None]                               # (B, 1, E): one council for all tokens
         x, H = Fork.apply(x, self.experts_A)             # (..., E r)
@@ -273,7 +275,7 @@ class MoLELinear(nn.Module):
             raise ValueError(f"{self.name}: only the council of one instruction is a plain LoRA; "
                              "where tokens route, each has its own")
         w, _ = self.weigh(routing.z, routing)                                # (1, E)
-        routing.weights[self.name] = w.detach()
+        self.chosen = w.detach()
         shares = (self.config.alpha / self.config.rank * w[0]).repeat_interleave(self.config.rank)
         kept = shares != 0                                                   # (E r,)
         return self.experts_A.T[kept], (self.experts_B.T * shares)[:, kept]
@@ -373,6 +375,9 @@ class Adapter(nn.Module):
             yield routing
         finally:
             self.routings.pop()
+            chosen = {layer.name: layer.chosen for layer in self.layers.values()
+                      if isinstance(layer, MoLELinear)}
+            routing.weights = {name: w for name, w in chosen.items() if w is not None}
 
 
 def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:

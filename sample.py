@@ -60,7 +60,6 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
     cache: weights.Cache | None = None                   # of what the encoders gave before
-    compiled: bool = False                               # whether generate() compiles the blocks
 
 
 @dataclass
@@ -393,6 +392,7 @@ def mergeable(pipe: Pipeline, given: Given) -> bool:
 def compile_blocks(model: FluxTransformer) -> None:
     """Have the blocks compiled when they first run; those of a kind share what is compiled."""
     warnings.filterwarnings("ignore", ".*complex operators")     # rotate()'s are left as they are
+    torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.compile()
 
@@ -406,12 +406,10 @@ def generate(pipe: Pipeline, given: Given, noise: Tensor, steps: int = 28, guida
     whole = fits(pipe.dit, pipe.device)
     with torch.no_grad(), ExitStack() as stack:
         run = stack.enter_context((visiting if whole else streamed)(pipe.dit, pipe.device))
-        beside = pipe.adapter is not None and not mergeable(pipe, given)
         routing = stack.enter_context(
-            nullcontext() if pipe.adapter is None else merged(pipe, given) if not beside else
+            nullcontext() if pipe.adapter is None else
+            merged(pipe, given) if mergeable(pipe, given) else
             pipe.adapter.serve(given.txt, given.pooled))
-        if pipe.compiled and not beside:                 # such layers would each be compiled anew
-            compile_blocks(pipe.dit)
         for latents in tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
                             total=steps, disable=not bar, leave=False):
             pass
@@ -644,8 +642,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep-size", action="store_true",
                         help="give the result the size of the first --image")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: "
-                        "half a minute more at first, then faster steps; not where an adapter "
-                        "cannot be merged")
+                        "half a minute more at first, then faster steps")
     parser.add_argument("--num", type=int, default=1, help="pictures, with --seed, --seed + 1, ...")
     parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
                         help="write the adapter, as this instruction routes it, as a plain LoRA; "
@@ -654,6 +651,13 @@ def parse() -> argparse.Namespace:
                         help="draw which experts each layer chose, for --instruction or, by task, "
                         "for a --batch; pictures too only with --out")
     return parser.parse_args()
+
+
+def check_compiler() -> None:
+    """Raises: ValueError when the one that torch.compile would take is not there."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not which(compiler):
+        raise ValueError(f"--compile: needs a C++ compiler; there is no {compiler}")
 
 
 def check_folder(option: str, file: Path) -> None:
@@ -682,9 +686,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError(f"--guidance {args.guidance}: must be from 0 to 100; 2.5 is usual")
     if not 0 <= args.seed < 2 ** 63 - args.num:
         raise ValueError(f"--seed {args.seed}: must be from 0 to 2^63")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if args.compile and not which(compiler):             # the one that torch.compile would take
-        raise ValueError(f"--compile: needs a C++ compiler; there is no {compiler}")
+    if args.compile:
+        check_compiler()
     out, lora = args.out or Path("out" if args.batch else "out.png"), args.export_lora
     if lora:
         for wrong, why in ((args.batch, "needs one --instruction"),
@@ -754,7 +757,8 @@ def main() -> None:
         return
     adapter = choose_adapter(args.adapter, args.model)
     pipe = open_model(args, adapter)
-    pipe.compiled = args.compile
+    if args.compile:
+        compile_blocks(pipe.dit)
     if args.export_lora:
         export_lora(pipe, args.instruction, args.export_lora)
     if args.routing:

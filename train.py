@@ -48,10 +48,11 @@ import mole
 import weights
 from data import Sample, stack, to_tensor
 from mole import AdapterConfig
-from sample import (ROOM, Given, Pipeline, add_model_options, arranged, choose_device, condition,
-                    draw_routing, drawn, encode_picture, encode_text, expert_use, fits, generate,
-                    memory, model_options, model_paths, open_model, put_adapter, save_picture,
-                    seeded_noise, velocity, visiting, weights_of)
+from sample import (ROOM, Given, Pipeline, add_model_options, arranged, check_compiler,
+                    choose_device, compile_blocks, condition, draw_routing, drawn, encode_picture,
+                    encode_text, expert_use, fits, generate, memory, model_options, model_paths,
+                    open_model, put_adapter, save_picture, seeded_noise, velocity, visiting,
+                    weights_of)
 from tiny.world import TinyWorld
 from vae import VAEConfig
 
@@ -105,7 +106,7 @@ def recomputed(adapter: mole.Adapter, routing: mole.Routing) -> Callable:
     The second computation is routed like the first; what it adds to the losses is thrown away.
     """
     def contexts() -> tuple:                             # around the first, and the second
-        return nullcontext(), adapter.use(replace(routing, weights={}, again=True))
+        return nullcontext(), adapter.use(replace(routing, again=True))
     return lambda block, *args: checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
@@ -714,6 +715,8 @@ def parse() -> argparse.Namespace:
                         "near 1, where layout is decided; 1, as in the paper: uniform")
     parser.add_argument("--checkpoint", action="store_true",
                         help="recompute each block in backward: less memory, same gradients")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: "
+                        "minutes more at first, then faster steps")
     parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen "
                         "layers in 8 bits, widened where they are used: half of bf16's memory")
     parser.add_argument("--shard", action="store_true", help="with torchrun: split the frozen "
@@ -751,6 +754,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} holds a run; add --resume to go on, or name another --out")
     if args.data_root and not args.data_root.is_dir():
         raise ValueError(f"--data-root {args.data_root}: no such folder")
+    if args.compile:
+        check_compiler()
+    if args.compile and args.shard:
+        raise ValueError("--compile: not together with --shard")
     if args.shard and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard: splits the model over processes; start them with torchrun")
 
@@ -806,6 +813,8 @@ def main() -> None:
     pipe.adapter = put_adapter(pipe.dit, config)
     if args.shard:
         shard(pipe)
+    if args.compile:
+        compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         train(args, pipe, sources, settings_of(args, config, model, sources, workers), rank,

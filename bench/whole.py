@@ -5,8 +5,8 @@ command on it at 512x512 with one reference: time to the first step, seconds per
 memory that was its own (not the operating system's cache of files). Beside them two floors from the
 same run: reading the transformer's files once, and its matrix products at the rate of a large one.
 
-Where there is a GPU, sample.py takes it, and so do the floor and the peer; memory is then the GPU's.
---train measures a few steps of train.py's command too, with the paper's adapter.
+Where there is a GPU, sample.py takes it, and so do the floor and the peer. --train measures a few
+steps of train.py's command too, with the paper's adapter.
 
 Run: python bench/whole.py --folder /a/disk/with/40/GB
 """
@@ -171,9 +171,9 @@ def summary(who: str, lines: list[str], began: float, whole: float, most: int) -
         print(f"{who}: no pass in {whole:.0f} s, {most / 1e9:.2f} GB of its own;", *lines[-1:])
         return each
     gpu = re.search(r"@end \S+ (\d+)", " ".join(lines))
+    first = ", ".join(f"{seconds:.3g}" for seconds in each[:3])
     print(f"{who}: {whole:.1f} s in all{'' if gpu else ', when it was stopped'}; first pass after "
-          f"{steps[0] - began:.1f} s; passes of {', '.join(f'{s:.3g}' for s in each[:3])} s, half of "
-          f"all within {sorted(each)[(len(each) - 1) // 2]:.4g} s; {most / 1e9:.2f} GB of its own"
+          f"{steps[0] - began:.1f} s; passes of {first} s, half of all within {sorted(each)[(len(each) - 1) // 2]:.4g} s; {most / 1e9:.2f} GB of its own"
           + (f", {int(gpu[1]) / 1e9:.1f} GB of the GPU" if GPU and gpu else ""), flush=True)
     return each
 

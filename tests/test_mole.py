@@ -294,7 +294,7 @@ def test_orthogonality_counts_experts_that_were_not_chosen():
     layer.routings.append(routing)
     layer(x)
     routing.orthogonality.backward()
-    unchosen = routing.weights["some.layer"][0] == 0
+    unchosen = layer.chosen[0] == 0
     assert unchosen.sum() == 3
     assert (layer.experts_A.grad.unflatten(1, (4, 3)).abs().amax((0, 2)) > 0).all()
     assert (layer.experts_B.grad.unflatten(0, (4, 3)).abs().amax((1, 2)) > 0).all()
@@ -336,9 +336,9 @@ def test_router_noise(by_token):
     routing = mole.Routing(torch.zeros(rows, 6), losses=False)
     layer.routings.append(routing)
     layer(torch.zeros(rows, 5))
-    assert torch.equal(routing.weights["some.layer"], torch.full((rows, E), 1 / E))  # eval mode
+    assert torch.equal(layer.chosen, torch.full((rows, E), 1 / E))  # eval mode
     layer.train()(torch.zeros(rows, 5))
-    p = routing.weights["some.layer"]
+    p = layer.chosen
     noise = (p[:, 0] / p[:, 1]).log() * E / math.sqrt(2)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.01             # normal; uniform 0.65
@@ -692,7 +692,7 @@ def test_compiling_a_layer_changes_nothing(needed):
         layer.routings[:] = [routing]
         out = call(x)
         (out.square().mean() + routing.balance + routing.orthogonality).backward()
-        results.append([out, routing.weights["some.layer"], routing.balance, routing.orthogonality,
+        results.append([out, layer.chosen, routing.balance, routing.orthogonality,
                         layer.experts_A.grad, layer.experts_B.grad, layer.router.weight.grad,
                         *([whole.grad] if needed else [])])
     for plain, compiled in zip(*results):
