@@ -173,7 +173,8 @@ def summary(who: str, lines: list[str], began: float, whole: float, most: int) -
     gpu = re.search(r"@end \S+ (\d+)", " ".join(lines))
     first = ", ".join(f"{seconds:.3g}" for seconds in each[:3])
     print(f"{who}: {whole:.1f} s in all{'' if gpu else ', when it was stopped'}; first pass after "
-          f"{steps[0] - began:.1f} s; passes of {first} s, half of all within {sorted(each)[(len(each) - 1) // 2]:.4g} s; {most / 1e9:.2f} GB of its own"
+          f"{steps[0] - began:.1f} s; passes of {first} s, half of all within "
+          f"{sorted(each)[(len(each) - 1) // 2]:.4g} s; {most / 1e9:.2f} GB of its own"
           + (f", {int(gpu[1]) / 1e9:.1f} GB of the GPU" if GPU and gpu else ""), flush=True)
     return each
 
