@@ -177,9 +177,13 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, W = ctx.saved_tensors                         # autocast may have made grad narrower
-        own = x.flatten(0, -2).to(grad.dtype).T @ grad.flatten(0, -2)
-        return (grad @ W.to(grad.dtype).T).to(x.dtype), own.to(W.dtype)
+        x, W = ctx.saved_tensors
+        return (grad @ W.to(grad.dtype).T).to(x.dtype), Product.own(x, W, grad)
+
+    @staticmethod
+    def own(x: Tensor, W: Tensor, grad: Tensor) -> Tensor:       # W's gradient
+        rows = x.flatten(0, -2).to(grad.dtype)           # autocast may have made grad narrower
+        return (rows.T @ grad.flatten(0, -2)).to(W.dtype)
 
 
 class Fork(torch.autograd.Function):
@@ -194,12 +198,11 @@ class Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx, frozen: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, W = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        own = (x.flatten(0, -2).to(grad.dtype).T @ flat).to(W.dtype)
+        own = Product.own(x, W, grad)
         if not ctx.needs_input_grad[0]:
             return None, own
         rows = frozen.flatten(0, -2)                     # a linear layer made it for us alone
-        rows.addmm_(flat.to(x.dtype), W.T.to(x.dtype))
+        rows.addmm_(grad.flatten(0, -2).to(x.dtype), W.T.to(x.dtype))
         return rows.view(x.shape), own
 
 
@@ -370,14 +373,17 @@ class Adapter(nn.Module):
     @contextmanager
     def use(self, routing: Routing) -> Iterator[Routing]:
         """Let every layer follow `routing` within the `with`."""
+        moles = [layer for layer in self.layers.values() if isinstance(layer, MoLELinear)
+                 and not routing.again]                  # which chooses what the first pass chose
+        for layer in moles:
+            layer.chosen = None
         self.routings.append(routing)
         try:
             yield routing
         finally:
             self.routings.pop()
-            chosen = {layer.name: layer.chosen for layer in self.layers.values()
-                      if isinstance(layer, MoLELinear)}
-            routing.weights = {name: w for name, w in chosen.items() if w is not None}
+            routing.weights |= {layer.name: layer.chosen for layer in moles
+                                if layer.chosen is not None}
 
 
 def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:

@@ -697,9 +697,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
             if wrong:
                 raise ValueError(f"--export-lora {lora}: {why}")
         check_folder("--export-lora", lora)
-    if args.routing:
-        if not find_spec("matplotlib"):
-            raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
+    if args.routing and not find_spec("matplotlib"):
+        raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
     make = args.out is not None or not (lora or args.routing)
     if args.num > 1 and not make:
         raise ValueError(f"--num {args.num}: without --out no picture is made")

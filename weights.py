@@ -36,9 +36,15 @@ from torch import Tensor, nn
 
 Config = TypeVar("Config")
 Model = TypeVar("Model", bound=nn.Module)
-# Whether the processor has units for bf16. On others PyTorch's bf16 is slower than its fp32.
-FAST_BF16 = any(torch.cpu.get_capabilities().get(unit)
-                for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def fast_bf16() -> bool:
+    """Whether the processor has units for bf16; on others PyTorch's is slower than fp32."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+FAST_BF16 = fast_bf16()                                  # once: a compiled graph cannot ask
 
 
 def read_json(path: Path) -> dict:

@@ -169,15 +169,16 @@ def test_what_has_room_on_a_device(base, monkeypatch):
         assert sample.fits(base.vae, torch.device("cpu"))                    # it is there already
 
 
-@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize("able", ["avx2", "amx_bf16", "avx512_bf16", "bf16"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_type_to_compute_in(able, device, monkeypatch):
     """auto: bf16 where it is fast and the model large; what is asked for is given."""
-    monkeypatch.setattr(weights, "FAST_BF16", able)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "avx": True})
+    monkeypatch.setattr(weights, "FAST_BF16", weights.fast_bf16())           # as at the start
     monkeypatch.setattr(sample, "memory", lambda device: 400)
     large, small = (sample.choose_dtype("auto", torch.device(device), size) for size in (100, 99))
     wide, narrow = torch.float32, torch.bfloat16
-    assert large == (wide if device == "cpu" and not able else narrow)
+    assert large == (wide if device == "cpu" and able == "avx2" else narrow)
     assert small == (wide if device == "cpu" else narrow)
     assert sample.choose_dtype("float16", torch.device(device), 10) == torch.float16
 

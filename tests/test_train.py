@@ -437,9 +437,10 @@ def test_what_options_need(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", size])
         with pytest.raises(ValueError, match="from 0 up"):
             train.main()
-    for option, value, words in (("--shard", [], "torchrun"),
-                                 ("--data-root", ["/gone"], "no such folder")):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", option, *value])
+    monkeypatch.setenv("CXX", sys.executable)
+    for options, words in ((["--shard"], "torchrun"), (["--compile", "--shard"], "not together"),
+                           (["--data-root", "/gone"], "no such folder")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", *options])
         with pytest.raises(ValueError, match=words):
             train.main()
 
