@@ -385,7 +385,7 @@ def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
     assert len(commands) == 10
 
     def run(folder: Path) -> subprocess.CompletedProcess:
-        out = folder.with_name(f"{folder.name}-out")     # two trainings into one are not served
+        out = tmp_path / "out" / folder.name             # two trainings into one are not served
         return subprocess.run([sys.executable, "train.py", "--data", commands[folder], "--steps",
                                "1", "--out", str(out)], cwd=ROOT, timeout=120,
                               capture_output=True, text=True)
