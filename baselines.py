@@ -1,4 +1,4 @@
-"""The routings that InstructMoLE is compared with, each a MoLELinear that weighs its experts anew.
+"""The routings that InstructMoLE is compared with, each a MoLELinear with weights of its own.
 
     token     w = softmax(G x_n) on its k largest entries: every token asks the router for itself
     soft      w = softmax(G z / temperature): all experts, by the instruction; no auxiliary loss
@@ -25,7 +25,7 @@ class TokenLinear(MoLELinear):
     """Token top-k: the router of InstructMoLE, fed with each token's own input."""
     by_token = True
 
-    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         p, w, kept = route(self.logits(x), self.config.top_k)                # (..., E)
         return w, self.config.token_balance_weight * balance_loss(p, kept)
 
@@ -38,7 +38,7 @@ class SoftLinear(MoLELinear):
         super().__init__(*args)
         self.log_temperature = nn.Parameter(torch.zeros((), device=self.router.weight.device))
 
-    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         temperature = self.log_temperature.exp().clamp(min=0.01)
         w = (self.logits(routing.z) / temperature).softmax(dim=-1)           # (B, E)
         return w, w.new_zeros(())
@@ -69,13 +69,13 @@ class RaceLinear(MoLELinear):
         super().__init__(*args)
         self.threshold = nn.Parameter(torch.zeros((), device=self.router.weight.device), False)
 
-    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         logits = self.logits(x)                                              # (..., E)
         bar = self.threshold
         if self.training:
             tokens = logits.numel() // logits.shape[-1]
             bar = logits.detach().flatten().topk(tokens * self.config.top_k).values[-1]
-            if not routing.again:                        # checkpointing computes twice, learns once
+            if not routing.recomputing:                  # it computes twice, and learns once
                 self.threshold.lerp_(bar, 0.01)
         kept = (logits >= bar).to(logits.dtype)
         return logits * kept, SIMILARITY_WEIGHT * similarity_loss(logits.softmax(dim=-1), kept)
@@ -85,7 +85,7 @@ class ChoiceLinear(MoLELinear):
     """Expert Choice: in each sample every expert takes as many tokens, those it likes best."""
     by_token, noisy, orthogonal = True, False, False
 
-    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         p = self.logits(x).softmax(dim=-1)                                   # (..., N, E)
         if x.dim() < 3:                                  # (B, in): a sample's only token
             return p, p.new_zeros(())
@@ -99,15 +99,18 @@ KINDS: dict[str, type[MoLELinear]] = {
     "choice": ChoiceLinear}
 
 
-def configure(kind: str, c: AdapterConfig) -> AdapterConfig:
-    """The same sizes with another routing: instructmole, pooled, lora, or a key of KINDS."""
-    if c.routing not in ("instruction", kind):
-        raise ValueError(f"the configuration says routing {c.routing!r}; choose that --adapter")
-    if kind == "lora":                                   # plain LoRA everywhere
+METHODS = ["instructmole", "pooled", "lora", *list(KINDS)[1:]]   # what train.py may train
+
+
+def configure(method: str, c: AdapterConfig) -> AdapterConfig:
+    """The same sizes with the routing of one of METHODS. Raises: ValueError."""
+    if c.routing not in ("instruction", method):
+        raise ValueError(f"the configuration says routing {c.routing!r}; choose that --method")
+    if method == "lora":                                   # plain LoRA everywhere
         return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
                        mole_targets=(), token_targets=())
-    if kind == "pooled":
+    if method == "pooled":
         return replace(c, resampler=False)
-    if kind in KINDS:
-        return replace(c, routing=kind, resampler=c.resampler and not KINDS[kind].by_token)
+    if method in KINDS:
+        return replace(c, routing=method, resampler=c.resampler and not KINDS[method].by_token)
     return c

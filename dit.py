@@ -15,14 +15,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import call
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import weights
 
 
 @dataclass(frozen=True)
@@ -211,12 +208,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
 
     q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D).
     """
-    q, k, dtype = rotate(q, pe[:q.shape[2]]), rotate(k, pe), v.dtype
-    slow = dtype == torch.bfloat16 and q.device.type == "cpu" and not weights.FAST_BF16
-    if slow and q.requires_grad:
-        q, k, v = q.float(), k.float(), v.float()        # there its backward takes 10 times as long
+    q, k = rotate(q, pe[:q.shape[2]]), rotate(k, pe)
     out = F.scaled_dot_product_attention(q, k, v)        # (B, N, S', d)
-    return out.transpose(1, 2).flatten(2).to(dtype)
+    return out.transpose(1, 2).flatten(2)                # (B, S', D)
 
 
 def limit(x: Tensor) -> Tensor:
@@ -231,6 +225,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm1_context = Modulation(c.width, 2), Modulation(c.width, 2)
         self.attn = Attention(c, double=True)
+        self.attend = attend                             # a device may be quicker at another form
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
     def forward(self, txt: Tensor, streams: list[Tensor], vecs: list[Tensor],
@@ -241,7 +236,7 @@ class DoubleBlock(nn.Module):
                *(self.attn.image(modulate(x, mod[0])) for x, mod in zip(streams, mods))]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv))           # (B, N, S, d)
         sizes = [part[0].shape[2] for part in qkv]       # T, I+R and perhaps Q
-        out, *outs = attend(q, k, v, pe).split(sizes, dim=1)                 # each (B, ., D)
+        out, *outs = self.attend(q, k, v, pe).split(sizes, dim=1)                 # each (B, ., D)
 
         txt = txt + txt_mod[0].gate * self.attn.to_add_out(out)              # (B, T, D)
         txt = txt + txt_mod[1].gate * self.ff_context(modulate(txt, txt_mod[1]))
@@ -258,6 +253,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.norm = Modulation(c.width, 1)
         self.attn = Attention(c, double=False)
+        self.attend = attend
         self.proj_mlp = nn.Linear(c.width, 4 * c.width)
         self.proj_out = nn.Linear(5 * c.width, c.width)
 
@@ -268,7 +264,7 @@ class SingleBlock(nn.Module):
         inputs = [modulate(x, mod) for x, mod in zip(streams, mods)]
         q, k, v = zip(*(self.attn.image(x) for x in inputs))     # of each stream (B, N, ., d)
         q = q[:1] if last else q                         # nothing reads the conditions after it
-        out = attend(torch.cat(q, dim=2), torch.cat(k, dim=2), torch.cat(v, dim=2), pe)
+        out = self.attend(torch.cat(q, dim=2), torch.cat(k, dim=2), torch.cat(v, dim=2), pe)
         outs = out.split([part.shape[2] for part in q], dim=1)   # T+I+R and perhaps Q tokens
         return [limit(x + mod.gate * self.rest(x_in, out))
                 for x, mod, x_in, out in zip(streams, mods, inputs, outs)]
@@ -337,23 +333,3 @@ class FluxTransformer(nn.Module):
             streams = run(block, streams, vecs, pe, block is self.single_transformer_blocks[-1])
         img = self.norm_out(streams[0][:, txt.shape[1]:], vecs[0])           # (B, I+R, D)
         return self.proj_out(img)                        # (B, I+R, P)
-
-
-def implied_config(shapes: dict[str, torch.Size]) -> dict:
-    """What a file without config.json says of itself; the released model's rotary axes."""
-    width, channels = shapes["x_embedder.weight"]
-    head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]
-    return {"in_channels": channels, "num_layers": weights.blocks(shapes, "transformer_blocks."),
-            "num_single_layers": weights.blocks(shapes, "single_transformer_blocks."),
-            "attention_head_dim": head, "num_attention_heads": width // head,
-            "joint_attention_dim": shapes["context_embedder.weight"][1],
-            "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-            "axes_dims_rope": (16, 56, 56),
-            "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes}
-
-
-def load_dit(path: str | Path, device: torch.device | str = "cpu",
-             dtype: torch.dtype | None = None, keep: bool = False) -> FluxTransformer:
-    """Read a folder's transformer/, or a file. Raises: FileNotFoundError, ValueError."""
-    return weights.load_part("transformer", FluxTransformer, DiTConfig, implied_config, path,
-                             device, dtype, keep)

@@ -7,19 +7,18 @@ the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the
 
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
 """
-import argparse
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-import weights
 from data import Sample, stack
-from sample import (Pipeline, add_model_options, choose_adapter, condition, generate, open_model,
-                    save_picture, seeded_noise)
+from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
+from support import options
+from support.files import replacing
+from support.pictures import grid, save_picture
 from tiny import world
 from tiny.world import BASE_TASKS, EDITS, NEW_TASKS, Scene
 
@@ -117,23 +116,11 @@ def table(scores: list[Score]) -> str:
 def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
                   each: int = 4) -> np.ndarray:
     """Given / result / truth for the first samples of each task; failures have a red frame."""
-    cell, text, columns = world.SIZE + 8, 26, 4
-    sheet = Image.new("RGB", (each * (columns * cell + 8), len(results) * (cell + text)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (samples, pictures) in enumerate(results.values()):
-        for i, (sample, picture) in enumerate(list(zip(samples, pictures))[:each]):
-            left, top = i * (columns * cell + 8), row * (cell + text)
-            shown = [*sample.images, *sample.conds]
-            for column, part in zip([*range(len(shown)), 2, 3], [*shown, picture, sample.target]):
-                sheet.paste(Image.fromarray(part), (left + column * cell + 4, top + 4))
-            if not success(picture, sample):
-                pen.rectangle([left + 2 * cell + 1, top + 1, left + 3 * cell - 2, top + cell - 2],
-                              outline="red", width=3)
-            words = sample.instruction
-            cut = words.rfind(" ", 0, 46) if len(words) > 46 else len(words)
-            pen.multiline_text((left + 4, top + cell - 1), words[:cut] + "\n" + words[cut + 1:],
-                               fill="black", font_size=10, spacing=1)
-    return np.asarray(sheet)
+    shown = [(s, p) for samples, pictures in results.values()
+             for s, p in list(zip(samples, pictures))[:each]]
+    return grid([[*s.images, *s.conds, p, s.target] for s, p in shown],
+                [s.instruction for s, _ in shown], min(each, len(shown) // len(results)), 2,
+                [not success(p, s) for s, p in shown])
 
 
 def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidance: float,
@@ -148,33 +135,16 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
         print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
     for name, text in (("scores.json", json.dumps([vars(score) for score in scores], indent=2)),
                        ("table.md", table(scores))):
-        with weights.replacing(out / name) as aside:
+        with replacing(out / name) as aside:
             aside.write_text(text + "\n")
     save_picture(contact_sheet(results), out / "sheet.png")
     return scores
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a model and an adapter.",
-                                     usage="python evaluate.py --bench tiny [options]")
-    parser.add_argument("--bench", required=True, choices=["tiny"])
-    add_model_options(parser)
-    parser.add_argument("--adapter", help="adapter file or folder, or none; "
-                        "by default adapter.safetensors beside the model")
-    parser.add_argument("--tasks", nargs="+", default=list(BASE_TASKS + NEW_TASKS),
-                        choices=BASE_TASKS + NEW_TASKS)
-    parser.add_argument("--number", type=int, default=256, help="samples per task")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=2.5)
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate"))
-    args = parser.parse_args()
-    if args.number < 1 or args.steps < 1 or not 0 <= args.guidance <= 100:
-        raise ValueError(f"--number {args.number} --steps {args.steps} --guidance {args.guidance}: "
-                         "the first two must be at least 1, the last from 0 to 100")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out}: is a file, not a folder")
-    adapter = choose_adapter(args.adapter, args.model)
-    pipe = open_model(args, adapter)
+    args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS))
+    pipe = load_pipeline(args.model, options.adapter_path(args), args.device, args.dtype,
+                         **options.parts(args))
     if pipe.vae.config.sample_size != world.SIZE:
         raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")
@@ -184,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    options.run(main)

@@ -10,19 +10,16 @@
 All of it happens in rank space: H = X A holds every expert's r inner channels at once, the mixture
 is (H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
 
-Key: B batch; N tokens; E experts; k kept; r rank; s scale; D width of the instruction vector.
+Key: B batch, or a low-rank layer's second matrix; N tokens; E experts; k kept; r rank; s scale;
+T text tokens; D width of the instruction vector.
 Source: arXiv 2512.21788 and its public code. This file knows nn.Linear and module names, no model.
 """
-import json
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -68,7 +65,7 @@ def balance_loss(p: Tensor, kept: Tensor) -> Tensor:
 
 
 def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
-    """<Y_i, Y_j> of the outputs of any two experts, chosen or not, on all tokens, (E, E).
+    """<Y_i, Y_j> of the outputs of any two experts, kept or not, on all tokens, (E, E).
 
     Shapes: H = X A (..., E r), B (E r, out). Exactly those of the E flattened outputs, because
     <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab.
@@ -79,13 +76,6 @@ def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Te
     with torch.autocast(H.device.type, enabled=False):
         gram = (H.T @ H) * (B @ B.T) * scale ** 2        # (E r, E r)
     return gram.view(experts, r, experts, r).sum((1, 3))
-
-
-def similarity(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
-    """Cosines, (E, E), as inner_products() takes them. Zero outputs give exactly zero."""
-    inner = inner_products(H, B, experts, scale)
-    norm = inner.diagonal().clamp(min=1e-24).sqrt()
-    return inner / (norm[:, None] * norm)
 
 
 def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
@@ -111,11 +101,11 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         x, latents = self.norm1(x), self.norm2(latents)  # (B, T, width), (B, 1, width)
-        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)   # (B, T+1, inner)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (B, heads, ., d)
                    for part in (self.to_q(latents), k, v))
-        out = F.scaled_dot_product_attention(q, k, v)    # (B, heads, 1, head_dim)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v)    # (B, heads, 1, d)
+        return self.to_out(out.transpose(1, 2).flatten(2))                   # (B, 1, width)
 
 
 class InstructionVector(nn.Module):
@@ -136,35 +126,26 @@ class InstructionVector(nn.Module):
             for _ in range(c.resampler_depth))
 
     def forward(self, txt: Tensor, pooled: Tensor) -> Tensor:
-        """txt (B, T, text width), pooled (B, D) -> (B, D)."""
+        """txt (B, T, text width), pooled (B, D) -> (B, D), in the resampler's own type."""
+        txt, pooled = txt.to(self.latents.dtype), pooled.to(self.latents.dtype)
         x = self.proj_in(txt)                            # (B, T, width)
-        latents = self.latents.expand(len(x), -1, -1)    # (B, 1, width)
+        latents = self.latents.expand(len(x), -1, -1)    # (B, 1, width): one learned query
         for attention, feed_forward in self.layers:
-            latents = attention(x, latents) + latents
-            latents = feed_forward(latents) + latents
-        return self.dropout(self.norm_out(self.proj_out(latents)))[:, 0] + pooled
+            latents = attention(x, latents) + latents    # (B, 1, width)
+            latents = feed_forward(latents) + latents    # (B, 1, width)
+        return self.dropout(self.norm_out(self.proj_out(latents)))[:, 0] + pooled        # (B, D)
 
 
 # --------------------------------------------------------------------------------- adapted layers
 
-def matches(name: str, *targets: str) -> bool:
-    """Whether a module's dotted name equals a target or ends in "." + it; * is any block index.
-
-    A target that begins with a dot is the whole name.
-    """
-    patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
-    return any(re.fullmatch(rf"(.*\.)?{pattern}", f".{name}") for pattern in patterns)
-
-
 @dataclass
 class Routing:
-    """What the layers of a model are told while it serves some instructions, and what they tell."""
+    """What all layers are told while the model serves some instructions, and what they add up."""
     z: Tensor                                            # (B, D) instruction vectors
     losses: bool                                         # whether layers should add theirs
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted, over all
     orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # calls: sums, no means
-    again: bool = False                                  # a second pass, for the backward pass only
-    weights: dict[str, Tensor] = field(default_factory=dict)     # at the end: layer -> its last w
+    recomputing: bool = False                            # in backward: the same once more
 
 
 class Product(torch.autograd.Function):
@@ -207,7 +188,7 @@ class Fork(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + s B (A x)."""
+    """y = W x + b + s B (A x). The matrices lie as LoRA files have them: A (r, in), B (out, r)."""
 
     def __init__(self, base: nn.Linear, c: AdapterConfig):
         super().__init__()
@@ -220,13 +201,12 @@ class LoRALinear(nn.Module):
         x, low = Fork.apply(x, self.lora_A.T)            # (..., r), where s costs least
         return self.base(x) + Product.apply(self.scale * low, self.lora_B.T)
 
-    def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r), s within B."""
-        return self.lora_A, self.scale * self.lora_B
-
 
 class MoLELinear(nn.Module):
-    """y = W x + b + the mixture of the kept experts. Other routings override weigh()."""
+    """y = W x + b + the mixture of the kept experts. Other routings override routing_weights().
+
+    The experts stand side by side, as the equations have them: A (in, E r), B (E r, out).
+    """
     by_token = False                                     # what the router sees: x, not z
     noisy = True                                         # whether training disturbs the logits
     orthogonal = True                                    # whether the experts are kept distinct
@@ -236,9 +216,8 @@ class MoLELinear(nn.Module):
         super().__init__()
         device, inner = base.weight.device, c.experts * c.rank
         self.base, self.config, self.name, self.routings = base, c, name, routings
-        self.chosen: Tensor | None = None                # the last w, (..., E); told by name in the
-                                                         # end, or each layer would be compiled anew
-        # Reference: kaiming took r for the fan-in of (in, r): +-1/sqrt(r), not +-1/sqrt(in).
+        self.last_weights: Tensor | None = None          # w of the last call
+        # Quirk: the research code starts in +-1/sqrt(r), as kaiming takes r for the fan-in.
         first = torch.empty(base.in_features, inner, device=device).uniform_(-1, 1) / c.rank ** 0.5
         self.experts_A = nn.Parameter(first)
         self.experts_B = nn.Parameter(torch.zeros(inner, base.out_features, device=device))
@@ -250,7 +229,7 @@ class MoLELinear(nn.Module):
         noise = self.training and self.noisy
         return logits + torch.randn_like(logits) / self.config.experts if noise else logits
 
-    def weigh(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """x (..., in) -> w (B, E), or by token (..., E), and the router's own weighted loss."""
         p, w, kept = route(self.logits(routing.z), self.config.top_k)        # (B, E)
         return w, self.config.balance_weight * balance_loss(p, kept)
@@ -259,103 +238,52 @@ class MoLELinear(nn.Module):
         if not self.routings:
             raise ValueError(f"{self.name}: no instruction; call the model within adapter.serve()")
         c, routing, scale = self.config, self.routings[-1], self.config.alpha / self.config.rank
-        w, loss = self.weigh(x, routing)
-        self.chosen = w.detach()
-        if w.dim() < x.dim():
-            w = w[:, None]                               # (B, 1, E): one council for all tokens
+        w, loss = self.routing_weights(x, routing)
+        self.last_weights = w.detach()
+        w = w[:, None] if w.dim() < x.dim() else w       # (B, 1, E): one mixture for all tokens
         x, H = Fork.apply(x, self.experts_A)             # (..., E r)
         if routing.losses:
             routing.balance = routing.balance + loss
         if routing.losses and self.orthogonal:
             routing.orthogonality = routing.orthogonality + c.orthogonality_weight * (
                 orthogonality_loss(H, self.experts_B, c.experts, scale))
-        mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)
-        return self.base(x) + Product.apply(mixed, self.experts_B)
+        mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)        # (..., E r)
+        return self.base(x) + Product.apply(mixed, self.experts_B)           # (..., out)
 
-    def plain(self, routing: Routing) -> tuple[Tensor, Tensor]:
-        """The council of one instruction is a LoRA: A (k r, in), B (out, k r), s w_e within B."""
-        if self.by_token or len(routing.z) != 1:
-            raise ValueError(f"{self.name}: only the council of one instruction is a plain LoRA; "
-                             "where tokens route, each has its own")
-        w, _ = self.weigh(routing.z, routing)                                # (1, E)
-        self.chosen = w.detach()
-        shares = (self.config.alpha / self.config.rank * w[0]).repeat_interleave(self.config.rank)
-        kept = shares != 0                                                   # (E r,)
-        return self.experts_A.T[kept], (self.experts_B.T * shares)[:, kept]
-
-
-# ------------------------------------------------------------------------------------ the adapter
 
 class Adapter(nn.Module):
-    """LoRA and MoLE layers on a frozen model, and the instruction vector that routes them.
+    """LoRA and MoLE layers for a frozen model, and the instruction vector that routes them.
 
-    Replaces every nn.Linear that a target names, in place; everything else is left as it is. New
-    weights are fp32, whatever the model's, and leave the model's results as they were; or they are
-    saved `tensors`, by the names of tensors(). kinds: the routings there are, see baselines.py.
-    Raises: ValueError when a target names no nn.Linear of the model, k is not in 1..E, or the
-    tensors' names or shapes are not exactly these. The model is then untouched.
+    layers: the linear layers to adapt, by module name, each with the class that it gets. New
+    weights are fp32, whatever the model's, and leave the model's results as they were. The model
+    itself is not touched before insert().
     """
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, text_width: int, pooled_width: int,
-                 tensors: dict[str, Tensor] | None = None,
-                 kinds: dict[str, type[MoLELinear]] = {"instruction": MoLELinear}):
+    def __init__(self, layers: dict[str, tuple[nn.Linear, type[LoRALinear] | type[MoLELinear]]],
+                 config: AdapterConfig, text_width: int, pooled_width: int):
         super().__init__()
-        c = self.config = config
-        if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank, c.resampler_width,
-                                                c.resampler_heads, c.resampler_head_dim) < 1:
-            raise ValueError("ranks and the resampler's sizes must be at least 1, "
-                             f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
-        if not (c.lora_targets or c.mole_targets or c.token_targets):
-            raise ValueError("an adapter needs a target: lora_targets, mole_targets, token_targets")
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        if c.routing not in kinds or (c.token_targets and "token" not in kinds):
-            raise ValueError(f"routing {c.routing!r}, token_targets {c.token_targets}: "
-                             f"this model may be routed by {', '.join(kinds)}")
-        for target in (*c.lora_targets, *c.mole_targets, *c.token_targets):
-            if not any(matches(name, target) for name in linears):
-                raise ValueError(f"adapter target {target!r} names no linear layer of the model")
+        self.config = config
         self.routings: list[Routing] = []                # the last one holds; layers share the list
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
-        for name, base in linears.items():
-            key = name.replace(".", "/")
-            if matches(name, *c.token_targets):
-                self.layers[key] = kinds["token"](base, c, name, pooled_width, self.routings)
-            elif matches(name, *c.mole_targets):
-                self.layers[key] = kinds[c.routing](base, c, name, pooled_width, self.routings)
-            elif matches(name, *c.lora_targets):
-                self.layers[key] = LoRALinear(base, c)
+        for name, (base, kind) in layers.items():
+            routed = (name, pooled_width, self.routings) if issubclass(kind, MoLELinear) else ()
+            self.layers[name.replace(".", "/")] = kind(base, config, *routed)
         self.instruction = None
-        if c.resampler and (c.mole_targets or c.token_targets):
+        if config.resampler and any(isinstance(m, MoLELinear) for m in self.layers.values()):
             with base.weight.device:                     # any layer's
-                self.instruction = InstructionVector(c, text_width, pooled_width)
-        if tensors is not None:
-            self.fill(tensors)
+                self.instruction = InstructionVector(config, text_width, pooled_width)
+
+    def insert(self, model: nn.Module) -> "Adapter":
+        """Put the layers in the places of those they adapt, and freeze all else of the model."""
         model.requires_grad_(False)
         for name, layer in self.layers.items():
             model.set_submodule(name.replace("/", "."), layer)
+        return self
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, by name; the frozen model's own weights are not in it."""
         return {name.removeprefix("layers.").replace("/", "."): p
                 for name, p in self.named_parameters() if ".base." not in name}
-
-    def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Take saved tensors. Raises: ValueError unless names and shapes are exactly these."""
-        own = self.tensors()
-        wrong = [name for name in sorted(own.keys() | tensors.keys()) if name not in own
-                 or name not in tensors or own[name].shape != tensors[name].shape]
-        if wrong:
-            raise ValueError(f"{len(wrong)} tensors are missing, foreign or of another shape, "
-                             f"first {wrong[0]}")
-        for name, p in own.items():
-            p.data.copy_(tensors[name])
-
-    def plain(self, routing: Routing) -> dict[str, tuple[Tensor, Tensor]]:
-        """What W + B A makes of each layer, by module name, while one instruction is served.
-
-        Raises: ValueError when tokens route, or there is more than one instruction.
-        """
-        return {name.replace("/", "."): layer.plain(routing) for name, layer in self.layers.items()}
 
     def serve(self, txt: Tensor, pooled: Tensor,
               losses: bool = False) -> AbstractContextManager[Routing]:
@@ -364,31 +292,14 @@ class Adapter(nn.Module):
         txt (B, T, text width), pooled (B, D); losses: collect the auxiliary losses too. Noise and
         dropout act in train() mode only.
         """
-        z = pooled.float()
-        if self.instruction is not None:
-            own = self.instruction.latents.dtype
-            z = self.instruction(txt.to(own), pooled.to(own))
-        return self.use(Routing(z, losses))
+        z = self.instruction(txt, pooled) if self.instruction else pooled.float()        # (B, D)
+        return self.follow(Routing(z, losses))
 
     @contextmanager
-    def use(self, routing: Routing) -> Iterator[Routing]:
+    def follow(self, routing: Routing) -> Iterator[Routing]:
         """Let every layer follow `routing` within the `with`."""
-        moles = [layer for layer in self.layers.values() if isinstance(layer, MoLELinear)
-                 and not routing.again]                  # which chooses what the first pass chose
-        for layer in moles:
-            layer.chosen = None
         self.routings.append(routing)
         try:
             yield routing
         finally:
             self.routings.pop()
-            routing.weights |= {layer.name: layer.chosen for layer in moles
-                                if layer.chosen is not None}
-
-
-def save(adapter: Adapter, file: str | Path, **metadata: str) -> None:
-    """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
-    about = json.dumps({"config": asdict(adapter.config), **metadata})
-    save_file(tensors, file, metadata={"adapter": about})        # several have no fixed order
-    Path(file).chmod(0o644)

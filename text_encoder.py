@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-import weights
+from support.files import read_json
 
 # -------------------------------------------------------------------------------------- tokenizers
 
@@ -54,7 +54,7 @@ class T5Tokenizer(Tokenizer):
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        settings = weights.read_json(folder / "tokenizer_config.json")
+        settings = read_json(folder / "tokenizer_config.json")
         model = read_tokenizer(folder / "tokenizer.json", tokenizers.Tokenizer.from_str)
         super().__init__(model, settings, folder, "<pad>")
 
@@ -67,8 +67,8 @@ class CLIPTokenizer(Tokenizer):
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        settings = weights.read_json(folder / "tokenizer_config.json")
-        vocab = weights.read_json(folder / "vocab.json")
+        settings = read_json(folder / "tokenizer_config.json")
+        vocab = read_json(folder / "vocab.json")
         start, end, pad = (token_text(settings, name, folder)
                            for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
@@ -303,46 +303,3 @@ class CLIPEncoder(nn.Module):
         end = self.config.eos_token_id
         at = ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)     # (B,)
         return x[torch.arange(len(x), device=x.device), at]                  # (B, D)
-
-
-# ----------------------------------------------------------------------------------------- loading
-
-def implied_t5(shapes: dict[str, torch.Size]) -> dict:
-    """What a file without config.json says of itself."""
-    first = "encoder.block.0.layer."
-    buckets, heads = shapes[f"{first}0.SelfAttention.relative_attention_bias.weight"]
-    vocab, width = shapes["shared.weight"]
-    return {"vocab_size": vocab, "d_model": width, "num_heads": heads,
-            "d_kv": shapes[f"{first}0.SelfAttention.q.weight"][0] // heads,
-            "d_ff": shapes[f"{first}1.DenseReluDense.wo.weight"][1],
-            "num_layers": weights.blocks(shapes, "encoder.block."),
-            "relative_attention_num_buckets": buckets}
-
-
-def load_t5(path: str | Path, device: torch.device | str = "cpu",
-            dtype: torch.dtype | None = None, keep: bool = False) -> T5Encoder:
-    """Read a folder's text_encoder_2/, or a file. Raises: FileNotFoundError, ValueError."""
-    model = weights.load_part("text_encoder_2", T5Encoder, T5Config, implied_t5, path, device,
-                              dtype, keep)
-    if model.shared.weight.dtype == torch.float16:       # the second feed-forward matrix overflows
-        for name, module in model.named_modules():
-            if name.endswith(".wo") and not isinstance(module, weights.NarrowLinear):
-                module.float()
-    return model
-
-
-def implied_clip(shapes: dict[str, torch.Size]) -> dict:
-    """What a file without config.json says of itself; heads of 64 channels."""
-    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
-    return {"vocab_size": vocab, "hidden_size": width, "num_attention_heads": width // 64,
-            "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-            "num_hidden_layers": weights.blocks(shapes, "text_model.encoder.layers."),
-            "max_position_embeddings":
-                shapes["text_model.embeddings.position_embedding.weight"][0]}
-
-
-def load_clip(path: str | Path, device: torch.device | str = "cpu",
-              dtype: torch.dtype | None = None) -> CLIPEncoder:
-    """Read a folder's text_encoder/, or a file. Raises: FileNotFoundError, ValueError."""
-    return weights.load_part("text_encoder", CLIPEncoder, CLIPConfig, implied_clip, path, device,
-                             dtype)

@@ -8,13 +8,9 @@ Module names are the keys of the Hugging Face folder's vae/.
 Source: Rombach et al. 2022, arXiv 2112.10752; sizes, weights: black-forest-labs/FLUX.1-Kontext-dev.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import weights
 
 
 @dataclass(frozen=True)
@@ -194,20 +190,3 @@ class AutoEncoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for overshoot."""
         return self.decoder(z / self.config.scaling_factor + self.config.shift_factor)
-
-
-def implied_config(shapes: dict[str, torch.Size]) -> dict:
-    """What a file without config.json says of itself; the rest is the released model's."""
-    levels = weights.blocks(shapes, "encoder.down_blocks.")
-    return {"block_out_channels": tuple(
-                shapes[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"][0]
-                for i in range(levels)),
-            "layers_per_block": weights.blocks(shapes, "encoder.down_blocks.0.resnets."),
-            "latent_channels": shapes["decoder.conv_in.weight"][1], "norm_num_groups": 32,
-            "scaling_factor": 0.3611, "shift_factor": 0.1159}
-
-
-def load_vae(path: str | Path, device: torch.device | str = "cpu",
-             dtype: torch.dtype | None = None) -> AutoEncoder:
-    """Read a folder's vae/, or a file. Raises: FileNotFoundError, ValueError."""
-    return weights.load_part("vae", AutoEncoder, VAEConfig, implied_config, path, device, dtype)

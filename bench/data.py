@@ -20,6 +20,8 @@ from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                              # noqa: E402
+from support.public_sets import PUBLIC                          # noqa: E402
+from support.conditions import canny                     # noqa: E402
 from common import in_turns, memory                      # noqa: E402
 
 
@@ -65,7 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), args.rows)
-        sources = [data.open_source(f"{name}={folder}/{name}.parquet") for name in data.PUBLIC]
+        sources = [data.open_source(f"{name}={folder}/{name}.parquet", public=PUBLIC)
+                   for name in PUBLIC]
         batches, drawn, pictures, own = data.batches(sources, 4, 0), Counter(), 0, []
         for _ in range(20):                              # every set's first row groups are read
             next(batches)
@@ -85,7 +88,7 @@ def main() -> None:
         picture = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
         for name, seconds in in_turns({
                 "decoding a picture": lambda: Image.open(io.BytesIO(content)).load(),
-                "Canny": lambda: data.canny(picture, 100, 200)}, rounds=20).items():
+                "Canny": lambda: canny(picture, 100, 200)}, rounds=20).items():
             print(f"{name}: {1000 * seconds:.1f} ms")
 
 

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
 import train                                             # noqa: E402
-import weights                                           # noqa: E402
+from support import options                              # noqa: E402
+from support.files import config_from, files_of, write_part # noqa: E402
 from common import memory                                # noqa: E402
 
 ADAPTER = {"lora_rank": 16, "lora_alpha": 16, "rank": 8, "alpha": 8}
@@ -44,8 +45,8 @@ def write(folder: Path) -> None:
         "num_layers": 3, "num_single_layers": 6, "num_attention_heads": 8,
         "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
     shutil.rmtree(part)
-    model = dit.FluxTransformer(weights.config_from(dit.DiTConfig, values, part))
-    weights.save_tensors(model.state_dict(), values, part, "diffusion_pytorch_model.safetensors",
+    model = dit.FluxTransformer(config_from(dit.DiTConfig, values, part))
+    write_part(model.state_dict(), values, part, "diffusion_pytorch_model.safetensors",
                          torch.float32)
     rng, rows = np.random.default_rng(0), []
     for i in range(8):
@@ -60,7 +61,7 @@ def write(folder: Path) -> None:
 def measured(arguments: list[str]) -> None:
     """train.py's command in this process, and the most memory of its own that it took."""
     before, sys.argv = memory(), ["train.py", *arguments]
-    train.report = lambda *_: {}
+    train.previews = lambda *_: {}
     most, ended = before, threading.Event()
 
     def watch() -> None:
@@ -69,7 +70,7 @@ def measured(arguments: list[str]) -> None:
             most = max(most, memory())
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    weights.run(train.main)
+    options.run(train.main)
     ended.set()
     watcher.join()
     shutil.rmtree(arguments[arguments.index("--out") + 1])
@@ -88,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
-        transformer = weights.files_of(folder / "model/transformer")[0]
+        transformer = files_of(folder / "model/transformer")[0]
         for options in RUNS:
             config = folder / ("paper.json" if "--paper" in options else "small.json")
             arguments = ["--data", str(folder), "--model", str(folder / "model"), "--config",

@@ -28,7 +28,8 @@ import dit                                               # noqa: E402
 import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
 import vae                                               # noqa: E402
-import weights                                           # noqa: E402
+from support import layouts                              # noqa: E402
+from support.files import config_from, files_of, read_tensors # noqa: E402
 import whole                                             # noqa: E402
 from common import block_flops, in_turns, product_rate   # noqa: E402
 
@@ -62,7 +63,7 @@ def show(what: str, found: dict[str, float], floor: float | None = None) -> None
 
 def blocks(dtype: torch.dtype, rounds: int) -> None:
     from diffusers.models.transformers import transformer_flux as peers
-    c = weights.config_from(dit.DiTConfig, config("transformer"), "transformer")
+    c = config_from(dit.DiTConfig, config("transformer"), "transformer")
     D, S = c.width, TEXT + IMAGE
     rate = product_rate(S, D, dtype)
     print(f"one product of {S} x {D} with {D} x {4 * D}: {rate / 1e9:.0f} GFLOP/s")
@@ -91,7 +92,7 @@ def whole_dit(dtype: torch.dtype, rounds: int) -> None:
     from diffusers import FluxTransformer2DModel
     values = config("transformer")
     with torch.device("meta"):
-        ours = dit.FluxTransformer(weights.config_from(dit.DiTConfig, values, "transformer"))
+        ours = dit.FluxTransformer(config_from(dit.DiTConfig, values, "transformer"))
         peer = FluxTransformer2DModel.from_config(values)
     ours = ours.to(dtype).to_empty(device=torch.get_default_device()).eval()
     for p in ours.parameters():
@@ -118,7 +119,7 @@ def whole_dit(dtype: torch.dtype, rounds: int) -> None:
 def autoencoder(dtype: torch.dtype, rounds: int) -> None:
     from diffusers import AutoencoderKL
     values = config("vae")
-    ours = put(vae.AutoEncoder(weights.config_from(vae.VAEConfig, values, "vae")), dtype)
+    ours = put(vae.AutoEncoder(config_from(vae.VAEConfig, values, "vae")), dtype)
     if torch.get_default_device().type == "cpu":
         ours.to(memory_format=torch.channels_last)       # as load_vae() leaves it
     peer = put(AutoencoderKL.from_config(values), dtype)
@@ -132,7 +133,7 @@ def autoencoder(dtype: torch.dtype, rounds: int) -> None:
 def t5(dtype: torch.dtype, rounds: int) -> None:
     import transformers
     values = config("text_encoder_2") | {"num_layers": 2}
-    ours = put(text_encoder.T5Encoder(weights.config_from(
+    ours = put(text_encoder.T5Encoder(config_from(
         text_encoder.T5Config, values, "t5")), dtype)
     peer = put(transformers.T5EncoderModel(transformers.T5Config(**values)), dtype)
     ids = torch.randint(0, 32000, (1, TEXT))
@@ -163,7 +164,7 @@ def hollow(folder: Path) -> None:
 def headers(folder: Path) -> None:
     """Know every tensor of a folder by name, shape and type."""
     for part in whole.PARTS:
-        weights.to_folder(part, weights.read_tensors(weights.files_of(folder / part)))
+        layouts.to_folder(part, read_tensors(files_of(folder / part)))
 
 
 def load(dtype: torch.dtype, rounds: int) -> None:

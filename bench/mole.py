@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import in_turns                              # noqa: E402
-from dit import DiTConfig, FluxTransformer, call, position_ids   # noqa: E402
-from mole import Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, route    # noqa: E402
-from sample import merged                                # noqa: E402
-from train import recomputed                             # noqa: E402
+from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
+from mole import Adapter, AdapterConfig, balance_loss, MoLELinear, route, Routing # noqa: E402
+from operator import call                                # noqa: E402
+from support.export import merged                        # noqa: E402
+from support.recompute import recomputing                # noqa: E402
 
 
 class DenseMoLE(MoLELinear):
@@ -157,7 +158,7 @@ def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
         optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4, fused=True)
         def step() -> None:
             with adapter.serve(txt, pooled, losses=True) as routing:
-                run = recomputed(adapter, routing) if checkpointing else call
+                run = recomputing(adapter, routing) if checkpointing else call
                 v = model(img, txt, pooled, t, guidance, ids, run=run)
             (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
             optimizer.step()

@@ -31,7 +31,8 @@ import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
 import train                                             # noqa: E402
 import vae                                               # noqa: E402
-import weights                                           # noqa: E402
+from support import devices, options                     # noqa: E402
+from support.files import config_from, replacing         # noqa: E402
 from common import block_flops, finish, memory, product_rate     # noqa: E402
 
 PARTS = {"transformer": (dit.FluxTransformer, dit.DiTConfig),
@@ -48,7 +49,7 @@ def build(part: str) -> tuple[torch.nn.Module, dict]:
     model, config = PARTS[part]
     values = json.loads((ROOT / f"tests/keys/config_{part}.json").read_text())
     with torch.device("meta"):
-        return model(weights.config_from(config, values, part)), values
+        return model(config_from(config, values, part)), values
 
 
 def write(part: str, folder: Path) -> None:
@@ -126,7 +127,7 @@ def told(*what: object) -> None:
 
 def timed(command: str, *arguments: str) -> None:
     """sample.py's or train.py's command in this process; says when each pass of the model began."""
-    forward, train.report = dit.FluxTransformer.forward, lambda *_: {}
+    forward, train.previews = dit.FluxTransformer.forward, lambda *_: {}
 
     def noted(*args: object, **named: object) -> torch.Tensor:
         told("step", args[1].dtype)
@@ -135,7 +136,7 @@ def timed(command: str, *arguments: str) -> None:
         return out
     dit.FluxTransformer.forward = noted
     sys.argv = [f"{command}.py", *arguments]
-    weights.run({"sample": sample.main, "train": train.main}[command])
+    options.run({"sample": sample.main, "train": train.main}[command])
     told("end", torch.cuda.max_memory_allocated() if GPU else 0)
 
 
@@ -184,7 +185,7 @@ def watch(*command: object, limit: float = float("inf")) -> tuple[list[str], flo
 
     It is ended after `limit` seconds, and before it takes all the memory there is.
     """
-    began, most, room = time.time(), 0, 0.9 * sample.memory(torch.device("cpu"))
+    began, most, room = time.time(), 0, 0.9 * devices.memory(torch.device("cpu"))
     with subprocess.Popen([sys.executable, __file__, *map(str, command)], stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True) as process:
         while process.poll() is None:
@@ -205,13 +206,13 @@ def training(folder: Path, picture: Path) -> None:
     row = {"target": "a.png", "images": ["a.png"], "instruction": "make it red"}
     (data / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "adapter.json").write_text("{}")           # the published sizes
-    for options in ([], ["--base-dtype", "fp8"]):
+    for more in ([], ["--base-dtype", "fp8"]):
         shutil.rmtree(out, ignore_errors=True)
         arguments = ["--data", data, "--model", folder, "--config", folder / "adapter.json",
-                     "--out", out, "--steps", 8, "--batch-size", 1, "--checkpoint", *options]
+                     "--out", out, "--steps", 8, "--batch-size", 1, "--checkpoint", *more]
         dry = subprocess.check_output([sys.executable, ROOT / "train.py", *map(str, arguments),
                                        "--dry-run"], text=True)
-        print("train.py", *options, "--dry-run:", re.search(r"together +[\d.]+", dry)[0], "GB")
+        print("train.py", *more, "--dry-run:", re.search(r"together +[\d.]+", dry)[0], "GB")
         if summary("train.py", *watch("--timed", "train", *arguments)):
             seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").open()]
             print(f"  steps of {', '.join(f'{s:.3g}' for s in seconds)} s", flush=True)
@@ -232,7 +233,7 @@ def main() -> None:
     try:
         if not folder.exists():
             began = time.time()
-            with weights.replacing(folder) as aside:
+            with replacing(folder) as aside:
                 for part in PARTS:
                     write(part, aside / part)
                 copy_rest(aside)

@@ -22,7 +22,7 @@ import torch                                             # noqa: E402
 from PIL import Image                                    # noqa: E402
 
 import train                                             # noqa: E402
-import weights                                           # noqa: E402
+from support import caching                              # noqa: E402
 
 
 def life(arguments: list[str], seconds: float, log: Path) -> bool:
@@ -34,7 +34,7 @@ def life(arguments: list[str], seconds: float, log: Path) -> bool:
                 os.dup2(told.fileno(), 1), os.dup2(told.fileno(), 2)
                 torch.set_num_threads(1)
                 sys.argv = ["train.py", *arguments]
-                train.report = lambda *_: {}             # takes longer than all else
+                train.previews = lambda *_: {}           # takes longer than all else
                 train.main()
             os._exit(0)
         except BaseException:
@@ -80,7 +80,7 @@ def main() -> None:
     args, kills, at = parser.parse_args(), 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         if args.cache:
-            weights.CACHE_SHARD = 100_000                # bytes: many shards, many moments
+            caching.SHARD = 100_000                      # bytes: many shards, many moments
             write(Path(folder))
         common = ["--data", folder if args.cache else "tiny", "--batch-size", "1", "--steps",
                   str(args.steps), "--lr", "1e-3", "--schedule", "cosine", "--save-every", "1",

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sample                                            # noqa: E402
 import train                                             # noqa: E402
+import weights                                           # noqa: E402
+from support import distributed                          # noqa: E402
 from tiny.world import TinyWorld                         # noqa: E402
 
 
@@ -26,21 +28,21 @@ def run(dtype: str, steps: int, mine: list[int], together: bool, split: bool = F
     """-> the first step's gradients, and the adapter in the end."""
     torch.manual_seed(0)
     pipe = sample.load_pipeline(ROOT / "tiny/model", device="cpu", dtype=dtype)
-    pipe.adapter = sample.put_adapter(
-        pipe.dit, train.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
+    pipe.adapter = weights.new_adapter(
+        pipe.dit, weights.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
     pipe.adapter.to(getattr(torch, dtype)).train()
     own = pipe.adapter.tensors()
     for p in own.values():                               # as after some training
         torch.nn.init.normal_(p, std=0.02)
     if split:
-        train.shard(pipe)
+        distributed.shard(pipe.dit, pipe.adapter, pipe.device)
     optimizers, first = train.make_optimizers(pipe.adapter, 1e-3, 1e-3), {}
     for step in range(steps):
         numbers = [2 * step + i for i in mine]
         losses = train.accumulate(pipe, [
             (i, TinyWorld().draw(np.random.default_rng(i), 1)) for i in numbers], 1.0)
         if together:
-            train.average(pipe.adapter, losses, 1)
+            distributed.average(own.values(), losses, 1)
         else:
             for p in own.values():
                 p.grad /= 2

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 import baselines
 import dit
 import mole
-import train
+import weights
+from support import adapters
+from weights import load_adapter
 from test_mole import DIT, SMALL, dense_cosines, inputs, step
-from sample import load_adapter
 
 MIXTURES = ["token", "soft", "race", "choice"]
 
@@ -123,8 +124,8 @@ def test_expert_choice(x, E, k):
 def test_expert_choice_of_a_vector_is_each_samples_own():
     """Where a sample has one input, (B, in), every expert takes it, whatever the batch."""
     layer, x = layer_of("choice"), torch.randn(3, 5, dtype=torch.float64)
-    together, _ = layer.weigh(x, None)
-    alone = torch.cat([layer.weigh(row[None], None)[0] for row in x])
+    together, _ = layer.routing_weights(x, None)
+    alone = torch.cat([layer.routing_weights(row[None], None)[0] for row in x])
     assert torch.equal(together > 0, torch.ones(3, 4, dtype=torch.bool))
     assert torch.allclose(together, alone, atol=1e-12, rtol=0)
 
@@ -144,7 +145,7 @@ def test_everything_that_is_trained_gets_a_gradient(x, kind):
 def adapted(kind: str) -> tuple[nn.Module, mole.Adapter]:
     torch.manual_seed(0)
     model = dit.FluxTransformer(DIT)
-    adapter = mole.Adapter(model, baselines.configure(kind, SMALL), 12, 10, kinds=baselines.KINDS)
+    adapter = weights.new_adapter(model, baselines.configure(kind, SMALL))
     for name, p in adapter.tensors().items():
         if name.endswith("_B"):
             nn.init.normal_(p, std=0.3)
@@ -155,7 +156,7 @@ def adapted(kind: str) -> tuple[nn.Module, mole.Adapter]:
 def test_each_kind_is_saved_and_loaded(tmp_path, kind):
     model, adapter = adapted(kind)
     step(model, adapter, inputs())                       # a threshold moves, where there is one
-    mole.save(adapter, tmp_path / "a.safetensors")
+    adapters.write(adapter, tmp_path / "a.safetensors")
     other = dit.FluxTransformer(DIT)
     base = {name.replace(".base.", "."): t for name, t in model.state_dict().items()}
     other.load_state_dict({name: base[name] for name in other.state_dict()})
@@ -199,5 +200,5 @@ def test_kinds_differ_in_routing_only():
 def test_unknown_routings_are_named():
     model = dit.FluxTransformer(DIT)
     with pytest.raises(ValueError, match="chance"):
-        mole.Adapter(model, dataclasses.replace(SMALL, routing="chance"), 12, 10)
-    assert train.adapter_config("race", None).routing == "race"
+        weights.new_adapter(model, dataclasses.replace(SMALL, routing="chance"))
+    assert weights.adapter_config("race", None).routing == "race"

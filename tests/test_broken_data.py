@@ -21,7 +21,9 @@ from pyarrow import parquet
 from test_public import SETS
 
 import data
-from data import pick
+from support.conditions import pick
+from support.parquet import shapes_of
+from support.public_sets import PUBLIC
 
 ROOT = Path(__file__).resolve().parent.parent
 Random = np.random.Generator
@@ -327,10 +329,10 @@ def broken(kind: str, number: int, folder: Path) -> str:
 def use(text: str, bad: list[str] | None = None) -> list[data.Sample]:
     """All that training does with a source."""
     size = (32, 32) if text.startswith("subjectspatial") else None           # its own is 512 x 512
-    source, _ = data.open_source(text, bad=bad, size=size)
+    source, _ = data.open_source(text, public=PUBLIC, bad=bad, size=size)
     batches = [source.draw(np.random.default_rng(i), 2) for i in range(4)]
     for batch in batches:
-        assert len({str(data.shapes(sample)) for sample in batch}) == 1
+        assert len({str(shapes_of(sample)) for sample in batch}) == 1
     return [*source.all(), *(sample for batch in batches for sample in batch)]
 
 
@@ -378,7 +380,7 @@ def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
             if kind == "cut" and not (folder / "broken.tif").exists():
                 continue                                 # at which Pillow warns
             try:
-                next(data.batches([data.open_source(text, size=(64, 64))], 4, 0))
+                next(data.batches([data.open_source(text, public=PUBLIC, size=(64, 64))], 4, 0))
             except (ValueError, FileNotFoundError):
                 commands[folder] = text
                 break

@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from test_public import write
 
 import data
+import sample
 import train
 import vae
-import weights
 from sample import load_pipeline
+from support import caching, options
+from support.files import write_part
+from support.public_sets import PUBLIC
 
 MODEL = Path(__file__).resolve().parent.parent / "tiny/model"
 
@@ -33,11 +36,11 @@ def folder(tmp_path):
 
 
 def command(monkeypatch, out: Path, source: object, *rest: object) -> dict[str, torch.Tensor]:
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(source), "--steps", "6", "--lr",
                                       "1e-3", "--batch-size", "2", "--adapter", "lora", "--out",
                                       str(out), *map(str, rest)])
-    weights.run(train.main)
+    options.run(train.main)
     return load_file(out / "adapter.safetensors")
 
 
@@ -46,7 +49,7 @@ def encoders(monkeypatch) -> list[int]:
     calls, real = [], vae.AutoEncoder.moments
     monkeypatch.setattr(vae.AutoEncoder, "moments", lambda self, img: calls.extend(
         range(len(img))) or real(self, img))
-    texts = train.encode_text.__globals__["T5Encoder"]
+    texts = sample.encode_text.__globals__["T5Encoder"]
     forward = texts.forward
     monkeypatch.setattr(texts, "forward", lambda self, ids: calls.extend(
         range(len(ids))) or forward(self, ids))
@@ -79,9 +82,9 @@ def test_a_cache_changes_nothing_and_is_filled_once(folder, tmp_path, monkeypatc
 
 
 def test_an_interrupted_cache_goes_on(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "CACHE_SHARD", 1)       # every batch is written
-    monkeypatch.setattr(train, "islice", lambda samples, number: islice(samples, 2))
-    real, left = train.encode_picture, [3]
+    monkeypatch.setattr(caching, "SHARD", 1)       # every batch is written
+    monkeypatch.setattr(caching, "islice", lambda samples, number: islice(samples, 2))
+    real, left = sample.encode_picture, [3]
 
     def dies(*args):
         left[0] -= 1
@@ -91,7 +94,7 @@ def test_an_interrupted_cache_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "encode_picture", dies)
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path / "out", folder, "--cache", tmp_path / "cache")
-    known = weights.Cache(tmp_path / "cache", json.loads(
+    known = caching.Cache(tmp_path / "cache", json.loads(
         (tmp_path / "cache/about.json").read_text())).found
     assert 0 < len(known) < 2 * 9
     (tmp_path / "cache/.0009.new.safetensors").write_bytes(b"torn")     # killed in writing
@@ -106,8 +109,8 @@ def test_a_value_does_not_depend_on_what_is_encoded_with_it(tmp_path):
     pipe, found = load_pipeline(MODEL, None, "cpu", "float32"), []
     pictures = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for i, rows in enumerate(([2], [0, 1, 2, 3], [4, 2])):
-        pipe.cache = weights.Cache(tmp_path / str(i), {})
-        mean, logvar = train.encode_picture(pipe, pictures[rows])
+        pipe.cache = caching.Cache(tmp_path / str(i), {})
+        mean, logvar = sample.encode_picture(pipe, pictures[rows])
         found.append(torch.stack([mean, logvar])[:, rows.index(2)])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -129,7 +132,7 @@ def test_another_model_is_refused(folder, tmp_path, monkeypatch, capsys, change,
         tensors = load_file(MODEL / "vae/diffusion_pytorch_model.safetensors")
         tensors["encoder.conv_in.bias"] += 1
         values = json.loads((MODEL / "vae/config.json").read_text())
-        weights.save_tensors(tensors, values, tmp_path / "other",
+        write_part(tensors, values, tmp_path / "other",
                              "diffusion_pytorch_model.safetensors", torch.bfloat16)
         change = ("--vae", tmp_path / "other")
     with pytest.raises(SystemExit) as stopped:
@@ -149,7 +152,8 @@ def test_draws_are_fixed(tmp_path, monkeypatch):
     """With --cache a row has so many wordings, conditions and boxes; all are encoded before."""
     file = write(tmp_path, "subjectspatial")
     for draws in (1, 3):
-        source = data.open_source(f"subjectspatial={file}", draws=draws, size=(64, 64))[0]
+        source, _ = data.open_source(f"subjectspatial={file}", public=PUBLIC, draws=draws,
+                                     size=(64, 64))
         every = {s.instruction: s for s in source.all()}
         seen = {s.instruction: s for i in range(150) for s in
                 source.draw(np.random.default_rng(i), 2)}

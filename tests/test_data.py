@@ -11,6 +11,9 @@ from PIL import Image
 import data
 import evaluate
 from data import Sample
+from support.pictures import fitted, grid, load_image
+from support.public_sets import PUBLIC
+from support.tables import read_rows
 from tiny import world
 from tiny.world import (BASE_TASKS, BIG, EDITS, FIGURES, NEW_TASKS, SHAPES, SMALL, Scene,
                         Thing)
@@ -189,18 +192,18 @@ def test_pictures_are_read_as_a_person_sees_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                     # turned by a quarter
     picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert data.load_image(tmp_path / "turned.jpg").size == (2, 4)
+    assert load_image(tmp_path / "turned.jpg").size == (2, 4)
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert data.load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("RGB", (2, 2), "blue").quantize(4).save(tmp_path / "palette.png")
-    assert data.load_image(tmp_path / "palette.png").getpixel((0, 0)) == (0, 0, 255)
+    assert load_image(tmp_path / "palette.png").getpixel((0, 0)) == (0, 0, 255)
     Image.fromarray(np.full((2, 2), 65535, np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(np.full((2, 2), 32768, np.uint16)).save(tmp_path / "half.png")
-    assert data.load_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
-    assert data.load_image(tmp_path / "half.png").getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(tmp_path / "half.png").getpixel((0, 0)) == (128, 128, 128)
     Image.new("L", (50, 1), 7).save(tmp_path / "line.png")
-    assert data.load_image(tmp_path / "line.png").size == (50, 1)
-    assert data.fitted((50, 1)) == (48, 16)
+    assert load_image(tmp_path / "line.png").size == (50, 1)
+    assert fitted((50, 1)) == (48, 16)
 
 
 def test_unreadable_pictures_are_named(tmp_path):
@@ -210,21 +213,21 @@ def test_unreadable_pictures_are_named(tmp_path):
     Image.new("1", (2 ** 16, 1)).save(tmp_path / "long.png")         # no camera's
     for name in ("text.png", "cut.png", "long.png"):
         with pytest.raises(ValueError, match=name):
-            data.load_image(tmp_path / name)
+            load_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="gone.png"):
-        data.load_image(tmp_path / "gone.png")
+        load_image(tmp_path / "gone.png")
 
 
 def test_pictures_of_floats_are_refused(tmp_path):
     """Their white may be 1, 255, 65535 or a distance."""
     Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match=r"float.tiff: cannot .*\(it holds floats"):
-        data.load_image(tmp_path / "float.tiff")
+        load_image(tmp_path / "float.tiff")
 
 
 def test_a_grid_aligns_rows_and_writes_below_them():
     red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
-    sheet = data.grid([[red, blue], [blue]], ["make it blue", "a" * 99])
+    sheet = grid([[red, blue], [blue]], ["make it blue", "a" * 99])
     height = len(sheet) // 2
     assert sheet.shape == (2 * height, 128, 3) and height > 64
     assert (sheet[:64, :64] == red).all() and (sheet[:64, 64:] == blue).all()
@@ -235,7 +238,7 @@ def test_a_grid_aligns_rows_and_writes_below_them():
 
 
 def test_fitted_keeps_aspect_and_never_enlarges():
-    assert data.fitted((1000, 500)) == (512, 256) and data.fitted((100, 60)) == (96, 64)
+    assert fitted((1000, 500)) == (512, 256) and fitted((100, 60)) == (96, 64)
 
 
 # ---------------------------------------------------------------------------------- a user's folder
@@ -318,7 +321,7 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     """Captions may hold U+2028; files may begin with a byte order mark."""
     file = tmp_path / "rows.jsonl"
     file.write_text('\ufeff{"instruction": "a\u2028b"}\r\n\n{"instruction": "c"}\n', newline="")
-    assert [row["instruction"] for _, row in data.read_rows(file)] == ["a\u2028b", "c"]
+    assert [row["instruction"] for _, row in read_rows(file)] == ["a\u2028b", "c"]
 
 
 def told(source: data.Folder) -> list[tuple]:
@@ -429,7 +432,7 @@ def test_sources_and_weights(tmp_path):
         data.open_source("tiny", named)[0], world.TinyWorld)
     assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
     with pytest.raises(ValueError, match="no public set 'cooc'; there are omniedit, "):
-        data.open_source(f"cooc={tmp_path}")
+        data.open_source(f"cooc={tmp_path}", public=PUBLIC)
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
         with pytest.raises(ValueError, match="weight"):
             data.open_source(text)

@@ -9,37 +9,46 @@ import pytest
 import torch
 from PIL import Image
 
-import baselines
 import data
 import dit
 import mole
 import sample
 import weights
-from sample import Pipeline, condition, generate, load_pipeline, merged, seeded_noise
+from sample import Conditioning, condition, generate, load_pipeline, Pipeline, seeded_noise
+from support import devices, export, targets
+from support.files import read_metadata, read_tensors
+from support.fp8 import to_fp8
+from support.pictures import to_tensor
 from tiny import world
-from test_sample import MODEL, PICTURE, ROOT, command
+from test_sample import MODEL, PICTURE, ROOT, command, used
 
 SMALL = dict(lora_rank=4, lora_alpha=2, experts=5, top_k=2, rank=3, alpha=6, resampler=False)
 
 
 def pipeline(dtype: str = "float32", **changes: object) -> Pipeline:
     """The embedded model with an adapter whose weights are all random."""
-    pipe, kinds = load_pipeline(MODEL, None, "cpu", dtype), baselines.KINDS
-    c = pipe.dit.config
+    pipe = load_pipeline(MODEL, None, "cpu", dtype)
     torch.manual_seed(3)
-    pipe.adapter = mole.Adapter(pipe.dit, mole.AdapterConfig(**SMALL | changes),
-                                c.joint_attention_dim, c.pooled_projection_dim, kinds=kinds).eval()
+    pipe.adapter = weights.new_adapter(pipe.dit, mole.AdapterConfig(**SMALL | changes)).eval()
     for name, p in pipe.adapter.tensors().items():
         torch.nn.init.normal_(p, std=0.5 if "router" in name else 0.05)
     return pipe
 
 
-def given(pipe: Pipeline, number: int = 1) -> sample.Given:
+def given(pipe: Pipeline, number: int = 1) -> Conditioning:
     tests = world.tiny_test("move", number)
     return condition(pipe, [s.instruction for s in tests], data.stack(s.images for s in tests), [])
 
 
-def served(pipe: Pipeline, inputs: sample.Given, noise: torch.Tensor, steps: int) -> np.ndarray:
+def merged(pipe: Pipeline, inputs: Conditioning):
+    return export.merged(pipe.dit, pipe.adapter, inputs.txt, inputs.pooled)
+
+
+def mergeable(pipe: Pipeline, inputs: Conditioning) -> bool:
+    return export.mergeable(pipe.adapter, len(inputs.pooled), pipe.device)
+
+
+def served(pipe: Pipeline, inputs: Conditioning, noise: torch.Tensor, steps: int) -> np.ndarray:
     """generate() in rank space, without merging."""
     with torch.no_grad(), pipe.adapter.serve(inputs.txt, inputs.pooled):
         *_, latents = sample.denoise(pipe, noise, inputs, steps, 2.5)
@@ -47,7 +56,7 @@ def served(pipe: Pipeline, inputs: sample.Given, noise: torch.Tensor, steps: int
     return ((img.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def without(pipe: Pipeline, inputs: sample.Given, noise: torch.Tensor, steps: int) -> np.ndarray:
+def without(pipe: Pipeline, inputs: Conditioning, noise: torch.Tensor, steps: int) -> np.ndarray:
     """generate() with the adapter taken off for once."""
     layers = {name.replace("/", "."): layer for name, layer in pipe.adapter.layers.items()}
     for name, layer in layers.items():
@@ -67,7 +76,7 @@ def test_merged_is_the_same_picture_and_leaves_no_trace(changes):
     modules = dict(pipe.dit.named_modules())
     inputs, noise = given(pipe), seeded_noise([1], (64, 64))
     pictures, chosen = generate(pipe, inputs, noise, steps=4)
-    assert sample.mergeable(pipe, inputs)
+    assert mergeable(pipe, inputs)
     wanted = served(pipe, inputs, noise, steps=4)
     assert np.abs(pictures.astype(int) - wanted).max() <= 1 and wanted.std() > 5
     assert len(chosen) == sum(isinstance(m, mole.MoLELinear) for m in modules.values())
@@ -88,8 +97,8 @@ def test_sampling_merges(monkeypatch):
 
 def test_fp8_is_served_in_rank_space():
     pipe = pipeline()
-    weights.to_fp8(next(iter(pipe.adapter.layers.values())).base)
-    assert not sample.mergeable(pipe, given(pipe))
+    to_fp8(next(iter(pipe.adapter.layers.values())).base)
+    assert not mergeable(pipe, given(pipe))
 
 
 def test_weights_come_back_when_something_fails():
@@ -127,22 +136,22 @@ def test_tokens_have_no_council_and_are_served_in_rank_space(changes):
     with pytest.raises(ValueError, match="one instruction"):
         with merged(pipe, inputs):
             pass
-    assert not sample.mergeable(pipe, inputs)
+    assert not mergeable(pipe, inputs)
     assert np.array_equal(generate(pipe, inputs, noise, steps=2)[0],
                           served(pipe, inputs, noise, steps=2))
 
 
 def test_tokens_have_no_use_of_experts_to_draw():
     one = "transformer_blocks.1.ff.net.2"
-    use = sample.expert_use(pipeline(token_targets=(one,)), ["a star"])
+    use = used(pipeline(token_targets=(one,)), ["a star"])
     assert use and one not in use
-    assert not sample.expert_use(pipeline(routing="token"), ["a star"])
+    assert not used(pipeline(routing="token"), ["a star"])
 
 
 def test_several_instructions_have_no_common_council():
     pipe = pipeline()
     inputs = given(pipe, 2)
-    assert not sample.mergeable(pipe, inputs)
+    assert not mergeable(pipe, inputs)
     with pytest.raises(ValueError, match="one instruction"), merged(pipe, inputs):
         pass
 
@@ -150,10 +159,10 @@ def test_several_instructions_have_no_common_council():
 def test_memory_decides(monkeypatch):
     pipe = pipeline()
     size = sum(layer.base.weight.nbytes for layer in pipe.adapter.layers.values())
-    monkeypatch.setattr(sample, "memory", lambda device: 2 * size)
-    assert not sample.mergeable(pipe, given(pipe))
-    monkeypatch.setattr(sample, "memory", lambda device: 2 * size + 2)
-    assert sample.mergeable(pipe, given(pipe))
+    monkeypatch.setattr(devices, "memory", lambda device: 2 * size)
+    assert not mergeable(pipe, given(pipe))
+    monkeypatch.setattr(devices, "memory", lambda device: 2 * size + 2)
+    assert mergeable(pipe, given(pipe))
 
 
 def test_diffusers_makes_the_same_picture_from_the_exported_file(tmp_path, monkeypatch, capsys):
@@ -169,7 +178,7 @@ def test_diffusers_makes_the_same_picture_from_the_exported_file(tmp_path, monke
         code, printed, err = command(monkeypatch, capsys, "--instruction", test.instruction,
                                      "--export-lora", file)
         assert code == 0 and str(file) in printed and "experts" in printed, err
-        inputs = condition(pipe, [test.instruction], [data.to_tensor([p]) for p in test.images], [])
+        inputs = condition(pipe, [test.instruction], [to_tensor([p]) for p in test.images], [])
         assert file.stat().st_mode & 0o044 == 0o044      # others may read it
         ours = generate(pipe, inputs, noise, steps=3)[0][0]
         peer.load_lora_weights(file)
@@ -193,18 +202,18 @@ def test_exported_names_and_ranks_at_the_real_depth(tmp_path):
                            num_layers=19, num_single_layers=38)
     model = dit.FluxTransformer(config)
     sizes = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    adapter = mole.Adapter(model, mole.AdapterConfig(), 12, 10).eval()
-    with torch.no_grad(), adapter.serve(torch.randn(1, 3, 12), torch.randn(1, 10)) as routing:
-        weights.save_lora(adapter.plain(routing), tmp_path / "real.safetensors")
-    stored = weights.read_tensors([tmp_path / "real.safetensors"])
-    assert weights.read_metadata(tmp_path / "real.safetensors") == {"format": "pt"}
+    adapter = weights.new_adapter(model, mole.AdapterConfig()).eval()
+    txt, pooled = torch.randn(1, 3, 12), torch.randn(1, 10)
+    export.write_lora(export.as_lora(adapter, txt, pooled), tmp_path / "real.safetensors")
+    stored = read_tensors([tmp_path / "real.safetensors"])
+    assert read_metadata(tmp_path / "real.safetensors") == {"format": "pt"}
     real = json.loads((Path(__file__).parent / "keys/transformer.json").read_text())
     names = {name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in stored}
     assert len(stored) == 2 * len(names) == 2 * len(adapter.layers)
     assert all(f"{name}.weight" in real for name in names)
     for name in names:
         A, B = (stored[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
-        rank = 4 * 32 if mole.matches(name, *adapter.config.mole_targets) else 256
+        rank = 4 * 32 if targets.matches(name, *adapter.config.mole_targets) else 256
         assert A.shape == (rank, sizes[name].in_features)
         assert B.shape == (sizes[name].out_features, rank)
         assert A.dtype == B.dtype == torch.float32

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import safe_open
 from torch import Tensor
 
-import baselines
 import dit
 import mole
+from weights import new_adapter
 
 FILE = Path(__file__).parent / "golden" / "research_code_tiny.safetensors"
 BUILDS = "igr", "token", "mixed", "pooled"
@@ -91,8 +91,7 @@ def build(name: str) -> tuple[dit.FluxTransformer, mole.Adapter]:
     theirs = part(f"{name}.w.")
     model_config, config = build_config(theirs)
     model = dit.FluxTransformer(model_config)
-    adapter = mole.Adapter(model, config, model_config.joint_attention_dim,
-                           model_config.pooled_projection_dim, kinds=baselines.KINDS)
+    adapter = new_adapter(model, config)
     weights = our_names(theirs)
     instruction = {name.removeprefix("instruction."): weights.pop(name)
                    for name in list(weights) if name.startswith("instruction.")}

@@ -4,6 +4,7 @@ keys/ holds the names and shapes of the published files, and which of the origin
 which of the folder's (rows in widths).
 """
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,12 @@ import dit
 import text_encoder
 import vae
 import weights
-from sample import load_adapter, model_paths
+from support import layouts, lora
+from support.describe import describe
+from support.files import config_from, read_tensors, write_part
+from support.fp8 import NarrowLinear, to_fp8, Widened
+from support.layouts import model_paths
+from weights import load_adapter
 
 KEYS = Path(__file__).parent / "keys"
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -29,12 +35,13 @@ VAE = dict(block_out_channels=[32, 64, 128, 128], layers_per_block=2, latent_cha
 T5 = dict(vocab_size=20, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
 CLIP = dict(vocab_size=20, hidden_size=128, intermediate_size=160, num_hidden_layers=2,
             num_attention_heads=2)
-PARTS = {"transformer": (DIT, dit.DiTConfig, dit.FluxTransformer, dit.load_dit),
-         "vae": (VAE, vae.VAEConfig, vae.AutoEncoder, vae.load_vae),
+PARTS = {"transformer": (DIT, dit.DiTConfig, dit.FluxTransformer,
+                         partial(weights.load, "transformer")),
+         "vae": (VAE, vae.VAEConfig, vae.AutoEncoder, partial(weights.load, "vae")),
          "text_encoder": (CLIP, text_encoder.CLIPConfig, text_encoder.CLIPEncoder,
-                          text_encoder.load_clip),
+                          partial(weights.load, "text_encoder")),
          "text_encoder_2": (T5, text_encoder.T5Config, text_encoder.T5Encoder,
-                            text_encoder.load_t5)}
+                            partial(weights.load, "text_encoder_2"))}
 
 
 def assert_same(part: str, found: nn.Module, wanted: nn.Module) -> None:
@@ -62,7 +69,7 @@ def meta(shapes: dict[str, list], dtype: torch.dtype = torch.bfloat16) -> dict[s
 def tensors_of(part: str) -> dict[str, Tensor]:
     config, kind, model, _ = PARTS[part]
     torch.manual_seed(0)
-    return model(weights.config_from(kind, config, part)).state_dict()
+    return model(config_from(kind, config, part)).state_dict()
 
 
 def original(part: str) -> dict[str, Tensor]:
@@ -97,7 +104,7 @@ def run(part: str, model: nn.Module) -> Tensor:
 
 
 def from_folder(part: str, folder: Path) -> nn.Module:
-    weights.save_tensors(tensors_of(part), PARTS[part][0], folder, "model.safetensors",
+    write_part(tensors_of(part), PARTS[part][0], folder, "model.safetensors",
                          torch.float32)
     return PARTS[part][3](folder)
 
@@ -124,25 +131,24 @@ def in_fp8(tensors: dict[str, Tensor], scaled: bool) -> tuple[dict[str, Tensor],
     ("transformer", "transformer_bfl"), ("vae", "vae_bfl"),
     ("transformer", "transformer_fp8_scaled"), ("text_encoder_2", "text_encoder_2_fp8_scaled")])
 def test_whole_size_names_and_shapes(part, layout):
-    found = weights.to_folder(part, meta(keys(layout)))
+    found = layouts.to_folder(part, meta(keys(layout)))
     scales = {name for name in found if name.endswith(".scale_weight")}
     assert {name: list(t.shape) for name, t in found.items() if name not in scales} == keys(part)
     narrow = {name for name, t in found.items() if t.dtype == torch.float8_e4m3fn}
     assert {name.replace(".scale_weight", ".weight") for name in scales} == narrow
     assert bool(narrow) == ("fp8" in layout)
     settings = json.loads((KEYS / f"config_{part}.json").read_text())
-    module = {"transformer": dit, "vae": vae}.get(part)
-    implied = module.implied_config if module else text_encoder.implied_t5
+    implied = weights.PARTS[part].implied
     shapes = {name: t.shape for name, t in found.items() if name not in scales}
     kind = PARTS[part][1]
-    assert (weights.config_from(kind, implied(shapes), "file")
-            == weights.config_from(kind, settings, "folder"))
+    assert (config_from(kind, implied(shapes), "file")
+            == config_from(kind, settings, "folder"))
 
 
 def test_whole_size_clip_is_implied():
     shapes = {name: torch.Size(shape) for name, shape in keys("text_encoder").items()}
-    implied = weights.config_from(text_encoder.CLIPConfig, text_encoder.implied_clip(shapes), "")
-    assert implied == weights.config_from(text_encoder.CLIPConfig, keys("config_text_encoder"), "")
+    implied = config_from(text_encoder.CLIPConfig, weights.implied_clip(shapes), "")
+    assert implied == config_from(text_encoder.CLIPConfig, keys("config_text_encoder"), "")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -155,7 +161,7 @@ def test_a_file_gives_what_the_folder_gives(tmp_path, part):
 def test_slices_of_fused_tensors_are_views():
     fused = {"double_blocks.0.img_attn.qkv.weight": torch.randn(12, 4),
              "single_blocks.0.linear1.weight": torch.randn(28, 4)}
-    found = weights.to_folder("transformer", fused)
+    found = layouts.to_folder("transformer", fused)
     assert len(found) == 7
     for t in found.values():
         assert any(t.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
@@ -171,7 +177,7 @@ def test_fp8_is_the_widened_weights(tmp_path, part, scaled):
     save_file(wide, tmp_path / "wide.safetensors")
     load = PARTS[part][3]
     model = load(tmp_path / "fp8.safetensors", dtype=torch.float32)
-    kept = [m for m in model.modules() if isinstance(m, weights.NarrowLinear)]
+    kept = [m for m in model.modules() if isinstance(m, NarrowLinear)]
     assert kept and all(m.weight.dtype == torch.float8_e4m3fn for m in kept)
     wanted = run(part, load(tmp_path / "wide.safetensors", dtype=torch.float32))
     assert torch.allclose(run(part, model), wanted, atol=1e-6, rtol=1e-6)
@@ -216,20 +222,20 @@ def test_fused_tensors_that_cannot_be_split_are_named(tmp_path):
     tensors["single_blocks.0.linear1.bias"] = torch.zeros(())
     save_file(tensors, tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="of another shape: .*attn.to_q.weight"):
-        dit.load_dit(tmp_path / "one.safetensors")
+        weights.load("transformer", tmp_path / "one.safetensors")
 
 
 def test_gguf_is_named(tmp_path):
     (tmp_path / "flux.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ValueError, match="GGUF is not read"):
-        dit.load_dit(tmp_path / "flux.gguf")
+        weights.load("transformer", tmp_path / "flux.gguf")
 
 
 def test_a_scale_without_its_weight_is_refused(tmp_path):
     tensors = original("transformer") | {"img_in.scale_weight": torch.ones(())}
     save_file(tensors, tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="x_embedder.weight has a scale"):
-        dit.load_dit(tmp_path / "one.safetensors")
+        weights.load("transformer", tmp_path / "one.safetensors")
 
 
 def test_fp8_on_a_device_that_holds_none_is_refused_before_it_goes_there():
@@ -243,15 +249,15 @@ def test_a_model_in_fp8_is_near_its_own():
     layers = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10)).requires_grad_(False)
     layers[1].weight.data[3] = 0
     before = [layer.weight.clone() for layer in layers]
-    weights.to_fp8(layers)
+    to_fp8(layers)
     for layer, W in zip(layers, before):
-        wide = weights.Widened.wide(layer.weight, layer.scale, torch.float32)
+        wide = Widened.wide(layer.weight, layer.scale, torch.float32)
         assert layer.weight.dtype == torch.float8_e4m3fn and not layer.weight.requires_grad
         assert ((wide - W).abs() <= W.abs() / 16 + layer.scale * 2 ** -10).all()
         assert torch.allclose(wide.abs().amax(1), W.abs().amax(1), rtol=1e-6)
     x = torch.randn(4, 30, requires_grad=True)
     layers(x).sum().backward()
-    products = [weights.Widened.wide(layer.weight, layer.scale, torch.float32) for layer in layers]
+    products = [Widened.wide(layer.weight, layer.scale, torch.float32) for layer in layers]
     assert torch.allclose(x.grad, (products[1] @ products[0]).sum(0).expand(4, 30), atol=1e-5)
     assert layers.bfloat16()(x.detach().bfloat16()).dtype == torch.bfloat16
 
@@ -259,7 +265,7 @@ def test_a_model_in_fp8_is_near_its_own():
 def test_narrow_linear_follows_the_type_of_its_input():
     layer = nn.Linear(8, 5).requires_grad_(False)
     layer.weight.data = layer.weight.to(torch.float8_e4m3fn)
-    layer.__class__ = weights.NarrowLinear
+    layer.__class__ = NarrowLinear
     layer.register_buffer("scale", torch.tensor(0.5), persistent=False)
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), F.linear(x, layer.weight.float() * 0.5, layer.bias))
@@ -310,8 +316,8 @@ def test_a_lora_does_what_adding_it_to_the_weights_does(tmp_path, form):
     for name, (A, B, alpha) in lora.items():
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + alpha / len(A) * B @ A
     save_file(tensors, tmp_path / "added.safetensors")
-    wanted = run("transformer", dit.load_dit(tmp_path / "added.safetensors"))
-    model = dit.load_dit(tmp_path / "base.safetensors")
+    wanted = run("transformer", weights.load("transformer", tmp_path / "added.safetensors"))
+    model = weights.load("transformer", tmp_path / "base.safetensors")
     bare = run("transformer", model)
     adapter = load_adapter(model, tmp_path / "lora.safetensors")
     linears = sum(isinstance(m, nn.Linear) for m in dit.FluxTransformer(model.config).modules())
@@ -335,7 +341,7 @@ def test_lora_keys_that_match_nothing_are_named(tmp_path, change, words):
     good = {"transformer.x_embedder.lora_A.weight": torch.ones(2, 64),
             "transformer.x_embedder.lora_B.weight": torch.ones(256, 2)}
     save_file(good | change, tmp_path / "lora.safetensors")
-    model = dit.load_dit(tmp_path / "base.safetensors")
+    model = weights.load("transformer", tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match=f"lora.safetensors.*{words}"):
         load_adapter(model, tmp_path / "lora.safetensors")
 
@@ -349,7 +355,7 @@ def thin(number: int = 0) -> dict[str, Tensor]:
 
 def test_diffusers_reads_the_original_transformer_alike():
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-    ours = weights.to_folder("transformer", thin())
+    ours = layouts.to_folder("transformer", thin())
     theirs = convert_flux_transformer_checkpoint_to_diffusers(thin())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], t) for name, t in theirs.items())
@@ -357,7 +363,7 @@ def test_diffusers_reads_the_original_transformer_alike():
 
 def test_diffusers_reads_the_original_autoencoder_alike():
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    ours = weights.to_folder("vae", original("vae"))
+    ours = layouts.to_folder("vae", original("vae"))
     theirs = convert_ldm_vae_checkpoint(original("vae"), {
         "down_block_types": [""] * 4, "up_block_types": [""] * 4})
     assert ours.keys() == theirs.keys()
@@ -382,7 +388,7 @@ def test_diffusers_reads_lora_files_alike(tmp_path, form):
             stem = f"base_model.model.{module}"
             tensors |= {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": rows}
     save_file(tensors, tmp_path / "lora.safetensors")
-    _, ours = weights.read_lora(tmp_path / "lora.safetensors")
+    _, ours = lora.read(tmp_path / "lora.safetensors")
     theirs = FluxPipeline.lora_state_dict(tensors)
     modules = {name.removesuffix(".lora_A.weight").removeprefix("transformer.")
                for name in theirs if name.endswith(".lora_A.weight")}
@@ -398,25 +404,25 @@ def test_diffusers_reads_lora_files_alike(tmp_path, form):
 def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
     file = tmp_path / "flux.safetensors"
     save_file(original("transformer"), file)
-    lines = weights.describe(file).splitlines()
+    lines = describe(file, weights.load).splitlines()
     assert "transformer, original or ComfyUI" in lines[0] and lines[1] == f"{file}: whole"
     assert lines[2] == (f"python sample.py --instruction TEXT --model {file} "
                         "--vae ... --clip ... --t5 ... --tokenizers ...")
     cut = original("transformer")
     del cut["double_blocks.0.img_mlp.0.bias"]
     save_file(cut, file)
-    lines = weights.describe(file).splitlines()
+    lines = describe(file, weights.load).splitlines()
     assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
     save_file(in_fp8(original("transformer"), scaled=True)[0], file)
-    assert "fp8 with scales" in weights.describe(file).splitlines()[0]
+    assert "fp8 with scales" in describe(file, weights.load).splitlines()[0]
 
 
 def test_adapters_are_described(tmp_path):
     root = Path(weights.__file__).parent
-    assert "an adapter of train.py's" in weights.describe(root / "tiny/adapter.safetensors")
+    assert "an adapter of train.py's" in describe(root / "tiny/adapter.safetensors", weights.load)
     file = tmp_path / "lora.safetensors"
     lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}), file)
-    lines = weights.describe(file).splitlines()
+    lines = describe(file, weights.load).splitlines()
     assert "an adapter that is a LoRA, 6 tensors" in lines[0]
     assert lines[1] == f"python sample.py --instruction TEXT --adapter {file}"
 
@@ -438,7 +444,7 @@ def test_a_folders_own_file_has_the_folders_configuration(tmp_path):
     wanted = run("text_encoder", from_folder("text_encoder", tmp_path))
     settings = json.loads((tmp_path / "config.json").read_text()) | {"num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    model = text_encoder.load_clip(tmp_path / "model.safetensors")
+    model = weights.load("text_encoder", tmp_path / "model.safetensors")
     assert not torch.equal(run("text_encoder", model), wanted)
 
 
@@ -448,10 +454,10 @@ def test_a_folders_own_file_has_the_folders_configuration(tmp_path):
 def test_alphas_that_are_no_numbers_are_named(tmp_path, metadata):
     lora_file("diffusers, metadata", some_lora({"x_embedder": torch.ones(256, 64)}),
               tmp_path / "lora.safetensors")
-    save_file(weights.read_tensors([tmp_path / "lora.safetensors"]), tmp_path / "bad.safetensors",
+    save_file(read_tensors([tmp_path / "lora.safetensors"]), tmp_path / "bad.safetensors",
               {"lora_adapter_metadata": json.dumps(metadata)})
     with pytest.raises(ValueError, match="bad.safetensors: the alpha of x_embedder"):
-        weights.read_lora(tmp_path / "bad.safetensors")
+        lora.read(tmp_path / "bad.safetensors")
 
 
 def test_rank_stabilised_lora_counts_alpha_over_the_root(tmp_path):
@@ -459,7 +465,7 @@ def test_rank_stabilised_lora_counts_alpha_over_the_root(tmp_path):
     metadata = json.dumps({"transformer.lora_alpha": 6, "transformer.use_rslora": True})
     save_file({f"transformer.x_embedder.lora_{part}.weight": t for part, t in zip("AB", (A, B))},
               tmp_path / "lora.safetensors", {"lora_adapter_metadata": metadata})
-    _, tensors = weights.read_lora(tmp_path / "lora.safetensors")
+    _, tensors = lora.read(tmp_path / "lora.safetensors")
     assert torch.equal(tensors["x_embedder.lora_B"], 3 * B)
 
 
@@ -467,17 +473,17 @@ def test_two_tensors_for_one_place_are_refused(tmp_path):
     tensors = original("transformer") | {"x_embedder.weight": torch.zeros(256, 64)}
     save_file(tensors, tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="one.safetensors.*has the place of another"):
-        dit.load_dit(tmp_path / "one.safetensors")
+        weights.load("transformer", tmp_path / "one.safetensors")
     pair = {f"{prefix}.lora_{part}.weight": torch.ones(2, 64) if part == "A" else torch.ones(256, 2)
             for prefix in ("transformer.x_embedder", "diffusion_model.img_in") for part in "AB"}
     save_file(pair, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="under two names"):
-        weights.read_lora(tmp_path / "lora.safetensors")
+        lora.read(tmp_path / "lora.safetensors")
 
 
 def test_fp8_weights_are_kept_in_fp8_for_backward(tmp_path):
     save_file(in_fp8(original("transformer"), scaled=True)[0], tmp_path / "fp8.safetensors")
-    model = dit.load_dit(tmp_path / "fp8.safetensors", dtype=torch.float32)
+    model = weights.load("transformer", tmp_path / "fp8.safetensors", dtype=torch.float32)
     layer = model.transformer_blocks[0].ff.net[2]
     x = torch.randn(3, 1024, requires_grad=True)
     kept = []

@@ -25,6 +25,8 @@ import dit
 import text_encoder
 import vae
 import weights
+from support import devices
+from support.files import config_from, read_json, write_part
 
 KEYS = Path(__file__).parent / "keys"
 TOLERANCE = 1e-5                                         # fp32, outputs of order 1: see above
@@ -344,12 +346,16 @@ def test_rope_equals_diffusers(axes: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_attention_in_training_is_one_graph_and_of_its_own_type(fast, dtype, monkeypatch):
     """On processors slow at bf16 it passes through fp32, which float64 must not."""
-    monkeypatch.setattr(weights, "FAST_BF16", fast)
+    monkeypatch.setattr(devices, "FAST_BF16", fast)
+    model = dit.FluxTransformer(dit.DiTConfig(16, 1, 1, 16, 2, 8, 8, (4, 6, 6)))
+    devices.ready(model, nn.Identity(), torch.device("cpu"), dtype)
     q, k, v = (torch.randn(1, 2, 5, 16).to(dtype).requires_grad_() for _ in range(3))
     pe = dit.rope(torch.zeros(5, 3), (4, 6, 6))          # turns nothing
     wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-12   # its rounding of values about 2
-    for attend in (dit.attend, torch.compile(dit.attend, backend="aot_eager", fullgraph=True)):
+    plain = [model.transformer_blocks[0].attend, model.single_transformer_blocks[0].attend]
+    compiled = [torch.compile(one, backend="aot_eager", fullgraph=True) for one in plain]
+    for attend in plain + compiled:
         out = attend(q, k, v, pe)
         assert out.dtype == dtype and torch.allclose(out, wanted, atol=limit, rtol=0)
 
@@ -514,9 +520,9 @@ def test_t5_stays_finite_in_fp16(tmp_path: Path) -> None:
     model = small_t5()
     for block in model.encoder["block"]:
         block.layer[1]["DenseReluDense"].wo.weight.data *= 1e5
-    weights.save_tensors(model.state_dict(), vars(model.config), tmp_path, "model.safetensors",
+    write_part(model.state_dict(), vars(model.config), tmp_path, "model.safetensors",
                          torch.float32)
-    half = text_encoder.load_t5(tmp_path, dtype=torch.float16)
+    half = weights.load("text_encoder_2", tmp_path, dtype=torch.float16)
     assert {p.dtype for name, p in half.named_parameters()
             if name.endswith("wo.weight")} == {torch.float32}
     assert {p.dtype for name, p in half.named_parameters()
@@ -577,9 +583,9 @@ def test_clip_pools_at_the_first_end_token() -> None:
     ("text_encoder_2", text_encoder.T5Config, text_encoder.T5Encoder, 219, 4_762_310_656)])
 def test_names_and_shapes_of_the_public_model(part: str, config: type, model: type, tensors: int,
                                               parameters: int) -> None:
-    values = weights.read_json(KEYS / f"config_{part}.json")
+    values = read_json(KEYS / f"config_{part}.json")
     with torch.device("meta"):
-        state = model(weights.config_from(config, values, part)).state_dict()
-    assert {name: list(p.shape) for name, p in state.items()} == weights.read_json(
+        state = model(config_from(config, values, part)).state_dict()
+    assert {name: list(p.shape) for name, p in state.items()} == read_json(
         KEYS / f"{part}.json")
     assert len(state) == tensors and sum(p.numel() for p in state.values()) == parameters

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import re
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 import baselines
 import dit
 import mole
-import train
-from sample import load_adapter
+import weights
+from support import adapters, recompute, routing_maps, targets
+from weights import load_adapter
 
 PAIRS = [(E, k) for E in range(1, 7) for k in range(1, E + 1)]
 DIT = dit.DiTConfig(in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=8,
@@ -37,8 +39,7 @@ def adapted(seed: int = 0, blank: bool = False,
     """A small transformer and adapter, in train mode; unless blank, as if trained: B is not 0."""
     torch.manual_seed(seed)
     model = dit.FluxTransformer(DIT)
-    adapter = mole.Adapter(model, dataclasses.replace(SMALL, **changes), DIT.joint_attention_dim,
-                           DIT.pooled_projection_dim, kinds=baselines.KINDS)
+    adapter = weights.new_adapter(model, dataclasses.replace(SMALL, **changes))
     if not blank:
         for name, p in adapter.tensors().items():
             if name.endswith("_B"):
@@ -63,7 +64,8 @@ def step(model: nn.Module, adapter: mole.Adapter, x: dict[str, Tensor], scale: f
     """One forward and backward: output, routing with its losses, gradients by name."""
     adapter.zero_grad()
     with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
-        out = model(**x, run=train.recomputed(adapter, routing)) if checkpointed else model(**x)
+        run = recompute.recomputing(adapter, routing) if checkpointed else operator.call
+        out = model(**x, run=run)
     (scale * (out.square().mean() + routing.balance + routing.orthogonality)).backward()
     return out, routing, {name: p.grad for name, p in adapter.tensors().items()}
 
@@ -294,7 +296,7 @@ def test_orthogonality_counts_experts_that_were_not_chosen():
     layer.routings.append(routing)
     layer(x)
     routing.orthogonality.backward()
-    unchosen = layer.chosen[0] == 0
+    unchosen = layer.last_weights[0] == 0
     assert unchosen.sum() == 3
     assert (layer.experts_A.grad.unflatten(1, (4, 3)).abs().amax((0, 2)) > 0).all()
     assert (layer.experts_B.grad.unflatten(0, (4, 3)).abs().amax((1, 2)) > 0).all()
@@ -315,7 +317,7 @@ def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles()
     B[2:4] = 0                                           # the second of four experts
     Y = torch.stack([H[:, i:i + 2] @ B[i:i + 2] for i in range(0, 8, 2)]).flatten(1)
     Y = nn.functional.normalize(Y, dim=1)
-    cosine = mole.similarity(H, B, 4, scale=3.0)
+    cosine = routing_maps.cosines(H, B, 4, scale=3.0)
     assert torch.allclose(cosine, Y @ Y.T, atol=1e-12, rtol=0) and (cosine[1] == 0).all()
     loss = (cosine.square().sum() - 3) / 12              # three are not zero
     assert abs(mole.orthogonality_loss(H, B, 4, scale=3.0) - loss) < 1e-12
@@ -336,9 +338,9 @@ def test_router_noise(by_token):
     routing = mole.Routing(torch.zeros(rows, 6), losses=False)
     layer.routings.append(routing)
     layer(torch.zeros(rows, 5))
-    assert torch.equal(layer.chosen, torch.full((rows, E), 1 / E))  # eval mode
+    assert torch.equal(layer.last_weights, torch.full((rows, E), 1 / E))  # eval mode
     layer.train()(torch.zeros(rows, 5))
-    p = layer.chosen
+    p = layer.last_weights
     noise = (p[:, 0] / p[:, 1]).log() * E / math.sqrt(2)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert abs((noise.abs() < 1).float().mean() - 0.6827) < 0.01             # normal; uniform 0.65
@@ -350,9 +352,9 @@ def test_losses_are_collected_only_on_request_and_weights_always():
     with adapter.serve(x["txt"], x["pooled"]) as routing:
         model(**x)
     assert routing.balance == routing.orthogonality == 0
-    assert (set(routing.weights) == {layer.name for layer in moles(adapter)}
-            and FIRST in routing.weights)
-    for w in routing.weights.values():
+    last = routing_maps.last_weights(adapter)
+    assert set(last) == {layer.name for layer in moles(adapter)} and FIRST in last
+    for w in last.values():
         assert w.shape == (2, 4) and ((w > 0).sum(-1) == 2).all() and not w.requires_grad
 
 
@@ -401,11 +403,11 @@ def test_nothing_of_the_last_clean_call_is_computed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_the_start_the_model_computes_what_it_did(dtype):
     torch.manual_seed(0)
-    model = dit.FluxTransformer(DIT).to(dtype).requires_grad_(False)         # as load_dit leaves it
+    model = dit.FluxTransformer(DIT).to(dtype).requires_grad_(False)         # as load() leaves it
     x = {name: t if name.endswith("ids") else t.to(dtype) for name, t in inputs().items()}
     with torch.no_grad():                                # what needs gradients takes other kernels
         before = model(**x)
-        adapter = mole.Adapter(model, SMALL, 12, 10)     # train mode: noise changes nothing either
+        adapter = weights.new_adapter(model, SMALL)      # train mode: noise changes nothing either
         with adapter.serve(x["txt"], x["pooled"]):
             assert torch.equal(model(**x), before)
 
@@ -482,7 +484,7 @@ def test_initialisation():
     ("transformer_blocks.0.attn.to_out.0", "attn.to_out.0", True),
     ("transformer_blocks.0.attn.to_add_out", "attn.to_out.0", False)])
 def test_target_matching(name, target, wanted):
-    assert mole.matches(name, "nothing", target) is wanted
+    assert targets.matches(name, "nothing", target) is wanted
 
 
 def test_targets_in_the_model():
@@ -508,9 +510,10 @@ def test_token_targets():
     assert [layer.name for layer in moles(adapter) if layer.by_token] == [name]
     assert model.get_submodule(name).router.in_features == 80                # its own input
     x = inputs()
-    with adapter.serve(x["txt"], x["pooled"]) as routing:
+    with adapter.serve(x["txt"], x["pooled"]):
         model(**x)
-    assert routing.weights[name].shape == (2, 4, 4) and routing.weights[FIRST].shape == (2, 4)
+    last = routing_maps.last_weights(adapter)
+    assert last[name].shape == (2, 4, 4) and last[FIRST].shape == (2, 4)
 
 
 def test_only_the_adapter_is_trained():
@@ -610,11 +613,11 @@ def test_checkpointing_changes_nothing(clean, training):
     torch.manual_seed(5)
     out, routing, gradients = step(model, adapter, x)
     gradients = {name: g.clone() for name, g in gradients.items()}
-    plain = len(calls)
+    plain, last = len(calls), routing_maps.last_weights(adapter)
     torch.manual_seed(5)
     out2, routing2, gradients2 = step(model, adapter, x, checkpointed=True)
     assert len(calls) == 3 * plain                       # it did compute again
-    assert torch.equal(out, out2) and same(routing.weights, routing2.weights)
+    assert torch.equal(out, out2) and same(last, routing_maps.last_weights(adapter))
     assert (routing.balance == routing2.balance > 0
             and routing.orthogonality == routing2.orthogonality > 0)
     assert same(gradients, gradients2)
@@ -623,7 +626,7 @@ def test_checkpointing_changes_nothing(clean, training):
 def test_fp32_adapter_on_a_bf16_base():
     torch.manual_seed(0)
     model = dit.FluxTransformer(DIT).bfloat16()
-    adapter = mole.Adapter(model, SMALL, 12, 10)
+    adapter = weights.new_adapter(model, SMALL)
     for name, p in adapter.tensors().items():
         assert p.dtype == torch.float32
         if name.endswith("_B"):
@@ -639,11 +642,12 @@ def test_fp32_adapter_on_a_bf16_base():
     exact.load_state_dict({name: t.float() for name, t in model.state_dict().items()})
     wide_adapter.eval().instruction.load_state_dict(adapter.instruction.state_dict())
     x_wide = {name: t.float() for name, t in x.items()}
-    with torch.no_grad(), adapter.serve(x["txt"], x["pooled"]) as low:
+    with torch.no_grad(), adapter.serve(x["txt"], x["pooled"]):
         out = model(**x)
-    with torch.no_grad(), wide_adapter.serve(x_wide["txt"], x_wide["pooled"]) as high:
+    with torch.no_grad(), wide_adapter.serve(x_wide["txt"], x_wide["pooled"]):
         wide = exact(**x_wide)
-    assert same(low.weights, high.weights)               # routing is fp32 in both, bit for bit
+    low, high = map(routing_maps.last_weights, (adapter, wide_adapter))
+    assert same(low, high)                               # routing is fp32 in both, bit for bit
     assert F.mse_loss(out.float(), wide).sqrt() < 0.03 * wide.std()          # bf16: 0.4 % a step
 
 
@@ -692,7 +696,7 @@ def test_compiling_a_layer_changes_nothing(needed):
         layer.routings[:] = [routing]
         out = call(x)
         (out.square().mean() + routing.balance + routing.orthogonality).backward()
-        results.append([out, layer.chosen, routing.balance, routing.orthogonality,
+        results.append([out, layer.last_weights, routing.balance, routing.orthogonality,
                         layer.experts_A.grad, layer.experts_B.grad, layer.router.weight.grad,
                         *([whole.grad] if needed else [])])
     for plain, compiled in zip(*results):
@@ -707,7 +711,7 @@ def test_bad_configurations_are_refused_and_leave_the_model_alone():
                              ({"mole_targets": ("ff",)}, "'ff'"),            # module, no nn.Linear
                              ({"token_targets": ("nowhere",)}, "nowhere")):
         with pytest.raises(ValueError, match=message):
-            mole.Adapter(model, dataclasses.replace(SMALL, **changes), 12, 10)
+            weights.new_adapter(model, dataclasses.replace(SMALL, **changes))
     assert names == [name for name, _ in model.named_parameters()]
     assert all(p.requires_grad for p in model.parameters())
 
@@ -726,7 +730,7 @@ def test_whole_size_count():
     with torch.device("meta"):
         model = dit.FluxTransformer(
             dit.DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), True))
-        adapter = mole.Adapter(model, mole.AdapterConfig(), 4096, 768)
+        adapter = weights.new_adapter(model, mole.AdapterConfig())
     count = {"lora": 0, "experts": 0, "router": 0, "instruction": 0}
     for name, p in adapter.tensors().items():
         count[next(kind for kind in count if kind in name)] += p.numel()
@@ -742,7 +746,7 @@ def test_whole_size_count():
 def test_save_and_load(tmp_path):
     file = tmp_path / "adapter.safetensors"
     model, adapter = adapted(token_targets=("single_transformer_blocks.1.proj_out",))
-    mole.save(adapter, file, base="small")
+    adapters.write(adapter, file, base="small")
     with safe_open(file, framework="pt") as opened:
         assert json.loads(opened.metadata()["adapter"])["base"] == "small"
         assert not any("base" in name for name in opened.keys())             # no frozen weights
@@ -760,7 +764,7 @@ def test_save_and_load(tmp_path):
 
 
 def written(tmp_path: Path) -> Path:
-    mole.save(adapted()[1], tmp_path / "adapter.safetensors")
+    adapters.write(adapted()[1], tmp_path / "adapter.safetensors")
     return tmp_path / "adapter.safetensors"
 
 
@@ -804,7 +808,7 @@ def test_an_adapter_is_saved_the_same_and_for_all_to_read(tmp_path):
     _, adapter = adapted()
     files = [tmp_path / f"{i}.safetensors" for i in range(8)]
     for file in files:
-        mole.save(adapter, file, step="3", settings="{}")
+        adapters.write(adapter, file, step="3", settings="{}")
     assert len({file.read_bytes() for file in files}) == 1
     assert files[0].stat().st_mode & 0o044 == 0o044
 

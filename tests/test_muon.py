@@ -4,7 +4,7 @@ import torch
 from test_train import make_pipeline
 
 import train
-from train import Muon, orthogonal
+from support.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])

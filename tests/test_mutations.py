@@ -15,7 +15,7 @@ import torch
 from test_research import Bomb
 from test_weights import ROOT, assert_same, load, shard
 
-from data import pick
+from support.conditions import pick
 
 PART = "text_encoder_2"
 Random = np.random.Generator

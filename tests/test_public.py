@@ -13,6 +13,10 @@ from pyarrow import parquet
 
 import data
 import train
+from support import parquet as parquet_sets
+from support import public_sets
+from support.conditions import canny, skeletons
+from support.pictures import load_image
 
 DRAWS = 400                                              # a chance is then known to 0.1, 4 sigma
 
@@ -75,7 +79,7 @@ def share(samples: list[data.Sample], of) -> float:
 
 def test_omniedit(tmp_path):
     """The second wording with 0.7 where there are two; rows without wordings are left out."""
-    source = data.OmniEdit(write(tmp_path, "omniedit"))
+    source = public_sets.OmniEdit(write(tmp_path, "omniedit"))
     found = draws(source)
     words = Counter(sample.instruction for sample in found)
     assert set(words) == {"one", "two", "alone"} and words["alone"] / DRAWS == pytest.approx(
@@ -88,7 +92,7 @@ def test_omniedit(tmp_path):
 
 
 def test_musar(tmp_path):
-    for sample in draws(data.MUSAR(write(tmp_path, "musar")), 9):
+    for sample in draws(public_sets.MUSAR(write(tmp_path, "musar")), 9):
         assert re.fullmatch(r"both \d", sample.instruction) and not sample.images
         assert [p.shape[:2] for p in (sample.target, *sample.conds)] == [(48, 64), (64, 32),
                                                                          (32, 32)]
@@ -97,9 +101,9 @@ def test_musar(tmp_path):
 
 def test_subjectspatial(tmp_path):
     """One to three conditions, each named by its place; a box where the target has the subject."""
-    whole = data.SubjectSpatial(write(tmp_path, "subjectspatial"))
+    whole = public_sets.SubjectSpatial(write(tmp_path, "subjectspatial"))
     assert all(p.shape == (512, 512, 3) for s in draws(whole, 3) for p in (s.target, *s.conds))
-    source = data.SubjectSpatial(tmp_path, (128, 128))
+    source = public_sets.SubjectSpatial(tmp_path, (128, 128))
     found = draws(source)
     numbers = Counter(len(sample.conds) for sample in found)
     assert all(numbers[n] / DRAWS == pytest.approx(1 / 3, abs=0.1) for n in (1, 2, 3))
@@ -127,7 +131,7 @@ def test_subjectspatial(tmp_path):
 
 
 def test_coco(tmp_path):
-    found = draws(data.COCO(write(tmp_path, "coco")))
+    found = draws(public_sets.COCO(write(tmp_path, "coco")))
     tasks = Counter(sample.task for sample in found)
     assert tasks["pose"] / DRAWS == pytest.approx(0.75, abs=0.09)
     assert tasks["canny"] / DRAWS == pytest.approx(0.125, abs=0.07)
@@ -171,7 +175,8 @@ def write_coco(folder, name: str, content: object) -> None:
 @pytest.mark.parametrize("depth", [False, True])
 def test_coco_as_a_plain_folder(tmp_path, depth):
     """The chances of the parquet form; pose where there are people, depth where there are maps."""
-    source, _ = data.open_source(f"coco={coco_folder(tmp_path, depth=depth)}")
+    source, _ = data.open_source(f"coco={coco_folder(tmp_path, depth=depth)}",
+                                 public=public_sets.PUBLIC)
     found = [sample for i in range(DRAWS // 2) for sample in
              source.draw(np.random.default_rng(i), 4)]
     tasks, others = Counter(sample.task for sample in found), 2 + depth
@@ -187,7 +192,7 @@ def test_coco_as_a_plain_folder(tmp_path, depth):
         cond, = sample.conds
         assert cond.shape == sample.target.shape == (48, 64, 3) and sample.images == []
         assert any(words.format(caption=caption) == sample.instruction for caption in (
-            "a dog", "a cat") for words in ("{caption}", *data.LEADS[sample.task]))
+            "a dog", "a cat") for words in ("{caption}", *public_sets.LEADS[sample.task]))
         if sample.task == "pose":                        # elbow and wrist, and the arm between them
             assert cond[8, 40].tolist() == [0, 255, 0] and cond[40, 40].tolist() == [0, 255, 85]
             assert cond[24, 40].tolist() == [51, 153, 0] and not cond[24, 50].any()
@@ -199,8 +204,8 @@ def test_coco_as_a_plain_folder(tmp_path, depth):
 
 def test_the_parquet_form_and_the_plain_folder_draw_alike(tmp_path):
     """By the same numbers, where a picture has one caption and one person, and size is given."""
-    plain = data.open_coco(coco_folder(tmp_path, 2), (64, 64), None, 3)
-    table = data.COCO(write(tmp_path, "coco", coco()[:2]), (64, 64), None, 3)
+    plain = public_sets.open_coco(coco_folder(tmp_path, 2), (64, 64), None, 3)
+    table = public_sets.COCO(write(tmp_path, "coco", coco()[:2]), (64, 64), None, 3)
     for row in plain.listed:
         row |= {"text": "a dog", "conditioning_image": plain.listed[0]["conditioning_image"]}
     for i in range(30):
@@ -216,7 +221,7 @@ def test_skeletons_have_the_colours_and_joints_of_openpose():
             (6, 30, 30), (7, 80, 60), (8, 20, 60), (9, 80, 90), (10, 20, 90), (11, 60, 80),
             (12, 40, 80), (13, 62, 120), (14, 38, 120), (15, 62, 150), (16, 38, 150)]
     person = [value for _, x, y in body for value in (2 * x, 2 * y, 1)]
-    sheet = data.skeletons((person,), (200, 320), (160, 100, 3))
+    sheet = skeletons((person,), (200, 320), (160, 100, 3))
     colours = {0: (255, 0, 0), 6: (255, 170, 0), 8: (255, 255, 0), 10: (170, 255, 0),
                5: (85, 255, 0), 7: (0, 255, 0), 9: (0, 255, 85), 12: (0, 255, 170),
                14: (0, 255, 255), 16: (0, 170, 255), 11: (0, 85, 255), 13: (0, 0, 255),
@@ -227,7 +232,7 @@ def test_skeletons_have_the_colours_and_joints_of_openpose():
     assert sheet[25, 50].tolist() == [0, 0, 153]         # the neck's limb to the nose: hue 13 of 18
     assert sheet[30, 40].any() and not sheet[150, 50].any()
     alone = person[:18] + [60, 60, 0] + [0] * 30         # one shoulder makes no neck
-    sheet = data.skeletons((alone,), (200, 320), (160, 100, 3))
+    sheet = skeletons((alone,), (200, 320), (160, 100, 3))
     assert sheet[30, 70].any() and not sheet[28:32, 25:55].any() and not sheet[:3, :3].any()
 
 
@@ -248,9 +253,9 @@ def test_bad_entries_of_coco(tmp_path, name, part, at, change, words):
     whole[part][at] |= change
     write_coco(folder, name, whole)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        list(data.open_coco(folder).all())
+        list(public_sets.open_coco(folder).all())
     bad: list[str] = []
-    kept = list(data.open_coco(folder, None, bad).all())
+    kept = list(public_sets.open_coco(folder, None, bad).all())
     assert len(bad) == 1 and re.search(words, bad[0]) and len(kept) >= 19
 
 
@@ -260,13 +265,13 @@ def test_a_folder_that_is_not_cocos(tmp_path):
                            ({"images": [], "annotations": []}, "holds no rows")):
         write_coco(folder, "captions", content)
         with pytest.raises(ValueError, match=words):
-            data.open_coco(folder)
+            public_sets.open_coco(folder)
     (folder / "annotations/captions_train2017.json").write_text("{")
     with pytest.raises(ValueError, match="captions_train2017.json.*JSON"):
-        data.open_coco(folder)
+        public_sets.open_coco(folder)
     (folder / "annotations/captions_train2017.json").unlink()
     with pytest.raises(FileNotFoundError, match="captions_train2017.json"):
-        data.open_coco(folder)
+        public_sets.open_coco(folder)
 
 
 def test_pictures_turned_by_exif_do_not_meet_others_in_a_batch(tmp_path):
@@ -276,16 +281,17 @@ def test_pictures_turned_by_exif_do_not_meet_others_in_a_batch(tmp_path):
     Image.new("RGB", (64, 48), "red").save(turned, "JPEG", exif=exif)
     rows = coco()
     rows[0]["image"] = {"bytes": turned.getvalue(), "path": None}
-    source = data.COCO(write(tmp_path, "coco", rows))
+    source = public_sets.COCO(write(tmp_path, "coco", rows))
     for i in range(20):
-        assert len({str(data.shapes(s)) for s in source.draw(np.random.default_rng(i), 3)}) == 1
+        drawn = source.draw(np.random.default_rng(i), 3)
+        assert len({str(parquet_sets.shapes_of(s)) for s in drawn}) == 1
 
 
 def test_pictures_of_other_sizes_are_not_decoded(tmp_path, monkeypatch):
     small = {name: cell("red", (32, 32)) for name in ("image", "conditioning_image")}
     rows = coco() + [row | small for row in coco()]
-    source, real, read = data.COCO(write(tmp_path, "coco", rows)), data.load_image, []
-    monkeypatch.setattr(data, "load_image", lambda *of: read.append(of[1]) or real(*of))
+    source, real, read = public_sets.COCO(write(tmp_path, "coco", rows)), load_image, []
+    monkeypatch.setattr(parquet_sets, "load_image", lambda *of: read.append(of[1]) or real(*of))
     for i in range(9):
         read.clear()
         assert len(source.draw(np.random.default_rng(i), 9)) == 3
@@ -298,14 +304,14 @@ def test_pictures_without_a_head_are_named_or_skipped(tmp_path):
     rows[0] = rows[0] | {"image": {"bytes": b"no picture", "path": None}}
     file, bad = write(tmp_path, "coco", rows), []
     with pytest.raises(ValueError, match="row 0 'image'"):
-        data.COCO(file).draw(np.random.default_rng(0), 99)
-    assert len(data.COCO(file, bad=bad).draw(np.random.default_rng(0), 99)) == 29
+        public_sets.COCO(file).draw(np.random.default_rng(0), 99)
+    assert len(public_sets.COCO(file, bad=bad).draw(np.random.default_rng(0), 99)) == 29
     assert len(bad) == 1 and "row 0 'image'" in bad[0]
 
 
 def test_a_row_group_that_cannot_be_read_is_skipped_once(tmp_path, monkeypatch):
     file = write(tmp_path, "coco", coco() * 20, row_group_size=30)
-    source, calls = data.COCO(file, bad=[]), []
+    source, calls = public_sets.COCO(file, bad=[]), []
     read = source.read
     monkeypatch.setattr(source, "kept", lambda number: calls.append(number) or (
         read(number) if number else broken()))
@@ -358,20 +364,20 @@ def test_canny_is_what_books_tell():
         rough = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8))
         picture = np.asarray(rough.resize((29, 23), Image.Resampling.BICUBIC))
         low = 20 * (number + 1)
-        edges = data.canny(picture, low, 2 * low)
+        edges = canny(picture, low, 2 * low)
         assert np.array_equal(edges, plain_canny(picture, low, 2 * low))
         assert 0 < (edges > 0).mean() < 0.5
     half = np.zeros((9, 9, 3), np.uint8)
     half[:, 5:] = 255
-    assert (data.canny(half, 100, 200)[..., 0] > 0).sum(0).tolist() in (
+    assert (canny(half, 100, 200)[..., 0] > 0).sum(0).tolist() in (
         [0, 0, 0, 0, 9, 0, 0, 0, 0], [0, 0, 0, 0, 0, 9, 0, 0, 0])            # one line, once
-    assert not data.canny(np.full((5, 1, 3), 7, np.uint8), 1, 2).any()
+    assert not canny(np.full((5, 1, 3), 7, np.uint8), 1, 2).any()
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_training_on_each_set(tmp_path, name, monkeypatch):
     write(tmp_path, name)
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", f"{name}={tmp_path}:2", "--adapter",
                                       "lora", "--steps", "2", "--batch-size", "2", "--out",
                                       str(tmp_path / "run")])
@@ -381,7 +387,7 @@ def test_training_on_each_set(tmp_path, name, monkeypatch):
 
 def test_batches_depend_on_their_number_and_neighbours_share_a_row_group(tmp_path):
     rows = [row | {"text": str(i)} for i, row in enumerate(coco() * 20)]
-    source = data.COCO(write(tmp_path, "coco", rows, row_group_size=5))
+    source = public_sets.COCO(write(tmp_path, "coco", rows, row_group_size=5))
     def told(start: int, stride: int, number: int) -> list[list[str]]:
         batches = data.batches([(source, 1.0)], 2, 7, start, stride)
         return [[s.instruction for s in next(batches)] for _ in range(number)]
@@ -405,12 +411,12 @@ def test_batches_depend_on_their_number_and_neighbours_share_a_row_group(tmp_pat
 def test_bad_rows(tmp_path, name, change, words):
     good = SETS[name]()
     file = write(tmp_path, name, [good[0] | change] + good[1:] * 9)
-    made = data.PUBLIC[name](file, (64, 64))
+    made = public_sets.PUBLIC[name](file, (64, 64))
     with pytest.raises(ValueError, match=words):
         for i in range(60):
             made.draw(np.random.default_rng(i), 9)
     bad: list[str] = []
-    lenient = data.PUBLIC[name](file, (64, 64), bad)
+    lenient = public_sets.PUBLIC[name](file, (64, 64), bad)
     for i in range(60):
         lenient.draw(np.random.default_rng(i), 9)
     assert len(bad) == 1 and re.search(words, bad[0])
@@ -419,11 +425,11 @@ def test_bad_rows(tmp_path, name, change, words):
 def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
     good, worse = musar()[0], musar()[0] | {"prompt": ""}
     bad: list[str] = []
-    source = data.MUSAR(write(tmp_path, "musar", [good] * 8 + [worse] * 2), bad=bad)
+    source = public_sets.MUSAR(write(tmp_path, "musar", [good] * 8 + [worse] * 2), bad=bad)
     with pytest.raises(ValueError, match="too many"):
         for i in range(50):
             source.draw(np.random.default_rng(i), 5)
-    source = data.OmniEdit(write(tmp_path, "omniedit", [
+    source = public_sets.OmniEdit(write(tmp_path, "omniedit", [
         row for row in omniedit() if not row["edited_prompt_list"]]))
     with pytest.raises(ValueError, match="no row that can be used"):
         source.draw(np.random.default_rng(0), 1)
@@ -434,7 +440,7 @@ def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
     ("subjectspatial", "description", "a teapot"), ("coco", "image", 3), ("musar", "prompt", 3),
     ("subjectspatial", "bbox", "0 0 1 1"), ("musar", "tgt_img", {"path": "x.png"})])
 def test_columns_of_another_kind(tmp_path, name, column, value):
-    source = data.PUBLIC[name](write(tmp_path, name, [row | {column: value}
+    source = public_sets.PUBLIC[name](write(tmp_path, name, [row | {column: value}
                                                       for row in SETS[name]()]), (64, 64))
     with pytest.raises(ValueError, match=column):
         for i in range(20):
@@ -442,16 +448,16 @@ def test_columns_of_another_kind(tmp_path, name, column, value):
 
 
 def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
-    source = data.OmniEdit(write(tmp_path, "omniedit", row_group_size=1))
+    source = public_sets.OmniEdit(write(tmp_path, "omniedit", row_group_size=1))
     assert {s.instruction for s in draws(source, 60)} == {"one", "two", "alone"}
     parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / "dev-00000.parquet")
-    assert len(data.OmniEdit(tmp_path).sizes) == 6
+    assert len(public_sets.OmniEdit(tmp_path).sizes) == 6
 
 
 def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
     good, worse = musar()[0], musar()[0] | {"prompt": ""}
     bad = [f"another source's line {i}" for i in range(90)]
-    source = data.MUSAR(write(tmp_path, "musar", [good] * 19 + [worse]), bad=bad)
+    source = public_sets.MUSAR(write(tmp_path, "musar", [good] * 19 + [worse]), bad=bad)
     for i in range(40):
         source.draw(np.random.default_rng(i), 5)
     assert len(bad) == 91 and len(list(source.all())) == 19
@@ -461,22 +467,22 @@ def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
 def test_files_that_are_no_such_set(tmp_path, monkeypatch):
     file = write(tmp_path, "musar")
     with pytest.raises(ValueError, match="no column 'edited_img'"):
-        data.open_source(f"omniedit={file}")
+        data.open_source(f"omniedit={file}", public=public_sets.PUBLIC)
     (tmp_path / "torn.parquet").write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match="torn.parquet.*parquet"):
-        data.MUSAR(tmp_path)
+        public_sets.MUSAR(tmp_path)
     for path in (tmp_path / "gone", tmp_path / "gone.parquet"):
         with pytest.raises(FileNotFoundError, match="gone"):
-            data.MUSAR(path)
+            public_sets.MUSAR(path)
     (tmp_path / "torn.parquet").unlink()
     content = bytearray(file.read_bytes())
     content[4:150] = bytes(146)
     file.write_bytes(content)
     with pytest.raises(ValueError, match="rows 0 to 4.*cannot be read"):
-        data.MUSAR(file).draw(np.random.default_rng(0), 1)
+        public_sets.MUSAR(file).draw(np.random.default_rng(0), 1)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
-        data.MUSAR(file)
+        public_sets.MUSAR(file)
 
 
 def test_a_folder_may_still_have_a_sign_in_its_name(tmp_path):

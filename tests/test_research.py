@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import baselines
 import dit
 import mole
 import sample
-import train
 import weights
+from support import adapters, options, research
+from support.files import config_from, read_tensors
 from test_golden import (BUILDS, CASES, build_config, forward, frequencies,  # noqa: F401
                          golden, part)
 from test_sample import MODEL, PICTURE, ROOT, command
@@ -32,6 +32,11 @@ PUBLISHED = {
 LORA_ONLY = {"lora_config": PUBLISHED["lora_config"] | {
     "target_modules": ["attn.to_q", "ff.net.2"]}}
 OVERRIDES = {"igr": ([], []), "token": ("all", "all"), "mixed": ([1], [0, 2]), "pooled": ([], [])}
+
+
+def write(file: Path, folder: Path) -> None:
+    """An adapter's file in the research code's form."""
+    research.write(*adapters.read(file), file, folder)
 
 
 def research_folder(path: Path, name: str) -> Path:
@@ -77,14 +82,14 @@ def bare_model(name: str) -> dit.FluxTransformer:
 def test_a_research_folder_gives_the_golden_outputs_and_is_written_back_equal(tmp_path, name):
     folder = research_folder(tmp_path / "theirs", name)
     model = bare_model(name)
-    adapter = sample.load_adapter(model, folder)
+    adapter = weights.load_adapter(model, folder)
     x = part("in.")
     with torch.no_grad(), adapter.serve(x["txt"], x["pooled"]):
         for case in CASES:
             assert (forward(model, case) - golden()[0][f"{name}.{case}.out"]).abs().max() <= 1e-5
 
-    mole.save(adapter, tmp_path / "ours.safetensors")
-    weights.write_research(tmp_path / "ours.safetensors", tmp_path / "back")
+    adapters.write(adapter, tmp_path / "ours.safetensors")
+    write(tmp_path / "ours.safetensors", tmp_path / "back")
     files = sorted(p.name for p in folder.iterdir())
     assert files == sorted(p.name for p in (tmp_path / "back").iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ours.safetensors", "theirs"]
@@ -94,16 +99,16 @@ def test_a_research_folder_gives_the_golden_outputs_and_is_written_back_equal(tm
             assert json.loads(one.read_text()) == json.loads(two.read_text())
             continue
         key = "condition_type_embedder" if "embedder" in file else None
-        one, two = (weights.read_tensors([f]) if file.endswith(".safetensors") else
-                    weights.read_pickle(f, key) for f in (one, two))
+        one, two = (read_tensors([f]) if file.endswith(".safetensors") else
+                    research.read_pickle(f, key) for f in (one, two))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_the_published_configuration_is_our_default():
-    c = weights.config_from(mole.AdapterConfig, weights.from_research(PUBLISHED, "p"), "p", True)
+    c = config_from(mole.AdapterConfig, research.from_research(PUBLISHED, "p"), "p", True)
     assert c == mole.AdapterConfig()
     values = {**vars(c)}
-    back = weights.to_research({k: list(v) if isinstance(v, tuple) else v
+    back = research.to_research({k: list(v) if isinstance(v, tuple) else v
                                 for k, v in values.items()}, "p")
     assert {k: v for k, v in back["moe_config"].items() if k != "resampler_heads"} \
         == PUBLISHED["moe_config"] and back["lora_config"] == PUBLISHED["lora_config"]
@@ -112,14 +117,14 @@ def test_the_published_configuration_is_our_default():
 def test_its_json_is_read_by_config(tmp_path):
     file = tmp_path / "train_config.json"
     file.write_text(json.dumps(PUBLISHED))
-    assert train.adapter_config("instructmole", file) == mole.AdapterConfig()
+    assert weights.adapter_config("instructmole", file) == mole.AdapterConfig()
     file.write_text(json.dumps(LORA_ONLY))
-    c = train.adapter_config("instructmole", file)
+    c = weights.adapter_config("instructmole", file)
     assert c.lora_targets == ("attn.to_q", "ff.net.2") and not c.mole_targets
     moe = PUBLISHED["moe_config"] | {"token_route_overrides_double": "all",
                                      "token_route_overrides_single": [3, 11]}
     file.write_text(json.dumps(PUBLISHED | {"moe_config": moe}))
-    assert train.adapter_config("instructmole", file).token_targets == (
+    assert weights.adapter_config("instructmole", file).token_targets == (
         "transformer_blocks.*.ff.net.2", "single_transformer_blocks.3.proj_out",
         "single_transformer_blocks.11.proj_out")
 
@@ -128,7 +133,7 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "paper", tmp_path / "a.png"
     file = ROOT / "tiny/adapter.safetensors"
     monkeypatch.setattr(sys, "argv", ["weights.py", str(file), "--to-research", str(folder)])
-    weights.run(weights.main)
+    options.run(weights.main)
     assert "research" in capsys.readouterr().out
     arguments = ("--instruction", "make the circle blue", "--image", PICTURE, "--steps", 2)
     assert command(monkeypatch, capsys, *arguments, "--adapter", folder, "--out", out)[0] == 0
@@ -139,13 +144,13 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
 
 def test_a_plain_lora_needs_no_pickle(tmp_path):
     pipe = sample.load_pipeline(MODEL, None, "cpu", "float32")
-    c = train.adapter_config("lora", ROOT / "tiny/adapter.json")
-    mole.save(mole.Adapter(pipe.dit, c, 128, 128), tmp_path / "lora.safetensors")
-    weights.write_research(tmp_path / "lora.safetensors", tmp_path / "lora")
+    c = weights.adapter_config("lora", ROOT / "tiny/adapter.json")
+    adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "lora.safetensors")
+    write(tmp_path / "lora.safetensors", tmp_path / "lora")
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
         "pytorch_lora_weights.safetensors", "train_config.json"]
-    again = sample.load_adapter(sample.load_pipeline(MODEL).dit, tmp_path / "lora")
-    stored = weights.read_tensors([tmp_path / "lora.safetensors"])
+    again = weights.load_adapter(sample.load_pipeline(MODEL).dit, tmp_path / "lora")
+    stored = read_tensors([tmp_path / "lora.safetensors"])
     assert again.tensors().keys() == stored.keys()
     assert all(torch.equal(p, stored[name]) for name, p in again.tensors().items())
 
@@ -169,7 +174,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, capsys
         kept = (folder / file).read_bytes()
         torch.save({"a": Bomb(trace)}, folder / file)
         with pytest.raises(ValueError, match=file):
-            weights.read_research(folder)
+            research.read(folder)
         (folder / file).write_bytes(kept)
     assert not trace.exists()
 
@@ -211,17 +216,17 @@ def test_what_cannot_be_written(tmp_path):
     file = ROOT / "tiny/adapter.safetensors"
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        weights.write_research(file, tmp_path / "there")
+        write(file, tmp_path / "there")
     with pytest.raises(ValueError, match="is no adapter"):
-        weights.write_research(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
+        write(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
     pipe = sample.load_pipeline(MODEL)
-    c = train.adapter_config("race", ROOT / "tiny/adapter.json")
-    mole.save(mole.Adapter(pipe.dit, c, 128, 128, kinds=baselines.KINDS), tmp_path / "race.st")
+    c = weights.adapter_config("race", ROOT / "tiny/adapter.json")
+    adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "race.st")
     for name in ("ff.net.2", "transformer_blocks.ff.net.2"):             # no form over there
         with pytest.raises(ValueError, match="token_targets"):
-            weights.to_research(vars(mole.AdapterConfig(token_targets=(name,))), "p")
+            research.to_research(vars(mole.AdapterConfig(token_targets=(name,))), "p")
     with pytest.raises(ValueError, match="race"):
-        weights.write_research(tmp_path / "race.st", tmp_path / "a")
+        write(tmp_path / "race.st", tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["race.st", "there"]
 
 
@@ -230,9 +235,9 @@ def test_layers_that_would_route_otherwise_are_not_written():
     c = dict(mole_targets=("ff.net.2", "attn.to_q"))
     for tokens in (("transformer_blocks.0.ff.net.2",), ("transformer_blocks.0.ff.net.0.proj",)):
         with pytest.raises(ValueError, match="token_targets"):
-            weights.to_research(vars(mole.AdapterConfig(token_targets=tokens, **c)), "p")
+            research.to_research(vars(mole.AdapterConfig(token_targets=tokens, **c)), "p")
     both = ("transformer_blocks.0.ff.net.2", "transformer_blocks.0.attn.to_q")
-    told = weights.to_research(vars(mole.AdapterConfig(token_targets=both, **c)), "p")
+    told = research.to_research(vars(mole.AdapterConfig(token_targets=both, **c)), "p")
     assert told["moe_config"]["token_route_overrides_double"] == [0]
 
 
@@ -244,7 +249,7 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["weights.py", str(ROOT / "tiny/adapter.safetensors"),
                                       "--to-research", str(tmp_path / "new")])
     with pytest.raises(SystemExit) as stopped:
-        weights.run(weights.main)
+        options.run(weights.main)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and len(err.splitlines()) == 1 and "written" in err
     assert not list(tmp_path.iterdir())
@@ -254,5 +259,5 @@ def test_little_memory_is_one_line(capsys):
     def greedy() -> None:
         raise MemoryError
     with pytest.raises(SystemExit) as stopped:
-        weights.run(greedy)
+        options.run(greedy)
     assert stopped.value.code == 2 and "not enough memory" in capsys.readouterr().err

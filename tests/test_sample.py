@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import sample
-import weights
-from sample import (PREFERRED, condition, generate, load_pipeline, output_size, prepare,
-                    seeded_noise)
+from sample import condition, generate, load_pipeline, output_size, PREFERRED, prepare, seeded_noise
+from support import devices, export, jobs, layouts, offload, options, report, routing_maps
+from support.files import files_of, read_json
+from support.fp8 import NarrowLinear
+from support.pictures import to_tensor
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def test_the_same_picture_as_diffusers(base):
     for task in ("recolour", "t2i", "move"):
         test = world.tiny_test(task, 1)[0]
         noise = seeded_noise([1], (64, 64))
-        ours, _ = made(base, [test.instruction], [data.to_tensor([p]) for p in test.images], [],
+        ours, _ = made(base, [test.instruction], [to_tensor([p]) for p in test.images], [],
                            noise, steps=6)
         theirs = peer(image=Image.fromarray(test.images[0]) if test.images else None,
                       prompt=test.instruction, height=64, width=64, max_area=64 * 64,
@@ -67,7 +68,7 @@ def test_equal_calls_are_equal_and_seeds_differ(adapted):
 def test_a_batch_gives_what_single_calls_give(adapted):
     """Rounding may move an 8-bit value by one step."""
     tests = world.tiny_test("move", 2)
-    images = [data.to_tensor([t.images[0] for t in tests])]
+    images = [to_tensor([t.images[0] for t in tests])]
     both, chosen = made(adapted, [t.instruction for t in tests], images, [],
                             seeded_noise([0, 1], (64, 64)), steps=4)
     for i, test in enumerate(tests):
@@ -78,7 +79,7 @@ def test_a_batch_gives_what_single_calls_give(adapted):
 
 
 def test_conditions_and_references_of_any_number(adapted):
-    pictures = [data.to_tensor([world.tiny_test("t2i", 1)[0].target])] * 3
+    pictures = [to_tensor([world.tiny_test("t2i", 1)[0].target])] * 3
     results = [made(adapted, ["a star"], pictures[:n], pictures[:m],
                         seeded_noise([0], (64, 64)), steps=2)[0]
                for n, m in ((0, 0), (1, 0), (0, 1), (2, 3))]
@@ -118,7 +119,7 @@ def test_sizes(base):
 def test_parts_visit_the_device_and_come_back(base):
     """Within the `with` all weights are there; then the very same memory is in its place again."""
     before = {name: t.data_ptr() for name, t in base.vae.state_dict().items()}
-    with sample.visiting(base.vae, torch.float64):       # a type in place of a device
+    with offload.on_device(base.vae, torch.float64):       # a type in place of a device
         assert {t.dtype for t in base.vae.state_dict().values()} == {torch.float64}
     assert {name: t.data_ptr() for name, t in base.vae.state_dict().items()} == before
 
@@ -127,7 +128,7 @@ def test_blocks_are_streamed_one_ahead(base, monkeypatch):
     """A stand-in for the device counts who is there: the block at work and the next, never more."""
     model, here, most, order = base.dit, [], [], []
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    real = sample.visiting
+    real = offload.on_device
 
     @contextmanager
     def counted(part, where):
@@ -136,8 +137,8 @@ def test_blocks_are_streamed_one_ahead(base, monkeypatch):
         with real(part, torch.float64):                  # a type in place of a device
             yield
         here.remove(part)
-    monkeypatch.setattr(sample, "visiting", counted)
-    with sample.streamed(model, torch.device("cpu")) as run:
+    monkeypatch.setattr(offload, "on_device", counted)
+    with offload.stream(model, torch.device("cpu")) as run:
         assert {id(part) for part in here} == {id(part) for name, part in model.named_children()
                                                if "blocks" not in name}
         for block in blocks:
@@ -152,11 +153,11 @@ def test_blocks_are_streamed_one_ahead(base, monkeypatch):
 def test_a_streamed_model_makes_the_same_picture(adapted, monkeypatch):
     """The whole of generate(), where a device is said to lack room for the transformer."""
     given, noise = condition(adapted, ["make it red"], [], []), seeded_noise([0], (64, 64))
-    monkeypatch.setattr(sample, "mergeable", lambda *_: False)               # streamed is unmerged
+    monkeypatch.setattr(export, "mergeable", lambda *_: False)               # streamed is unmerged
     plain, _ = generate(adapted, given, noise, steps=2)
-    real, calls = sample.streamed, []
-    monkeypatch.setattr(sample, "streamed", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(sample, "fits", lambda model, device: model is not adapted.dit)
+    real, calls = offload.stream, []
+    monkeypatch.setattr(offload, "stream", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(offload, "fits", lambda model, device: model is not adapted.dit)
     streamed, _ = generate(adapted, given, noise, steps=2)
     assert calls and np.array_equal(plain, streamed)
 
@@ -164,9 +165,9 @@ def test_a_streamed_model_makes_the_same_picture(adapted, monkeypatch):
 def test_what_has_room_on_a_device(base, monkeypatch):
     size = sum(t.nbytes for t in base.vae.state_dict().values())
     for room, answer in ((2 * size, True), (size, False)):
-        monkeypatch.setattr(sample, "memory", lambda device: room)
-        assert sample.fits(base.vae, torch.device("meta")) == answer
-        assert sample.fits(base.vae, torch.device("cpu"))                    # it is there already
+        monkeypatch.setattr(devices, "memory", lambda device: room)
+        assert offload.fits(base.vae, torch.device("meta")) == answer
+        assert offload.fits(base.vae, torch.device("cpu"))                    # it is there already
 
 
 @pytest.mark.parametrize("able", ["avx2", "amx_bf16", "avx512_bf16", "bf16"])
@@ -174,29 +175,29 @@ def test_what_has_room_on_a_device(base, monkeypatch):
 def test_the_type_to_compute_in(able, device, monkeypatch):
     """auto: bf16 where it is fast and the model large; what is asked for is given."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "avx": True})
-    monkeypatch.setattr(weights, "FAST_BF16", weights.fast_bf16())           # as at the start
-    monkeypatch.setattr(sample, "memory", lambda device: 400)
-    large, small = (sample.choose_dtype("auto", torch.device(device), size) for size in (100, 99))
+    monkeypatch.setattr(devices, "FAST_BF16", devices.fast_bf16())           # as at the start
+    monkeypatch.setattr(devices, "memory", lambda device: 400)
+    large, small = (devices.choose_dtype("auto", torch.device(device), size) for size in (100, 99))
     wide, narrow = torch.float32, torch.bfloat16
     assert large == (wide if device == "cpu" and able == "avx2" else narrow)
     assert small == (wide if device == "cpu" else narrow)
-    assert sample.choose_dtype("float16", torch.device(device), 10) == torch.float16
+    assert devices.choose_dtype("float16", torch.device(device), 10) == torch.float16
 
 
 def test_a_model_too_large_to_widen_is_widened_layer_by_layer(adapted, monkeypatch):
     """The same numbers multiplied in the same type, unmerged: within 1/255 of the whole in fp32."""
-    files = [file for part in weights.SIGNS for file in weights.files_of(MODEL / part)]
+    files = [file for part in layouts.SIGNS for file in files_of(MODEL / part)]
     needed = 2 * sum(file.stat().st_size for file in files)
     given, noise = condition(adapted, ["make it red"], [], []), seeded_noise([0], (64, 64))
     wanted, _ = generate(adapted, given, noise, steps=3)
     for room, number in ((2 * needed + 2, 0), (2 * needed, 100)):
-        monkeypatch.setattr(sample, "memory", lambda device: room)
+        monkeypatch.setattr(devices, "memory", lambda device: room)
         pipe = load_pipeline(MODEL, ROOT / "tiny/adapter.safetensors", "cpu", "float32")
         kept = [layer for part in (pipe.dit, pipe.t5) for layer in part.modules()
-                if isinstance(layer, weights.NarrowLinear)]
+                if isinstance(layer, NarrowLinear)]
         assert len(kept) >= number and (number or not kept)
         assert all(layer.weight.dtype == torch.bfloat16 for layer in kept)
-        assert sample.mergeable(pipe, given) == (not kept)
+        assert export.mergeable(pipe.adapter, 1, pipe.device) == (not kept)
         made, _ = generate(pipe, condition(pipe, ["make it red"], [], []), noise, steps=3)
         assert np.abs(made.astype(int) - wanted).max() <= 1
 
@@ -206,8 +207,8 @@ def test_a_model_too_large_to_widen_is_widened_layer_by_layer(adapted, monkeypat
 def test_visits_on_a_gpu(room, monkeypatch):
     """Blocks one by one, or parts in turn: the picture of a pipeline that stays on the device."""
     stays = load_pipeline(MODEL, None, "cuda", "float32")
-    real = sample.memory
-    monkeypatch.setattr(sample, "memory", lambda device: room if room else 1)
+    real = devices.memory
+    monkeypatch.setattr(devices, "memory", lambda device: room if room else 1)
     visits = load_pipeline(MODEL, None, "cuda", "float32")
     if room:
         visits.dit.cpu()
@@ -219,12 +220,17 @@ def test_visits_on_a_gpu(room, monkeypatch):
 
 # -------------------------------------------------------------------------------------- the command
 
+def used(pipe: sample.Pipeline, texts: list[str]) -> dict[str, torch.Tensor]:
+    """Mean weight of each expert in each layer that instructions route."""
+    return routing_maps.expert_use(pipe.adapter, *sample.encode_text(pipe, texts))
+
+
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     """Run sample.py's command in this process -> exit code, stdout, stderr without progress bar."""
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     code = 0
     try:
-        weights.run(sample.main)
+        options.run(sample.main)
     except SystemExit as stopped:
         code = stopped.code
     out, err = capsys.readouterr()
@@ -278,14 +284,14 @@ def test_compiled_blocks_make_the_same_picture(tmp_path, monkeypatch, capsys, be
         block.forward = torch.compile(block.forward, backend=counted, fullgraph=True)
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     if beside:                                           # the adapter stays beside the weights
-        monkeypatch.setattr(sample, "mergeable", lambda *_: False)
+        monkeypatch.setattr(export, "mergeable", lambda *_: False)
     torch._dynamo.reset()
     monkeypatch.setenv("CXX", sys.executable)            # that backend needs none, but it is asked
-    for name, options in (("plain", []), ("compiled", ["--compile"])):
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
         assert command(monkeypatch, capsys, "--instruction", "make it red", "--image", PICTURE,
                        "--cond", PICTURE, "--steps", 2, "--out", tmp_path / f"{name}.png",
-                       *options)[0] == 0
-    c = weights.read_json(MODEL / "transformer/config.json")
+                       *more)[0] == 0
+    c = read_json(MODEL / "transformer/config.json")
     assert compiled == (["DoubleBlock"] * c["num_layers"]
                         + ["SingleBlock"] * c["num_single_layers"])
     plain, traced = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
@@ -321,7 +327,7 @@ def test_a_batch_skips_what_exists(tmp_path, monkeypatch, capsys):
 def test_the_use_of_experts_is_what_sampling_reports(adapted):
     texts, noise = ["a red star in the top", "make the circle blue"], seeded_noise([0], (64, 64))
     chosen = [made(adapted, [text], [], [], noise, steps=1)[1] for text in texts]
-    use = sample.expert_use(adapted, texts)
+    use = used(adapted, texts)
     assert use.keys() == chosen[0].keys()
     for name, mean in use.items():                       # rounding differs between batches
         assert torch.allclose(mean, (chosen[0][name][0] + chosen[1][name][0]) / 2, atol=1e-5)
@@ -332,7 +338,7 @@ def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch,
     layers = [f"layer {i}" for i in range(3)]
     use = {task: {name: torch.eye(3)[i] for i, name in enumerate(order)}
            for task, order in (("one", layers), ("two", layers))}
-    one, both = (sample.draw_routing({task: use[task] for task in tasks})
+    one, both = (report.draw_routing({task: use[task] for task in tasks})
                  for tasks in (["one"], ["one", "two"]))
     bright, dark = ([253, 231, 36], [68, 1, 84])         # 1 and 0 in matplotlib's colour map
     share = [(one == colour).all(-1).sum() for colour in (bright, dark)]
@@ -452,7 +458,7 @@ def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
 
 def test_folders_that_may_not_be_written_to_are_found_before_the_work(tmp_path, monkeypatch,
                                                                       capsys):
-    monkeypatch.setattr(sample.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(jobs.os, "access", lambda path, mode: Path(path) != tmp_path)
     for arguments in (("--out", tmp_path / "a.png"), ("--routing", tmp_path / "a.png"),
                       ("--export-lora", tmp_path / "a.safetensors")):
         code, _, err = command(monkeypatch, capsys, "--instruction", "a", *arguments)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import baselines
 import data
 import dit
 import mole
+import sample
 import train
 import weights
 from sample import load_pipeline
+from support import dry_run, options, report, resume, routing_maps
+from support.pictures import to_tensor
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,10 +34,8 @@ MODEL = ROOT / "tiny/model"
 def make_pipeline(kind: str = "instructmole", seed: int = 0):
     torch.manual_seed(seed)
     pipe = load_pipeline(MODEL, None, "cpu", "float32")
-    config = train.adapter_config(kind, ROOT / "tiny/adapter.json")
-    c = pipe.dit.config
-    pipe.adapter = mole.Adapter(pipe.dit, config, c.joint_attention_dim,
-                                c.pooled_projection_dim, kinds=baselines.KINDS).train()
+    config = weights.adapter_config(kind, ROOT / "tiny/adapter.json")
+    pipe.adapter = weights.new_adapter(pipe.dit, config).train()
     with torch.no_grad():                                # not zero, so that every gradient is alive
         for p in pipe.adapter.tensors().values():
             p.add_(0.02 * torch.randn_like(p))
@@ -81,7 +80,7 @@ def test_compiled_blocks_train_alike():
     torch._dynamo.reset()
     for block in (*pipe.dit.transformer_blocks, *pipe.dit.single_transformer_blocks):
         block.compile(backend=counted, fullgraph=True)
-    losses = train.accumulate(pipe, batch, 1.0, checkpointing=True)
+    losses = train.accumulate(pipe, batch, 1.0, recompute=True)
     assert len(graphs) == 4                              # of 9 blocks, as first and last differ
     assert losses == pytest.approx(plain[0], rel=1e-6)
     for name, grad in gradients(pipe).items():           # fp32 sums in another order
@@ -91,14 +90,14 @@ def test_compiled_blocks_train_alike():
 def test_checkpointing_leaves_losses_and_gradients_exact():
     pipe, batch = make_pipeline(), [(5, samples("mixed"))]
     plain = train.accumulate(pipe, batch, 1.0), gradients(pipe)
-    again = train.accumulate(pipe, batch, 1.0, checkpointing=True), gradients(pipe)
+    again = train.accumulate(pipe, batch, 1.0, recompute=True), gradients(pipe)
     assert plain[0] == again[0] and plain[1].keys() == again[1].keys()
     assert all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
 
 
 def test_shift_moves_every_time_towards_noise(monkeypatch):
     """The model is told the shifted t, and given the mixture of that very t."""
-    pipe, seen, velocity = make_pipeline(), [], train.velocity
+    pipe, seen, velocity = make_pipeline(), [], sample.velocity
     def watch(model, xt, t, *rest):
         seen.append((t, xt))
         return velocity(model, xt, t, *rest)
@@ -107,7 +106,7 @@ def test_shift_moves_every_time_towards_noise(monkeypatch):
         train.flow_loss(pipe, samples("move", 8), 3, shift=shift)
     (plain, x), (shifted, y) = seen
     assert plain.min() < 0.3 and torch.allclose(shifted, 6 * plain / (1 + 5 * plain), atol=1e-6)
-    x0 = dit.pack(pipe.vae.encode(data.to_tensor([s.target for s in samples("move", 8)])))
+    x0 = dit.pack(pipe.vae.encode(to_tensor([s.target for s in samples("move", 8)])))
     noise = (y - (1 - shifted)[:, None, None] * x0) / shifted[:, None, None]
     mixed = (1 - plain)[:, None, None] * x0 + plain[:, None, None] * noise
     assert (x - mixed).abs().mean() < 0.3 * (x - y).abs().mean()             # up to the VAE's noise
@@ -141,7 +140,7 @@ def test_the_auxiliary_factor_is_a_cosine_from_1_to_1e_minus_5():
 
 def test_dropped_conditions_lose_tokens_and_ids(monkeypatch):
     pipe, seen = make_pipeline(), []
-    real = train.velocity
+    real = sample.velocity
     def watch(model, xt, t, guidance, given, h, w, run):
         seen.append((None if given.cond is None else given.cond.shape[1],
                      None if given.cond_ids is None else len(given.cond_ids)))
@@ -156,7 +155,7 @@ def test_dropped_conditions_lose_tokens_and_ids(monkeypatch):
 
 def test_instructions_are_dropped_with_their_chance(monkeypatch):
     pipe, seen = make_pipeline(), []
-    real = train.condition
+    real = sample.condition
     monkeypatch.setattr(train, "condition", lambda pipe, texts, *rest:
                         seen.append(texts) or real(pipe, texts, *rest))
     monkeypatch.setattr(train, "INSTRUCTION_DROPOUT", 0.5)
@@ -168,10 +167,10 @@ def test_instructions_are_dropped_with_their_chance(monkeypatch):
 
 def test_kinds_of_adapter():
     file = ROOT / "tiny/adapter.json"
-    whole = train.adapter_config("instructmole", file)
+    whole = weights.adapter_config("instructmole", file)
     assert whole == replace(mole.AdapterConfig(), **json.loads(file.read_text()))
-    assert not train.adapter_config("lora", file).mole_targets
-    assert train.adapter_config("instructmole", None) == mole.AdapterConfig()
+    assert not weights.adapter_config("lora", file).mole_targets
+    assert weights.adapter_config("instructmole", None) == mole.AdapterConfig()
 
 
 # --------------------------------------------------------------------------------- the command
@@ -190,9 +189,9 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
         train.main()
     if kind == "token":                                  # once is enough, and it takes long
-        monkeypatch.setattr(train, "report", lambda *_: {})
+        monkeypatch.setattr(train, "previews", lambda *_: {})
     command("--steps", 4, "--save-every", 4, "--out", tmp_path / "whole")
-    monkeypatch.setattr(train, "report", lambda *_: stop())
+    monkeypatch.setattr(train, "previews", lambda *_: stop())
     calls = iter([True, False, False])
     def stop() -> dict:
         if next(calls):
@@ -224,7 +223,7 @@ def test_killed_at_any_moment_nothing_is_lost():
 
 def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
     """It trains, says so in the run, and its results are not those of the base as stored."""
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--adapter",
               "lora", "--out"]
     flows = []
@@ -236,7 +235,7 @@ def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
     assert flows[0] != flows[1] and flows[0] == pytest.approx(flows[1], rel=0.1)
     monkeypatch.setattr(sys, "argv", [*common, str(tmp_path / "fp8"), "--resume"])
     with pytest.raises(SystemExit):
-        weights.run(train.main)
+        options.run(train.main)
     assert "base_dtype" in capsys.readouterr().err
 
 
@@ -248,10 +247,10 @@ def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
     common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
               "5", "--out", str(tmp_path / "run"), "--resume", "--save-every", "2"]
     monkeypatch.setattr(sys, "argv", [*common, "--accumulate", "2"])
-    monkeypatch.setattr(train, "report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train, "previews", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.main()                                     # stopped after two steps
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", common)
     train.main()
     assert seen == list(range(7)) and "micro_batches = 2, not 1" in capsys.readouterr().err
@@ -265,11 +264,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     def full(*_: object) -> dict:                        # after the first checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         return {}
-    monkeypatch.setattr(train, "report", full)
+    monkeypatch.setattr(train, "previews", full)
     monkeypatch.setattr(sys, "argv", common)
     try:
         with pytest.raises(SystemExit) as stopped:
-            weights.run(train.main)
+            options.run(train.main)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed = capsys.readouterr().err.splitlines()[-1]
@@ -277,7 +276,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "adapter.safetensors", "checkpoint.pt", "log.jsonl", "run.json"}
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", [*common, "--resume"])
     train.main()
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
@@ -285,10 +284,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
     before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
-    with train.signals() as asked:
+    with resume.stop_signals() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked == [signal.SIGTERM]
-    with train.signals() as asked:
+    with resume.stop_signals() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -330,17 +329,17 @@ def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch)
     common = ["--data", "tiny", "--batch-size", "1", "--steps", "4", "--adapter", "lora",
               "--save-every", "1", "--out", str(tmp_path / "run")]
     script = tmp_path / "train.py"
-    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train, weights\n"
+    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train\nfrom support import options\n"
                       "train.report = lambda *_: {}\nupdate = train.update\n"
                       "def dies(*args):\n"
                       "    if args[3] == 2 and os.environ['RANK'] == '1':\n"
                       "        os.kill(os.getpid(), 9)\n"
                       "    return update(*args)\n"
-                      "train.update = dies\nweights.run(train.main)\n")
+                      "train.update = dies\noptions.run(train.main)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            str(script), *common], cwd=ROOT, timeout=120, capture_output=True)
     assert done.returncode != 0
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--resume"])
     train.main()
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
@@ -357,11 +356,11 @@ def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     common = ["--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
               "--adapter", "race"]
     script = tmp_path / "train.py"                       # without its sheet of samples, for speed
-    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train, weights\n"
-                      "train.report = lambda *_: {}\nweights.run(train.main)\n")
+    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\nfrom support import options\n"
+                      "train.previews = lambda *_: {}\noptions.run(train.main)\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                     str(script), *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--out",
                                       str(tmp_path / "one")])
     train.main()
@@ -378,7 +377,7 @@ def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     assert all(moved) and len(moved) == 9
 
 
-def dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
+def told_by_dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", *arguments])
     train.main()
     found = re.findall(r"^  (.+?) +([\d.]+) GB$", capsys.readouterr().out, re.M)
@@ -388,8 +387,8 @@ def dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
 def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
     """Played with shapes alone, a step takes what it takes with numbers; parts add up."""
     pipe = make_pipeline()
-    monkeypatch.setattr(train, "GB", 1)                  # bytes: the tiny model has few
-    told = dry_run(monkeypatch, capsys, "--batch-size", "2")
+    monkeypatch.setattr(dry_run, "GB", 1)                  # bytes: the tiny model has few
+    told = told_by_dry_run(monkeypatch, capsys, "--batch-size", "2")
     own = 4 * sum(p.numel() for p in pipe.adapter.tensors().values())
     assert told["adapter, fp32"] == told["gradients"] == own
     assert 0 <= told["optimizer"] - 2 * own < 4000       # each tensor's count of steps
@@ -400,27 +399,29 @@ def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
     assert told["together"] == pytest.approx(
         sum(told.values()) - told["together"], rel=1e-6)
     optimizers = train.make_optimizers(pipe.adapter, 1e-3, 1e-3)
-    args = SimpleNamespace(accumulate=1, checkpoint=False)
     sample = max((samples("multi", 1) + samples("mixed", 1)), key=lambda s: len(s.conds))
-    with train.Live() as live:
+    with dry_run.LiveBytes() as live:
         for _ in range(2):                               # the second has the optimizer's states
             before = live.now
-            passes, _ = train.play(pipe, sample, 2, optimizers, args, live)
+            passes, _ = dry_run.step_bytes(
+                lambda batch: train.empty_loss(pipe, sample, batch, False), 2, pipe.adapter,
+                optimizers, 1, live)
     real = passes - before                               # beyond weights, adapter and states
     assert told["activations"] + told["gradients"] == pytest.approx(real, rel=0.02)
-    other = dry_run(monkeypatch, capsys, "--batch-size", "4", "--checkpoint", "--base-dtype", "fp8",
-                    "--adapter", "lora")
+    other = told_by_dry_run(monkeypatch, capsys, "--batch-size", "4", "--recompute", "--base-dtype",
+                            "fp8", "--method", "lora")
     assert other["activations"] < told["activations"]    # though the batch is twice as large
     assert other["transformer, frozen"] < 0.4 * told["transformer, frozen"]
 
 
 def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
     """Of three processes each has a third of the blocks, but for two that are whole; one speaks."""
-    monkeypatch.setattr(train, "GB", 1)
-    monkeypatch.setattr(train, "play", lambda pipe, sample, batch, *_: (batch * 10 ** 8, 10 ** 8))
-    whole = dry_run(monkeypatch, capsys)
+    monkeypatch.setattr(dry_run, "GB", 1)
+    monkeypatch.setattr(dry_run, "step_bytes",
+                        lambda loss_of, batch, *_: (batch * 10 ** 8, 10 ** 8))
+    whole = told_by_dry_run(monkeypatch, capsys)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    shared = dry_run(monkeypatch, capsys, "--shard")
+    shared = told_by_dry_run(monkeypatch, capsys, "--shard")
     bare = load_pipeline(MODEL, None, "cpu", "float32").dit
     blocks = [sum(t.nbytes for t in block.parameters()) for block in (
         *bare.transformer_blocks, *bare.single_transformer_blocks)]
@@ -429,7 +430,7 @@ def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
         less = away if name in ("transformer, frozen", "together") else 0
         assert size - shared[name] == pytest.approx(less, abs=2), name
     monkeypatch.setenv("RANK", "1")
-    assert dry_run(monkeypatch, capsys, "--shard") == {}
+    assert told_by_dry_run(monkeypatch, capsys, "--shard") == {}
 
 
 def test_what_options_need(monkeypatch):
@@ -438,9 +439,9 @@ def test_what_options_need(monkeypatch):
         with pytest.raises(ValueError, match="from 0 up"):
             train.main()
     monkeypatch.setenv("CXX", sys.executable)
-    for options, words in ((["--shard"], "torchrun"), (["--compile", "--shard"], "not together"),
+    for given, words in ((["--shard"], "torchrun"), (["--compile", "--shard"], "not together"),
                            (["--data-root", "/gone"], "no such folder")):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", *options])
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", *given])
         with pytest.raises(ValueError, match=words):
             train.main()
 
@@ -458,7 +459,7 @@ def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys):
     assert files("--out", str(tmp_path / "all")) == always | {"loss.png", "routing.png",
                                                               "experts.png"}
     assert files("--adapter", "lora", "--out", str(tmp_path / "lora")) == always | {"loss.png"}
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     capsys.readouterr()
     assert files("--out", str(tmp_path / "none")) == always
     assert capsys.readouterr().err.count("matplotlib") == 1
@@ -476,13 +477,14 @@ def test_similarity_of_experts_is_that_of_their_outputs():
         if isinstance(layer, mole.MoLELinear):
             layer.register_forward_hook(look)
     pipe.adapter.eval()
-    found = train.expert_similarity(pipe, sample)
+    found = routing_maps.expert_similarity(
+        pipe.adapter, lambda: train.flow_loss(pipe, [sample], 0))
     assert torch.allclose(found, torch.stack([(Y @ Y.T).abs() for Y in wanted]).mean(0), atol=1e-4)
 
 
 def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
     """run.json; other data under the same names are noticed by a resumed run."""
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     folder, rows = tmp_path / "own", []
     folder.mkdir()
     for i in range(2):
@@ -513,7 +515,7 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--out", str(out),
                                           *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            weights.run(train.main)
+            options.run(train.main)
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and len(printed.splitlines()) == 1
         return printed
@@ -545,7 +547,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
     """Another configuration in the same file, a checkpoint that is none: one line, nothing lost."""
     config, out = tmp_path / "config.json", tmp_path / "run"
     config.write_text((ROOT / "tiny/adapter.json").read_text())
-    monkeypatch.setattr(train, "report", lambda *_: {})
+    monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--steps", "1", "--batch-size",
                                       "1", "--config", str(config), "--out", str(out), "--resume"])
     train.main()                                         # --resume starts where nothing is there
@@ -553,7 +555,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
 
     def refused(words: str) -> None:
         with pytest.raises(SystemExit) as stopped:
-            weights.run(train.main)
+            options.run(train.main)
         printed = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and printed.startswith("error") and words in printed
         assert (out / "log.jsonl").read_bytes() == log
@@ -581,7 +583,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *arguments])
     with pytest.raises(SystemExit) as stopped:
-        weights.run(train.main)
+        options.run(train.main)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and words in printed and len(printed.splitlines()) == 1
     assert not (tmp_path / "out").exists()
@@ -590,7 +592,7 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypa
 def test_unknown_configuration_entries_are_named(tmp_path):
     (tmp_path / "c.json").write_text('{"rnak": 3}')
     with pytest.raises(ValueError, match="rnak"):
-        train.adapter_config("instructmole", tmp_path / "c.json")
+        weights.adapter_config("instructmole", tmp_path / "c.json")
     assert "rank" in {entry.name for entry in fields(mole.AdapterConfig)}
 
 

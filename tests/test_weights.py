@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ import dit
 import text_encoder
 import vae
 import weights
+from support import options
+from support.describe import describe
+from support.files import config_from, read_json, read_metadata, read_tensors, replacing, write_part
 
 ROOT = Path(weights.__file__).parent
 VAE = dict(block_out_channels=[8, 16], layers_per_block=1, latent_channels=4, norm_num_groups=4,
@@ -28,25 +32,26 @@ CLIP = dict(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layer
 DIT = dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
            num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
            axes_dims_rope=[4, 6, 6], guidance_embeds=True)
-PARTS = {"vae": (VAE, vae.VAEConfig, vae.AutoEncoder, vae.load_vae),
-         "transformer": (DIT, dit.DiTConfig, dit.FluxTransformer, dit.load_dit),
+PARTS = {"vae": (VAE, vae.VAEConfig, vae.AutoEncoder, partial(weights.load, "vae")),
+         "transformer": (DIT, dit.DiTConfig, dit.FluxTransformer,
+                         partial(weights.load, "transformer")),
          "text_encoder": (CLIP, text_encoder.CLIPConfig, text_encoder.CLIPEncoder,
-                          text_encoder.load_clip),
+                          partial(weights.load, "text_encoder")),
          "text_encoder_2": (T5, text_encoder.T5Config, text_encoder.T5Encoder,
-                            text_encoder.load_t5)}
+                            partial(weights.load, "text_encoder_2"))}
 
 
 def tensors_of(part: str) -> dict[str, Tensor]:
     config, kind, model, _ = PARTS[part]
     torch.manual_seed(0)
-    return model(weights.config_from(kind, config, part)).state_dict()
+    return model(config_from(kind, config, part)).state_dict()
 
 
 def write(folder: Path, part: str, change: Callable[[dict], object] = lambda tensors: None) -> Path:
     """One component as published, in a single file, after `change` had its way with its tensors."""
     tensors = tensors_of(part)
     change(tensors)
-    weights.save_tensors(tensors, PARTS[part][0], folder, "model.safetensors", torch.float32)
+    write_part(tensors, PARTS[part][0], folder, "model.safetensors", torch.float32)
     return folder
 
 
@@ -67,7 +72,7 @@ def shard(folder: Path, part: str = "vae") -> dict[str, str]:
     weight_map = {}
     for i, half in enumerate((names[::2], names[1::2])):
         file = f"model-{i + 1:05}-of-00002.safetensors"
-        weights.save_tensors({name: tensors[name] for name in half}, PARTS[part][0], folder,
+        write_part({name: tensors[name] for name in half}, PARTS[part][0], folder,
                              file, torch.float32)
         weight_map |= dict.fromkeys(half, file)
     write_index(folder, weight_map)
@@ -103,17 +108,18 @@ def test_round_trip_of_shards(tmp_path: Path, part: str) -> None:
 
 
 def test_other_dtypes(tmp_path: Path) -> None:
-    weights.save_tensors(tensors_of("vae"), VAE, tmp_path, "model.safetensors", torch.bfloat16)
-    assert {p.dtype for p in vae.load_vae(tmp_path).parameters()} == {torch.bfloat16}  # the file's
+    write_part(tensors_of("vae"), VAE, tmp_path, "model.safetensors", torch.bfloat16)
+    model = weights.load("vae", tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}         # the file's
     assert {p.dtype for p in
-            vae.load_vae(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
+            weights.load("vae", tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
 
 
 def test_metadata(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"rank": "4"})
-    assert weights.read_metadata(tmp_path / "a.safetensors") == {"rank": "4"}
+    assert read_metadata(tmp_path / "a.safetensors") == {"rank": "4"}
     save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
-    assert weights.read_metadata(tmp_path / "b.safetensors") == {}
+    assert read_metadata(tmp_path / "b.safetensors") == {}
 
 
 @dataclass
@@ -132,7 +138,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory use from /proc")
-def test_loading_on_the_cpu_copies_nothing(tmp_path: Path) -> None:
+def test_loading_on_the_cpu_copies_nothing(tmp_path: Path, monkeypatch) -> None:
     """A sparse file of 200 MB: a copy would cost as much, the map only the pages touched."""
     header = {"weight": {"dtype": "F32", "shape": [50, 1_000_000],
                          "data_offsets": [0, 200_000_000]}}
@@ -140,7 +146,8 @@ def test_loading_on_the_cpu_copies_nothing(tmp_path: Path) -> None:
         file.truncate(file.seek(0, 2) + 200_000_000)
     (tmp_path / "config.json").write_text("{}")
     before = resident_bytes()
-    model = weights.load_part("vae", lambda config: Wide(), NoConfig, dict, tmp_path)
+    monkeypatch.setitem(weights.PARTS, "vae", weights.Part(lambda config: Wide(), NoConfig, dict))
+    model = weights.load("vae", tmp_path)
     assert resident_bytes() - before < 20_000_000
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
     assert model.weight.shape == (50, 1_000_000) and model.weight[49, -1] == 0
@@ -239,8 +246,8 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="found 0 files"):
         load(folder, "vae")
-    for read in (lambda file: weights.read_tensors([file]), weights.read_metadata,
-                 weights.read_json, weights.describe):
+    for read in (lambda file: read_tensors([file]), read_metadata,
+                 read_json, partial(describe, load=weights.load)):
         with pytest.raises(FileNotFoundError, match="gone: no such file"):
             read(tmp_path / "gone")
 
@@ -283,7 +290,7 @@ def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "model.safetensors"
     BROKEN[kind](file)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
-        weights.read_tensors([file])
+        read_tensors([file])
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.9999])
@@ -291,7 +298,7 @@ def test_truncated_files_are_named(tmp_path: Path, share: float) -> None:
     file = write(tmp_path, "vae") / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:int(share * len(data))])
-    for read in (lambda: load(tmp_path, "vae"), lambda: weights.read_metadata(file)):
+    for read in (lambda: load(tmp_path, "vae"), lambda: read_metadata(file)):
         with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
             read()
 
@@ -411,14 +418,14 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
                          f"{tmp_path}: not whole"]
     for part in ("tokenizer", "tokenizer_2"):
         (tmp_path / part).mkdir()
-    assert weights.describe(tmp_path).endswith(": not whole")    # they are empty
+    assert describe(tmp_path, weights.load).endswith(": not whole")    # they are empty
     for part in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ROOT / "tiny/model" / part, tmp_path / part, dirs_exist_ok=True)
-    assert weights.describe(tmp_path).splitlines()[6:] == [
+    assert describe(tmp_path, weights.load).splitlines()[6:] == [
         f"{tmp_path}: whole", f"python sample.py --instruction TEXT --model {tmp_path}"]
     file = tmp_path / "vae" / next(iter((tmp_path / "vae").glob("*.safetensors"))).name
     file.rename(file.with_suffix(".gone"))               # as a broken download leaves it
-    told = weights.describe(tmp_path).splitlines()
+    told = describe(tmp_path, weights.load).splitlines()
     assert len(told) == 8 and "vae: expected one .safetensors" in told[6]
     assert told[7] == f"{tmp_path}: not whole"
     file.with_suffix(".gone").rename(file)
@@ -426,7 +433,7 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
     expected = (f"{len(tensors)} tensors, "
                 f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")
     assert [line for line in lines if line.endswith(f"vae: vae, Hugging Face, {expected}")]
-    alone = weights.describe(tmp_path / "vae").splitlines()
+    alone = describe(tmp_path / "vae", weights.load).splitlines()
     assert alone[0].endswith(expected) and alone[1].endswith("vae: whole")
     assert f"--model ... --vae {tmp_path / 'vae'} --clip ... --t5 ... --tokenizers" in alone[2]
 
@@ -446,7 +453,7 @@ def test_run_prints_messages_of_many_lines_as_one(capsys: pytest.CaptureFixture)
     def fail() -> None:
         raise ValueError("one\n  two")
     with pytest.raises(SystemExit) as stop:
-        weights.run(fail)
+        options.run(fail)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: one two\n"
 
 
@@ -459,7 +466,7 @@ def test_run_says_why_it_ends(capsys: pytest.CaptureFixture, error: BaseExceptio
     def fail() -> None:
         raise error
     with pytest.raises(SystemExit) as stop:
-        weights.run(fail)
+        options.run(fail)
     err = capsys.readouterr().err
     assert stop.value.code == code and words in err and len(err.strip().splitlines()) == 1
 
@@ -468,10 +475,10 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     """By the name that was asked for, not by the one that it is written to first."""
     file = tmp_path / "gone" / "a.txt"
     with pytest.raises(OSError, match="a.txt: cannot be written .No such file or directory"):
-        with weights.replacing(file) as aside:
+        with replacing(file) as aside:
             aside.write_text("a")
     with pytest.raises(OSError, match="^[^:]*b.txt: cannot be written .No space left on device.$"):
-        with weights.replacing(tmp_path / "a.txt"), weights.replacing(tmp_path / "b.txt"):
+        with replacing(tmp_path / "a.txt"), replacing(tmp_path / "b.txt"):
             raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -480,9 +487,9 @@ def test_run_leaves_our_own_mistakes_alone() -> None:
     def fail() -> None:
         raise RuntimeError("shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"):
-        weights.run(fail)
+        options.run(fail)
 
 
 def test_folder_without_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no FLUX Kontext folder"):
-        weights.describe(tmp_path)
+        describe(tmp_path, weights.load)

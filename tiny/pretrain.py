@@ -25,19 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-import data
 import dit
 import weights
 from dit import DiTConfig, FluxTransformer
-from tiny import world
-from train import Muon
+from support import devices, options
+from support.conditions import pick
+from support.files import config_from, read_json, read_tensors, replacing, write_part, write_tensors
+from support.muon import Muon
+from support.pictures import to_tensor
 from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
                           clip_bpe)
-from vae import AutoEncoder, VAEConfig, load_vae
+from tiny import world
+from vae import AutoEncoder, VAEConfig
 
 NAMES = [*world.SHAPES, *world.FIGURES, *world.COLOURS, "big"]  # what a thing may be called
 LENGTH = 28                                              # tokens; the longest instruction has 26
-FAST = torch.bfloat16 if weights.FAST_BF16 else torch.float32
+FAST = torch.bfloat16 if devices.FAST_BF16 else torch.float32
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64, 64],
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -93,7 +96,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def save_state(path: Path, **state: object) -> None:
     """Write a checkpoint aside and rename it, so that a kill leaves the previous one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with weights.replacing(path) as aside:
+    with replacing(path) as aside:
         torch.save(state, aside)
 
 
@@ -115,10 +118,17 @@ def make_tokenizers(out: Path) -> None:
     if (out / "tokenizer" / "tokenizer_config.json").is_file():
         return
     corpus = texts(14_000)
+    pieces = make_t5_tokenizer(corpus, out / "tokenizer_2")
+    vocab = make_clip_tokenizer(corpus, out / "tokenizer")
+    lengths = T5Tokenizer(out / "tokenizer_2")(corpus).ne(0).sum(1)
+    print(f"tokenizers: T5 {pieces} pieces, CLIP {vocab}; "
+          f"longest instruction {lengths.max()} tokens")
+
+
+def make_t5_tokenizer(corpus: list[str], folder: Path) -> int:
+    """Sentencepiece's unigram pieces, and the same as tokenizer.json; -> how many."""
     once = sorted({word.strip(".,:") for text in corpus for word in text.split()})
     ascii_letters = "".join(chr(i) for i in range(33, 127))
-
-    folder = out / "tokenizer_2"                         # T5: sentencepiece
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus + once * 20), model_prefix=str(folder / "spiece"),
@@ -146,8 +156,11 @@ def make_tokenizers(out: Path) -> None:
     write_json(folder / "special_tokens_map.json", {
         "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
         "additional_special_tokens": extra})
+    return len(pieces)
 
-    folder = out / "tokenizer"                           # CLIP: byte-level BPE
+
+def make_clip_tokenizer(corpus: list[str], folder: Path) -> int:
+    """Byte-level BPE, as vocab.json and merges.txt; -> how many entries."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     seed = {letter: i for i, letter in enumerate(letters + [letter + "</w>" for letter in letters])}
@@ -172,9 +185,7 @@ def make_tokenizers(out: Path) -> None:
         "tokenizer_class": "CLIPTokenizer"})
     write_json(folder / "special_tokens_map.json", {
         "bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end})
-    lengths = T5Tokenizer(out / "tokenizer_2")(corpus).ne(0).sum(1)
-    print(f"tokenizers: T5 {len(pieces)} pieces, CLIP {len(vocab)}; "
-          f"longest instruction {lengths.max()} tokens")
+    return len(vocab)
 
 
 # -------------------------------------------------------------------------------------- autoencoder
@@ -182,14 +193,14 @@ def make_tokenizers(out: Path) -> None:
 def vae_pictures(step: int, size: int) -> Tensor:
     """(size, 3, H, W) pictures of all kinds: targets, references, maps, subjects."""
     rng = np.random.default_rng([1, step])
-    samples = [world.tiny_sample(rng, data.pick(rng, list(world.WORDINGS))) for _ in range(size)]
-    return data.to_tensor([data.pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
+    samples = [world.tiny_sample(rng, pick(rng, list(world.WORDINGS))) for _ in range(size)]
+    return to_tensor([pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
 
 
 def build_vae() -> AutoEncoder:
     """First weights: residual branches start at zero, latents almost without noise."""
     torch.manual_seed(0)
-    model = AutoEncoder(weights.config_from(VAEConfig, VAE, "pretrain"))
+    model = AutoEncoder(config_from(VAEConfig, VAE, "pretrain"))
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -245,14 +256,14 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
         latents = torch.cat([model.encode(vae_pictures(10**6 + i, 64)) for i in range(8)])
     config = VAE | {"scaling_factor": round(1 / latents.std().item(), 4),
                     "shift_factor": round(latents.mean().item(), 4)}
-    weights.save_tensors(model.state_dict(), config, out / "vae",
+    write_part(model.state_dict(), config, out / "vae",
                          "diffusion_pytorch_model.safetensors", torch.bfloat16)
     report_vae(out)
 
 
 def report_vae(out: Path) -> None:
     """Reconstruction of pictures that were not trained on."""
-    model = load_vae(out / "vae", dtype=torch.float32)
+    model = weights.load("vae", out / "vae", dtype=torch.float32)
     with torch.no_grad():
         img = vae_pictures(10**7, 256)
         error = (model.decode(model.encode(img)).clamp(-1, 1) - img).square().mean((1, 2, 3))
@@ -265,41 +276,41 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     """Latents and token ids of many samples, made once: a third text to image, the rest edits."""
     file = work / "latents.safetensors"
     if file.is_file():
-        return weights.read_tensors([file])
+        return read_tensors([file])
     rng = np.random.default_rng(3)
-    vae = load_vae(out / "vae", dtype=FAST).to(memory_format=torch.channels_last)
+    vae = weights.load("vae", out / "vae", dtype=FAST).to(memory_format=torch.channels_last)
     t5, clip = T5Tokenizer(out / "tokenizer_2"), CLIPTokenizer(out / "tokenizer")
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
         group = "t2i" if i % 3 == 0 else "edit"
-        samples = [world.tiny_sample(rng, "t2i" if group == "t2i" else data.pick(rng, world.EDITS))
+        samples = [world.tiny_sample(rng, "t2i" if group == "t2i" else pick(rng, world.EDITS))
                    for _ in range(100)]
         text = [sample.instruction for sample in samples]
         parts = {"t5": t5(text).short(), "clip": clip(text).short()}
         pictures = {"target": [s.target for s in samples]} | (
             {"ref": [s.images[0] for s in samples]} if group == "edit" else {})
         with torch.no_grad():
-            parts |= {name: vae.encode(data.to_tensor(p).to(FAST))
+            parts |= {name: vae.encode(to_tensor(p).to(FAST))
                       for name, p in pictures.items()}
         for name, tensor in parts.items():
             found.setdefault(f"{group}.{name}", []).append(tensor)
     tensors = {name: torch.cat(parts) for name, parts in found.items()}
     work.mkdir(parents=True, exist_ok=True)
-    with weights.replacing(file) as aside:
-        weights.save_file(tensors, aside)
+    with replacing(file) as aside:
+        write_tensors(tensors, aside)
     return tensors
 
 
 def build_models(out: Path) -> nn.ModuleDict:
     """All that is trained, with first weights; gates and the last layer start at zero."""
     torch.manual_seed(0)
-    clip_vocab = weights.read_json(out / "tokenizer" / "vocab.json")
+    clip_vocab = read_json(out / "tokenizer" / "vocab.json")
     sizes = T5Tokenizer(out / "tokenizer_2").model.get_vocab_size()
     T5["vocab_size"], CLIP["vocab_size"] = -(-sizes // 16) * 16, len(clip_vocab)
     CLIP["eos_token_id"] = clip_vocab["<|endoftext|>"]
-    model = nn.ModuleDict({"dit": FluxTransformer(weights.config_from(DiTConfig, DIT, "DIT")),
-                           "t5": T5Encoder(weights.config_from(T5Config, T5, "T5")),
-                           "clip": CLIPEncoder(weights.config_from(CLIPConfig, CLIP, "CLIP")),
+    model = nn.ModuleDict({"dit": FluxTransformer(config_from(DiTConfig, DIT, "DIT")),
+                           "t5": T5Encoder(config_from(T5Config, T5, "T5")),
+                           "clip": CLIPEncoder(config_from(CLIPConfig, CLIP, "CLIP")),
                            "reader": Reader(T5["d_model"])})
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -371,12 +382,23 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
     return F.mse_loss(v[:, :x0.shape[1]].float(), noise - x0)
 
 
+def make_optimizers(model: nn.ModuleDict, master: list[Tensor], lr_hidden: float,
+                    lr: float) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the hidden matrices, AdamW for the rest. master: fp32 copies of the parameters."""
+    hidden = {id(module.weight) for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and re.search(r"block|layers", name)}
+    matrices, others = ([m for m, p in zip(master, model.parameters()) if (id(p) in hidden) == own]
+                        for own in (True, False))
+    return Muon(matrices, lr_hidden), torch.optim.AdamW(
+        others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
 def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int, samples: int,
                       compiled: bool, batch_size: int = 64, lr: float = 1e-3) -> None:
     """One of `workers` processes, each with its share of the batch and one thread.
 
-    Muon for the hidden matrices, AdamW for the rest; the rates fall in the last third. Both passes
-    see copies of the fp32 weights, in FAST in the transformer.
+    The rates fall in the last third. Both passes see copies of the fp32 weights, in FAST in the
+    transformer.
     """
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{(work / 'meeting').resolve()}",
@@ -390,13 +412,8 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     state = load_state(work / "transformer.pt")
     if state["step"]:
         master, average = state["master"], state["average"]
-    hidden = {id(module.weight) for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and re.search(r"block|layers", name)}
-    matrices, others = ([m for m, p in zip(master, model.parameters()) if (id(p) in hidden) == own]
-                        for own in (True, False))
     rates = (3 * lr, lr)
-    optimizers = (Muon(matrices, rates[0]), torch.optim.AdamW(
-        others, rates[1], betas=(0.9, 0.99), weight_decay=0.01, fused=True))
+    optimizers = make_optimizers(model, master, *rates)
     for optimizer, saved in zip(optimizers, state["optimizers"] if state["step"] else ()):
         optimizer.load_state_dict(saved)
     model["dit"].to(FAST)
@@ -445,7 +462,7 @@ def save_models(model: nn.ModuleDict, average: list[Tensor], out: Path) -> None:
             ("clip", "text_encoder", CLIP, "model.safetensors")):
         tensors = {key.removeprefix(part + "."): t for key, t in named.items()
                    if key.startswith(part + ".")}
-        weights.save_tensors(tensors, config, out / folder, name, torch.bfloat16)
+        write_part(tensors, config, out / folder, name, torch.bfloat16)
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", PIPELINE)
 
@@ -474,4 +491,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    options.run(main)

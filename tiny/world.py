@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi, sin
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import Sample, grid, pick
+from data import Sample
+from support.conditions import pick
+from support.pictures import grid, save_picture
 
 SIZE = 64                                                # pixels on a side
 SCALE = 8                                                # masks are drawn 8x larger, then averaged
@@ -427,7 +430,8 @@ class TinyWorld:
                           for group in self.groups])
         self.chances = sizes / sizes.sum()
 
-    def draw(self, rng: np.random.Generator, size: int) -> list[Sample]:
+    def draw(self, rng: np.random.Generator, size: int,
+             nearby: np.random.Generator | None = None) -> list[Sample]:
         """`size` samples that are given the same number of pictures."""
         group = self.groups[rng.choice(len(self.groups), p=self.chances)]
         return [tiny_sample(rng, pick(rng, group)) for _ in range(size)]
@@ -444,8 +448,8 @@ def main() -> None:
     samples = [tiny_test(task, 1)[0] for task in WORDINGS]
     for sample in samples:
         print(f"{sample.task:12} {sample.instruction}")
-    sheet = grid([[*sample.images, *sample.conds, sample.target] for sample in samples])
-    Image.fromarray(sheet).save("tiny_world.png")
+    save_picture(grid([[*sample.images, *sample.conds, sample.target] for sample in samples],
+                      [sample.instruction for sample in samples]), Path("tiny_world.png"))
 
 
 if __name__ == "__main__":

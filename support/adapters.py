@@ -1,0 +1,51 @@
+"""An adapter's file: ours, another tool's LoRA, a run's folder or the paper's.
+
+weights.load_adapter() reads one; support/resume.py writes ours, and fills one from a checkpoint.
+"""
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mole import Adapter
+from support import lora, research
+from support.files import check_tensors, json_object, read_metadata, read_tensors
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The entries of an adapter's configuration, and its tensors.
+
+    path: a file of ours or another tool's LoRA, the folder of a run, or a folder of the paper's.
+    Raises: FileNotFoundError, ValueError.
+    """
+    if (path / "train_config.json").is_file():
+        return research.read(path)
+    file = path / "adapter.safetensors" if path.is_dir() else path
+    stored = read_metadata(file).get("adapter")
+    if stored is None:
+        return lora.read(file)
+    config, tensors = json_object(stored, file).get("config"), read_tensors([file])
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: its adapter configuration is no JSON object")
+    return config, tensors
+
+
+@torch.no_grad()
+def fill(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Take saved tensors. Raises: ValueError unless names and shapes are exactly the adapter's."""
+    own = adapter.tensors()
+    check_tensors({name: p.shape for name, p in own.items()},
+                  {name: t.shape for name, t in tensors.items()}, where)
+    for name, p in own.items():
+        p.copy_(tensors[name])
+
+
+def write(adapter: Adapter, file: str | Path, **metadata: str) -> None:
+    """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
+    about = json.dumps({"config": asdict(adapter.config), **metadata})
+    save_file(tensors, file, metadata={"adapter": about})        # several have no fixed order
+    Path(file).chmod(0o644)

@@ -1,0 +1,99 @@
+"""What the encoders gave before, kept in a folder: train.py --cache.
+
+sample.encode_text() and encode_picture() ask the cache first; train.py fills it before its steps.
+"""
+import json
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import count, islice
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from support import offload
+from support.files import read_json, read_tensors, replacing, write_tensors
+
+SHARD = 256 * 2 ** 20                                    # bytes
+
+
+class Cache:
+    """Tensors that are computed once, by key, in a folder of safetensors shards.
+
+    about: all that the values depend on, but for the key. Several processes may share the folder.
+    Raises: ValueError when it was made with something else.
+    """
+
+    def __init__(self, folder: Path, about: dict):
+        self.folder, self.new = folder, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "about.json"
+        if not note.is_file():
+            with replacing(note) as aside:
+                aside.write_text(json.dumps(about, indent=2) + "\n")
+        before = read_json(note)
+        for name in sorted(about.keys() | before.keys()):
+            if about.get(name) != before.get(name):
+                raise ValueError(f"--cache {folder}: was made with {name} {before.get(name)}, not "
+                                 f"{about.get(name)}; name another folder")
+        self.reread()
+
+    def reread(self) -> None:
+        """See what all processes have written."""
+        self.found: dict[str, Tensor] = {}
+        for file in sorted(self.folder.glob("[!.]*.safetensors")):
+            self.found |= read_tensors([file])
+
+    def through(self, keys: list[str], compute: Callable[[int], tuple[Tensor, ...]]
+                ) -> tuple[Tensor, ...]:
+        """What compute gives: several tensors with one row for each key.
+
+        compute gives the row of a number, asked once for each key; its result is kept. In a batch
+        values would depend, in the last bit, on what else is in it.
+        """
+        for i, key in enumerate(keys):
+            if f"{key}.0" not in self.new and f"{key}.0" not in self.found:
+                self.new |= {f"{key}.{j}": t[0].cpu().clone() for j, t in enumerate(compute(i))}
+        if sum(t.nbytes for t in self.new.values()) > SHARD:
+            self.save()
+        known = ChainMap(self.new, self.found)
+        parts = next(j for j in count() if f"{keys[0]}.{j}" not in known)
+        return tuple(torch.stack([known[f"{key}.{j}"] for key in keys]) for j in range(parts))
+
+    def save(self) -> None:
+        """Write what is new to a shard."""
+        if self.new:
+            file = self.folder / f"{uuid4().hex}.safetensors"                # no other's name
+            with replacing(file) as aside:
+                write_tensors(self.new, aside)
+            self.new = {}
+            self.found |= read_tensors([file])
+
+
+def open_cache(folder: Path, about: dict, rank: int, workers: int) -> Cache:
+    """The folder's cache, made by the first process. Raises: ValueError."""
+    if rank > 0:
+        dist.barrier()
+    cache = Cache(folder, about)
+    if rank == 0 and workers > 1:
+        dist.barrier()
+    return cache
+
+
+def encode_all(cache: Cache, samples: Iterator, encode: Callable[[list], object],
+               encoders: nn.Module, device: torch.device, rank: int, workers: int) -> None:
+    """Have this process's share of the samples encoded, a few at a time, through the cache."""
+    with offload.on_device(encoders, device) if offload.fits(encoders, device) else nullcontext():
+        bar = tqdm(desc="encoding", unit=" samples", disable=rank > 0)
+        while some := list(islice(samples, 4)):          # few: pictures are large on their way
+            bar.update(len(some))
+            encode(some)
+        bar.close()
+    cache.save()
+    if workers > 1:
+        dist.barrier()
+        cache.reread()

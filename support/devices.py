@@ -1,0 +1,94 @@
+"""Devices: which one, how much memory it has, which type it is fast in, and compiling for it.
+
+sample.load_pipeline() asks when it places a model; the commands ask for --compile.
+"""
+import os
+import re
+import sys
+import warnings
+from shutil import which
+
+import torch
+from torch import Tensor, nn
+
+import dit
+
+ROOM = 0.8                                               # of a device's memory, for weights
+
+
+def fast_bf16() -> bool:
+    """Whether the processor has units for bf16; on others PyTorch's is slower than fp32."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+FAST_BF16 = fast_bf16()                                  # once: a compiled graph cannot ask
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: an accelerator where there is one. Raises: ValueError for what this machine has not."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", name):
+        raise ValueError(f"--device {name}: write auto, cpu, cuda, cuda:N or mps")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: unusable here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def memory(device: torch.device) -> int:
+    """Bytes: on a CUDA device those that are free, elsewhere all that the machine has."""
+    if device.type == "cuda":                            # what PyTorch keeps for itself is free too
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    if not hasattr(os, "sysconf"):                       # Windows does not say
+        return 16 * 2 ** 30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
+    """auto: bf16 on an accelerator; on a CPU only where it is fast and the model large.
+
+    Large: in fp32 it would not fit in half the memory.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type != "cpu" or FAST_BF16
+    large = device.type != "cpu" or 2 * stored >= memory(device) / 2
+    return torch.bfloat16 if fast and large else torch.float32
+
+
+def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    """dit.attend() in training: without units for bf16 its backward takes 10 times as long."""
+    if q.requires_grad:
+        return dit.attend(q.float(), k.float(), v.float(), pe).to(v.dtype)
+    return dit.attend(q, k, v, pe)
+
+
+def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
+          dtype: torch.dtype) -> None:
+    """Give models the forms of operations and layouts of memory that the device is quicker at."""
+    if device.type == "cpu":                             # convolutions are (on a GPU they are not,
+        vae.to(memory_format=torch.channels_last)        # with the norms between them)
+    if device.type == "cpu" and dtype == torch.bfloat16 and not FAST_BF16:
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block.attend = attend_in_fp32
+
+
+def check_compiler() -> None:
+    """Raises: ValueError when the one that torch.compile would take is not there."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not which(compiler):
+        raise ValueError(f"--compile: needs a C++ compiler; there is no {compiler}")
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have the blocks compiled when they first run; those of a kind share what is compiled."""
+    warnings.filterwarnings("ignore", ".*complex operators")     # rotate()'s are left as they are
+    torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.compile()

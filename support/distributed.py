@@ -1,0 +1,72 @@
+"""Several processes, each with its GPU: joining them, averaging, splitting the frozen blocks.
+
+train.py calls it by name at each of these places; with one process nothing here does anything.
+"""
+import argparse
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from support import devices
+
+
+def join(args: argparse.Namespace) -> tuple[int, int]:
+    """This process's rank and how many torchrun started: (0, 1) without it. Each has its GPU."""
+    rank, workers = (int(os.environ.get(name, alone)) for name, alone in
+                     (("RANK", 0), ("WORLD_SIZE", 1)))
+    if workers > 1:
+        cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
+        if cuda:
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+            torch.cuda.set_device(devices.choose_device(args.device))
+        elif args.device not in ("auto", "cpu"):
+            raise ValueError(f"--device {args.device}: with several processes write auto, cuda "
+                             "(one GPU each) or cpu")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(days=1))       # some encode longer than others
+    return rank, workers
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average(trained: Iterable[Tensor], losses: dict[str, float], passes: int,
+            stop: bool = False) -> tuple[dict[str, float], bool]:
+    """Gradients and losses: from sums over a process's micro-batches to means over all of them.
+
+    What follows the batch without a gradient (Expert Race's thresholds) is averaged too. stop:
+    whether this process was asked to stop; -> the losses, and whether any process was.
+    """
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    values = torch.tensor([*losses.values(), stop], dtype=torch.float64)
+    for p in trained:
+        value = p.grad if p.requires_grad else p.data
+        if workers > 1 and value is not None:
+            dist.all_reduce(value)
+            value /= workers
+        if p.grad is not None:
+            p.grad /= passes
+    if workers > 1:
+        dist.all_reduce(values)
+    *means, stop = (values / workers).tolist()
+    return dict(zip(losses, means)), stop > 0
+
+
+def shard(model: nn.Module, adapter: nn.Module, device: torch.device) -> None:
+    """Leave each process its part of every block's frozen weights; a block is whole while it runs.
+
+    The adapter is not split: every process has all of it.
+    """
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+    own = set(adapter.tensors().values())
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        fully_shard(block.to(device), ignored_params=own)        # one at a time on the device
+    for part in (adapter.instruction, *model.children()):
+        if part is not None and not isinstance(part, nn.ModuleList):
+            part.to(device)

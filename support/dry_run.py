@@ -1,0 +1,95 @@
+"""What memory a training will need, before any weight is read: train.py --dry-run.
+
+train.py hands over how to put the adapter on the model and how to compute a step's loss; both are
+run with tensors that have shapes and types, and hold nothing.
+"""
+import argparse
+import os
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mole import Adapter
+from support import devices, offload
+
+GB = 10 ** 9                                             # bytes
+Optimizers = list[torch.optim.Optimizer]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations within the `with` made and that live: now, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()                     # storages; several tensors may share one
+
+    def __torch_dispatch__(self, func: Callable, types: tuple, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def forget(self, storage: int, size: int) -> None:
+        self.known.remove(storage)
+        self.now -= size
+
+
+def step_bytes(loss_of: Callable[[int], Tensor], batch: int, adapter: Adapter,
+               optimizers: Optimizers, accumulate: int, live: LiveBytes) -> tuple[int, int]:
+    """Most bytes alive in a step's passes, and in its update, for `batch` samples."""
+    if accumulate > 1:                                   # the passes after the first have them
+        for p in adapter.tensors().values():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+    live.most = live.now
+    loss_of(batch).backward()
+    passes, live.most = live.most, live.now
+    nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return passes, live.most
+
+
+def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
+         device: torch.device, adapt: Callable[[], tuple[Adapter, Optimizers]],
+         loss_of: Callable[[int], Tensor], about: str) -> None:
+    """Print what memory training will need, counted as on a CPU, for one process.
+
+    adapt() puts a new adapter on the model; loss_of(n) is that of n samples; about: what they are.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        model.to_empty(device="cpu")
+        base, blocks = live.now, [sum(t.nbytes for t in offload.weights_of(block)) for block in (
+            *model.transformer_blocks, *model.single_transformer_blocks)]
+        adapter, optimizers = adapt()
+        own = live.now - base
+        first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)
+        states = live.now - base - own                   # the optimizers made them at their end
+        second, update = step_bytes(loss_of, 2, adapter, optimizers, args.accumulate, live)
+    first += states
+    room = args.dry_run * GB or devices.memory(device)
+    if args.shard:                                       # but for two: at work, and on its way
+        elsewhere = (sum(blocks) - 2 * max(blocks)) * (1 - 1 / int(os.environ["WORLD_SIZE"]))
+        base, first, second, update = (int(size - elsewhere) for size in
+                                       (base, first, second, update))
+    kept = 0 if args.cache else sum(t.nbytes for part in encoders for t in offload.weights_of(part))
+    stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
+    whole = max(first + (args.batch_size - 1) * (second - first), update)
+    print(f"memory for a batch of {args.batch_size}, {about}:")
+    for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
+                       ("optimizer", states), ("activations", whole - base - 2 * own - states),
+                       ("text encoders, autoencoder", stay), ("together", whole + stay)):
+        print(f"  {name:27}{size / GB:7.2f} GB")
+    most = 1 + int((room - stay - first) // (second - first)) if update + stay < room else 0
+    print(f"  largest batch in {room / GB:.1f} GB: {max(0, most)}")

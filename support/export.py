@@ -1,0 +1,95 @@
+"""One instruction's mixture as a plain LoRA: merged into the weights, or written to a file.
+
+sample.generate() merges where it can, so that an adapter costs nothing per step; sample.py
+--export-lora writes what every other FLUX tool loads.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mole import Adapter, LoRALinear, MoLELinear, Routing
+from support import devices
+from support.files import replacing, write_tensors
+from support.fp8 import NarrowLinear
+from support.routing_maps import experts_line, last_weights
+
+
+def layer_as_lora(layer: LoRALinear | MoLELinear, routing: Routing) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r), scales within B, of what a layer adds to the frozen one.
+
+    The mixture of one instruction is a LoRA of rank k r, the same at every token and step: the
+    kept experts stacked, with s w_e within B. Raises: ValueError when there is no such mixture.
+    """
+    if isinstance(layer, LoRALinear):
+        return layer.lora_A, layer.scale * layer.lora_B
+    if layer.by_token or len(routing.z) != 1:
+        raise ValueError(f"{layer.name}: only the mixture of one instruction is a plain LoRA; "
+                         "where tokens route, each has its own")
+    c, (w, _) = layer.config, layer.routing_weights(routing.z, routing)      # (1, E)
+    layer.last_weights = w.detach()
+    shares = (c.alpha / c.rank * w[0]).repeat_interleave(c.rank)
+    kept = shares != 0                                                       # (E r,)
+    return layer.experts_A.T[kept], (layer.experts_B.T * shares)[:, kept]
+
+
+def as_lora(adapter: Adapter, txt: Tensor, pooled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The plain LoRA that the adapter is for one instruction: layer name -> A, B.
+
+    Raises: as layer_as_lora() does.
+    """
+    with torch.no_grad(), adapter.serve(txt, pooled) as routing:
+        return {name.replace("/", "."): layer_as_lora(layer, routing)
+                for name, layer in adapter.layers.items()}
+
+
+@contextmanager
+def merged(model: nn.Module, adapter: Adapter, txt: Tensor, pooled: Tensor) -> Iterator[None]:
+    """Within the `with` the model's weights are W + B A for this one instruction.
+
+    The adapter then costs nothing per step. Afterwards all is as before, bit for bit.
+    """
+    pairs = as_lora(adapter, txt, pooled)
+    layers = {name: model.get_submodule(name) for name in pairs}
+    kept = {name: layer.base.weight.data for name, layer in layers.items()}
+    try:
+        for name, (A, B) in pairs.items():
+            base, W = layers[name].base, kept[name]
+            base.weight.data = torch.addmm(W.float(), B.detach(), A.detach()).to(W.dtype)
+            model.set_submodule(name, base)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.base.weight.data = kept[name]
+            model.set_submodule(name, layer)
+
+
+def mergeable(adapter: Adapter, instructions: int, device: torch.device) -> bool:
+    """Whether the adapter is a plain LoRA here, and its layers can be added to, and kept twice."""
+    layers = adapter.layers.values()
+    return (instructions == 1 and not any(getattr(layer, "by_token", False) for layer in layers)
+            and all(not isinstance(layer.base, NarrowLinear)
+                    and not hasattr(layer.base.weight, "placements")         # one of many parts
+                    and layer.base.weight.device.type == device.type for layer in layers)
+            and sum(layer.base.weight.nbytes for layer in layers) < devices.memory(device) / 2)
+
+
+def write_instruction(adapter: Adapter | None, txt: Tensor, pooled: Tensor, file: Path) -> None:
+    """Write the adapter as the plain LoRA that it is for one instruction, and say so."""
+    if adapter is None:
+        raise ValueError(f"--export-lora {file}: there is no adapter; name one with --adapter")
+    pairs = as_lora(adapter, txt, pooled)
+    write_lora(pairs, file)
+    ranks = [len(A) for A, _ in pairs.values()]
+    print(f"{file}: a plain LoRA on {len(pairs)} layers, of rank {min(ranks)} to {max(ranks)}"
+          f"{experts_line(adapter, last_weights(adapter))}")
+
+
+def write_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
+    """Write W + B A by module name, in the one form that diffusers and ComfyUI read alike."""
+    tensors = {f"transformer.{name}.lora_{part}.weight": t.detach().float().cpu().contiguous()
+               for name, pair in pairs.items() for part, t in zip("AB", pair)}
+    with replacing(file) as aside:
+        write_tensors(tensors, aside)

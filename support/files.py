@@ -1,0 +1,197 @@
+"""Files: safetensors read lazily, JSON and configurations, writing that is whole or nothing.
+
+Every other room that reads or writes goes through here, as do weights.py and the commands. On the
+CPU safetensors maps its files, so a tensor costs memory only when its pages are touched.
+"""
+import json
+import math
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Config = TypeVar("Config")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises: FileNotFoundError; ValueError when it is no JSON object."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return json_object(path.read_bytes(), path)
+
+
+def parse_json(text: str | bytes, where: object) -> object:
+    """Any JSON value. Raises: ValueError naming where the text is from."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:        # no JSON, no UTF-8, endless digits or [[[
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def json_object(text: str | bytes, where: object) -> dict:
+    """A JSON object. Raises: ValueError naming where the text is from."""
+    value = parse_json(text, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def of_kind(value: object, kind: type) -> bool:
+    """Whether an entry is of its field's type: counts not negative, sizes in a list not zero."""
+    if kind == tuple[int, ...]:
+        return (isinstance(value, tuple) and len(value) > 0
+                and all(of_kind(v, int) and v > 0 for v in value))
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2 ** 31       # True is no count
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool = False) -> Config:
+    """Build a config dataclass from the entries of a config.json that it has fields for.
+
+    Lists become tuples; `whole`: there may be no further entries.
+    Raises: ValueError naming an entry that is missing, unknown or of another type.
+    """
+    known = [entry.name for entry in fields(cls)]
+    if whole and values.keys() - set(known):
+        raise ValueError(f"{where}: unknown entry {min(values.keys() - set(known))!r}; "
+                         f"it may hold {', '.join(known)}")
+    found = {}
+    for entry in fields(cls):
+        if entry.name in values:
+            value = values[entry.name]
+            value = tuple(value) if isinstance(value, list) else value
+            if not of_kind(value, entry.type):
+                kind = ("a whole number from 0 up" if entry.type is int else
+                        entry.type.__name__ if isinstance(entry.type, type) else entry.type)
+                raise ValueError(f"{where}: {entry.name} should be {kind}, found {value!r}")
+            found[entry.name] = value
+        elif entry.default is MISSING:
+            raise ValueError(f"{where}: has no entry {entry.name!r}")
+    return cls(**found)
+
+
+def files_of(path: Path) -> list[Path]:
+    """A part's safetensors files: the one given, or its folder's, by the index if there is one."""
+    if not path.is_dir():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if indices:
+        names = read_json(indices[0]).get("weight_map")
+        if not isinstance(names, dict) or not all(
+                Path(str(n)).name == n and n.endswith(".safetensors") for n in names.values()):
+            raise ValueError(f"{indices[0]}: weight_map must name files of the same folder, "
+                             "all .safetensors")
+        return [path / name for name in sorted(set(names.values()))]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{path}: expected one .safetensors file or an index, "
+                                f"found {len(files)} files")
+    return files
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator[safe_open]:
+    """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    with file.open("rb") as start:
+        if start.read(4) == b"GGUF":
+            raise ValueError(f"{file}: GGUF is not read; take the .safetensors of this model")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Every tensor of some safetensors files, mapped from disk. Raises: as opened()."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        with open_safetensors(file) as handle:
+            for name in handle.keys():
+                if name in tensors:
+                    raise ValueError(f"{file}: tensor {name} occurs in another shard too")
+                tensors[name] = handle.get_tensor(name)
+    return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The text entries of a safetensors file's header. Raises: as opened()."""
+    with open_safetensors(file) as handle:
+        return handle.metadata() or {}
+
+
+def check_tensors(expected: dict[str, torch.Size], found: dict[str, torch.Size],
+                  where: str | Path) -> None:
+    """Raises: ValueError naming what is missing, foreign or of another shape."""
+    problems = {"missing": sorted(expected.keys() - found.keys()),
+                "unexpected": sorted(found.keys() - expected.keys()),
+                "of another shape": [f"{name} {tuple(found[name])} instead of {tuple(shape)}"
+                                     for name, shape in expected.items()
+                                     if found.get(name, shape) != shape]}
+    problems = [f"{len(names)} {what}: {', '.join(names[:3])}"
+                + f" and {len(names) - 3} more" * (len(names) > 3)
+                for what, names in problems.items() if names]
+    if problems:
+        raise ValueError(f"{where}: tensors do not match the configuration: {'; '.join(problems)}")
+
+
+def unpickled(file: Path) -> object:
+    """What torch.save wrote; no code in the file is run. Raises: ValueError."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+            AssertionError, pickle.UnpicklingError) as error:    # torch checks little
+        why = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file}: cannot be read ({why})") from None
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A name to write a file or folder to. What stood in `file` stays whole until all went well.
+
+    Raises: OSError naming `file` when it cannot be written.
+    """
+    aside = file.with_name(f".{file.stem}.new{file.suffix}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)         # a folder that a killed run has left
+        yield aside
+        os.replace(aside, file)
+    except (SafetensorError, RuntimeError, OSError) as error:    # the libraries' words, or its own
+        if isinstance(error, OSError) and error.errno is None:
+            raise                                        # said already, of a file within
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{file}: cannot be written ({why})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.unlink(missing_ok=True)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A safetensors file that others may read too: safetensors writes for its owner alone."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)
+
+
+def write_part(tensors: dict[str, Tensor], config: dict, folder: Path, name: str,
+                 dtype: torch.dtype) -> None:
+    """Write one component, config.json and tensors, the way load_part reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
+    write_tensors(stored, folder / name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

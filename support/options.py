@@ -1,0 +1,272 @@
+"""The commands' options, one function each, and how a command ends: in one line where it must.
+
+sample.py, train.py, evaluate.py, weights.py: main() parses with its function here, and run() is
+what calls main().
+"""
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from support import devices, layouts, resume
+
+EMBEDDED = Path(__file__).parent.parent / "tiny/model"
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:         # torch says so in many ways
+        told = f"MemoryError {error}" if isinstance(error, MemoryError) else str(error)
+        if not re.search("MemoryError|out of memory|can't allocate|cannot allocate", told, re.I):
+            raise
+        print(f"error: not enough memory ({told.splitlines()[0]})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------ the parser, and its types
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is a ValueError, which run() says in one line."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(re.sub("^argument ([^:]+): ", r"\1 ", message))
+
+
+def checked(kind: type, fits: Callable[[float], bool], told: str) -> Callable[[str], float]:
+    """An option's type: a number that fits, else an error that says `told`."""
+    def number(text: str) -> float:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text}: {told}")
+        return value
+    number.__name__ = kind.__name__                      # for argparse's own words
+    return number
+
+
+STEPS = checked(int, lambda n: 1 <= n <= 10_000, "must be from 1 to 10,000")
+GUIDANCE = checked(float, lambda g: 0 <= g <= 100, "must be from 0 to 100; 2.5 is usual")
+COUNT = checked(int, lambda n: n > 0, "must be positive")
+POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
+NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
+
+
+def size(text: str) -> tuple[int, int]:
+    """An option's type: WIDTHxHEIGHT, as in 1024x768."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    width, height = map(int, found.groups()) if found else (1000, 750)
+    near = [min(max(16, round(side / 16) * 16), 8192) for side in (width, height)]
+    if near != [width, height]:
+        raise argparse.ArgumentTypeError(
+            f"{text}: write it as WIDTHxHEIGHT, multiples of 16 up to 8192, for example "
+            f"{near[0]}x{near[1]}")
+    return width, height
+
+
+def new_folder(text: str) -> Path:
+    """An option's type: a folder that may not be there yet."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a file, not a folder")
+    return Path(text)
+
+
+def folder(text: str) -> Path:
+    """An option's type: a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return Path(text)
+
+
+# ------------------------------------------------------------------------------ shared by several
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, where its parts are, and on what it runs."""
+    parser.add_argument("--model", type=Path, default=EMBEDDED,
+                        help="FLUX Kontext folder, or a file with its transformer or all of it")
+    for part, what in (("vae", "autoencoder"), ("text_encoder_2", "T5 text encoder"),
+                       ("text_encoder", "CLIP text encoder")):
+        parser.add_argument(layouts.OPTIONS[part], dest=part, type=Path, metavar="PATH",
+                            help=f"file or folder with the {what}, where --model has none")
+    parser.add_argument("--tokenizers", type=Path, metavar="FOLDER",
+                        help="holds tokenizer/ and tokenizer_2/, where --model is a file")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="auto",
+                        choices=["auto", "float32", "bfloat16", "float16"],
+                        help="of the model; an adapter is fp32")
+
+
+def parts(args: argparse.Namespace) -> dict[str, Path | None]:
+    """Where a command's options say that parts of the model are."""
+    return {name: getattr(args, name) for name in ("vae", "text_encoder", "text_encoder_2",
+                                                   "tokenizers")}
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", help="adapter file or folder, or none; "
+                        "by default adapter.safetensors beside the model")
+
+
+def adapter_path(args: argparse.Namespace) -> Path | None:
+    """As named, where "none" means none; unnamed, adapter.safetensors beside the model, if any."""
+    if args.adapter:
+        return None if args.adapter == "none" else Path(args.adapter)
+    beside = args.model.parent / "adapter.safetensors"
+    return beside if beside.is_file() else None
+
+
+def add_compile(parser: argparse.ArgumentParser, first: str) -> None:
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: "
+                        f"{first} more at first, then faster steps")
+
+
+# --------------------------------------------------------------------------------- of one command
+
+def sample_options() -> argparse.Namespace:
+    parser = Parser(description="Edit or make a picture by instruction.",
+                    usage="python sample.py --instruction TEXT [options]")
+    parser.add_argument("--instruction", help="what to do, in words")
+    parser.add_argument("--image", type=Path, action="append", default=[],
+                        help="picture to edit; may be repeated")
+    parser.add_argument("--cond", type=Path, action="append", default=[],
+                        help="further condition (edges, depth, pose, subject); may be repeated")
+    add_model(parser)
+    add_adapter(parser)
+    parser.add_argument("--out", type=Path,
+                        help="picture (out.png), or with --batch a folder (out)")
+    parser.add_argument("--batch", type=Path,
+                        help="a .jsonl file: one instruction, with images and conds, per line; a "
+                        "picture whose name is in --out already is not made again")
+    parser.add_argument("--seed", type=checked(int, lambda n: 0 <= n < 2 ** 63 - 10_000,
+                        "must be from 0 to 2^63"),
+                        default=0, help="of the noise: the same makes the same")
+    parser.add_argument("--steps", type=STEPS, default=28,
+                        help="from noise to picture; %(default)s")
+    parser.add_argument("--guidance", type=GUIDANCE, default=2.5, help="%(default)s; more follows "
+                        "the words more closely")
+    parser.add_argument("--size", type=size,
+                        help="WIDTHxHEIGHT; else that of --image, at the model's scale")
+    parser.add_argument("--keep-size", action="store_true",
+                        help="give the result the size of the first --image")
+    add_compile(parser, "half a minute")
+    parser.add_argument("--num", type=STEPS, default=1,
+                        help="pictures, with --seed, --seed + 1, ...")
+    parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
+                        help="write the adapter, as this instruction routes it, as a plain LoRA; "
+                        "a picture too only with --out")
+    parser.add_argument("--routing", type=Path, metavar="PICTURE",
+                        help="draw which experts each layer chose, for --instruction or, by task, "
+                        "for a --batch; pictures too only with --out")
+    return parser.parse_args()
+
+
+def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespace:
+    """methods: kinds of adapter, the default first; public: names of the public sets."""
+    parser = Parser(description="Train an adapter on a frozen model.",
+                    usage="python train.py --data SOURCE[:weight] ... [options]")
+    parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
+                        help="tiny, a folder (metadata.jsonl or .csv, or pictures with .txt), a "
+                        f".jsonl or .csv file, or a public set: {'=PATH, '.join(public)}=PATH; "
+                        "one drawn per batch")
+    parser.add_argument("--data-root", type=folder, metavar="FOLDER", help="that no path in the "
+                        "data may leave; by default the folder of the file that names it")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave bad lines out, one in ten at most; list them at the end")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
+                        "picture once, before training, and keep that here")
+    parser.add_argument("--cache-draws", type=COUNT, metavar="N", help="with --cache: ways "
+                        "to draw a row of a public set (wording, conditions, boxes); else one")
+    add_model(parser)
+    parser.add_argument("--method", default=methods[0], choices=methods,
+                        help="pooled: routed by CLIP's vector alone; lora: no experts; the others: "
+                        "baselines.py")
+    parser.add_argument("--config", type=Path, help="JSON with fields of mole.AdapterConfig; "
+                        "by default adapter.json beside the model, if any")
+    parser.add_argument("--steps", type=COUNT, default=100_000, help="%(default)s; the "
+                        "auxiliary losses fade over the run, so it cannot be made longer later")
+    parser.add_argument("--batch-size", type=COUNT, default=4,
+                        help="%(default)s, or as many as there are")
+    parser.add_argument("--accumulate", type=COUNT, default=1,
+                        help="micro-batches per step")
+    parser.add_argument("--lr", type=POSITIVE, default=1e-4,
+                        help="learning rate; %(default)s")
+    parser.add_argument("--router-lr", type=NOT_NEGATIVE, help="by default half of --lr")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"],
+                        help="muon: for the matrices A and B, at twice the rate; the rest by adamw")
+    parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
+                        help="of the learning rates")
+    parser.add_argument("--shift", type=POSITIVE, default=1.0, help="of the times: above 1, "
+                        "more are near 1, where layout is decided; 1, as in the paper: uniform")
+    parser.add_argument("--recompute", action="store_true",
+                        help="recompute each block in backward: less memory, same gradients")
+    add_compile(parser, "minutes")
+    parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen "
+                        "layers in 8 bits, widened where they are used: half of bf16's memory")
+    parser.add_argument("--shard", action="store_true", help="with torchrun: split the frozen "
+                        "blocks over the processes, where a device cannot hold them")
+    parser.add_argument("--dry-run", type=NOT_NEGATIVE, nargs="?", const=0, metavar="GB",
+                        help="only say what memory this will need, and the largest batch for so "
+                        "many GB (else for this device)")
+    parser.add_argument("--seed", type=checked(int, lambda n: 0 <= n < 2 ** 31,
+                        "must be from 0 to 2^31 - 1"),
+                        default=0)
+    parser.add_argument("--save-every", type=COUNT, default=500, metavar="STEPS",
+                        help="between checkpoints, and pictures of how it goes; %(default)s")
+    parser.add_argument("--out", type=new_folder, help="by default runs/METHOD")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from the last checkpoint in --out, if there is one")
+    older = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--adapter", dest="method", choices=methods, **older)
+    parser.add_argument("--checkpoint", dest="recompute", action="store_true", **older)
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / args.method
+    check_training(args)
+    args.cache_draws = args.cache_draws or (1 if args.cache else None)
+    return args
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raises: ValueError for options that do not go together, before anything is read."""
+    if args.cache_draws is not None and not args.cache:
+        raise ValueError("--cache-draws belongs to --cache FOLDER")
+    if not args.resume and args.dry_run is None:
+        resume.check_free(args.out)
+    if args.compile:
+        devices.check_compiler()
+    if args.compile and args.shard:
+        raise ValueError("--compile: not together with --shard")
+    if args.shard and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--shard: splits the model over processes; start them with torchrun")
+
+
+def evaluate_options(tasks: list[str]) -> argparse.Namespace:
+    """tasks: of the tiny world."""
+    parser = Parser(description="Score a model and an adapter.",
+                    usage="python evaluate.py --bench tiny [options]")
+    parser.add_argument("--bench", required=True, choices=["tiny"])
+    add_model(parser)
+    add_adapter(parser)
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
+    parser.add_argument("--number", type=COUNT, default=256, help="samples per task")
+    parser.add_argument("--steps", type=STEPS, default=12)
+    parser.add_argument("--guidance", type=GUIDANCE, default=2.5)
+    parser.add_argument("--out", type=new_folder, default=Path("runs/evaluate"))
+    return parser.parse_args()
+
+
+def weights_options() -> argparse.Namespace:
+    parser = Parser(description="Say what a checkpoint is.",
+                    usage="python weights.py PATH [options]")
+    parser.add_argument("path", type=Path, help="a FLUX Kontext folder or a .safetensors file")
+    parser.add_argument("--to-research", type=Path, metavar="FOLDER",
+                        help="write an adapter in the form of the paper's code")
+    return parser.parse_args()

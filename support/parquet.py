@@ -1,0 +1,192 @@
+"""Public sets in parquet files: row groups read whole, rows drawn at random, bad ones skipped.
+
+support/public_sets.py says what the rows of each set mean.
+"""
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from PIL import Image
+
+from support.conditions import pick
+from support.pictures import fitted, load_image, open_picture, resize
+from support.tables import check_few, checked_text, skipping
+
+HELD_OUT = re.compile(r"dev|test|val")                   # files that are not for training
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """pyarrow's errors as one ValueError."""
+    from pyarrow import ArrowException
+    try:
+        yield
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
+        why = " ".join(str(error).split())               # some have several lines
+        raise ValueError(f"{what}: cannot be read as parquet ({why})") from None
+
+
+class Public:
+    """A public set in parquet files, if not told otherwise: a file, or a folder of them.
+
+    Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
+    size: (W, H) that every picture takes, or None as Folder does it. bad: as Folder takes it.
+    draws: how many ways there are to draw a row's wording, conditions, boxes; None: endless.
+    Raises: FileNotFoundError, ValueError naming file and row.
+    """
+    columns: tuple[str, ...]                             # that a file must have, the target first
+    conditions: tuple[int, ...] = (1,)                   # how many a sample may have; with n of
+                                                         # them a batch has size // n samples
+    def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
+                 bad: list[str] | None = None, draws: int | None = None):
+        self.size, self.draws = size, draws
+        self.bad, self.all_bad = None if bad is None else [], bad
+        self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
+        self.sizes: list[int] = []                       # rows in it
+        self.open(Path(path))
+        if not self.groups:
+            raise ValueError(f"{path}: holds no rows")
+        self.chances = np.array(self.sizes) / sum(self.sizes)
+        self.kept, self.lock = lru_cache(maxsize=2)(self.read), Lock()
+
+    def open(self, path: Path) -> None:
+        """Find the row groups."""
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+        files = sorted(file for file in path.rglob("*.parquet") if not HELD_OUT.match(file.name)
+                       ) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            why = "no parquet files (dev, test and val are left out)"
+            raise FileNotFoundError(f"{path}: {why if path.exists() else 'not found'}")
+        for file in files:
+            with reading(file):
+                about = parquet.read_metadata(file)
+                names = set(about.schema.to_arrow_schema().names)
+                counts = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
+            if missing := [name for name in self.columns if name not in names]:
+                raise ValueError(f"{file}: has no column {missing[0]!r}, as {type(self).__name__} "
+                                 "has; is it another set?")
+            self.groups += [(file, i, sum(counts[:i])) for i in range(len(counts)) if counts[i]]
+            self.sizes += [number for number in counts if number]
+
+    def read(self, number: int) -> list[dict]:
+        """The rows of a row group."""
+        from pyarrow import parquet
+        file, group, before = self.groups[number]
+        with reading(f"{file} rows {before} to {before + self.sizes[number]}"):
+            table = parquet.ParquetFile(file).read_row_group(group, columns=list(self.columns))
+            return table.to_pylist()
+
+    def draw(self, rng: np.random.Generator, size: int,
+             nearby: np.random.Generator | None = None) -> list:
+        """Up to `size` samples of one row group, the pictures of equal sizes.
+
+        nearby: chooses the row group; the same for neighbouring batches.
+        """
+        conditions = pick(rng, self.conditions)
+        for _ in range(8):                               # a row group may have nothing to offer
+            number = int((nearby or rng).choice(len(self.sizes), p=self.chances))
+            samples = self.draw_from(number, rng, max(1, size // conditions), conditions)
+            if samples:
+                return samples
+        raise ValueError(f"{self.groups[number][0]}: holds no row that can be used")
+
+    def draw_from(self, number: int, rng: np.random.Generator, wanted: int,
+                  conditions: int) -> list:
+        samples: list = []
+        rows, look = self.rows(number), None             # look: (W, H) of the first one's target
+        for i in rng.permutation(len(rows)):
+            with self.noting():
+                row, where = rows[i], self.where(number, i)
+                if samples and self.look(row, where) != look:
+                    continue                             # spares decoding what will not fit
+                own = rng if self.draws is None else np.random.default_rng(
+                    [number, i, conditions, int(rng.integers(self.draws))])
+                sample = self.sample(row, own, conditions, where)
+                if sample and shapes_of(sample) == shapes_of(samples[0] if samples else sample):
+                    look = look if samples else self.look(row, where)
+                    samples.append(sample)
+            if len(samples) == wanted:
+                break
+        return samples
+
+    def rows(self, number: int) -> list[dict]:
+        """The rows of a row group; none if it is a bad one."""
+        rows: list[dict] = []
+        with self.noting(), self.lock:                   # one thread reads for all
+            rows = self.kept(number)
+        return rows
+
+    def where(self, number: int, i: int) -> str:
+        """Words for where a row stands."""
+        file, _, before = self.groups[number]
+        return f"{file} row {before + i}"
+
+    def look(self, row: dict, where: str) -> tuple[int, int]:
+        """The size that the target says it has."""
+        if self.size:
+            return self.size
+        with open_picture(*self.content(row, self.columns[0], where)) as image:
+            return fitted(image.size)
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note what is wrong with a row, if bad ones are skipped. Raises: ValueError."""
+        known = len(self.bad or [])
+        with skipping(self.bad):
+            yield
+        if self.bad and len(self.bad) > known:
+            check_few(self.bad, sum(self.sizes))
+            self.all_bad.extend(line for line in self.bad[known:] if line not in self.all_bad)
+
+    def all(self, first: int = 0, stride: int = 1) -> Iterator:
+        """Every draw of every row that is no bad one, or of every stride-th."""
+        for number, (_, _, before) in enumerate(self.groups):
+            rows = self.rows(number)
+            for i in range((first - before) % stride, len(rows), stride):
+                for conditions, draw in product(self.conditions, range(self.draws or 1)):
+                    with self.noting():
+                        own = np.random.default_rng([number, i, conditions, draw])
+                        if sample := self.sample(rows[i], own, conditions, self.where(number, i)):
+                            yield sample
+
+    def contents(self) -> Iterator[tuple]:
+        for (file, group, _), rows in zip(self.groups, self.sizes):
+            yield file.name, file.stat().st_size, group, rows
+
+    def sample(self, row: dict, rng: np.random.Generator, number: int, where: str) -> object:
+        """A sample, or None when the row is none. Raises: ValueError."""
+        raise NotImplementedError
+
+    def content(self, row: dict, column: str, where: str) -> tuple[Path | io.BytesIO, str]:
+        """What `opened` takes: a cell's bytes, or, in a plain folder, its file."""
+        cell = row[column]
+        if isinstance(cell, Path):
+            return cell, ""
+        if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
+            raise ValueError(f"{where}: {column!r} holds no picture")
+        return io.BytesIO(cell["bytes"]), f"{where} {column!r}"
+
+    def picture(self, row: dict, column: str, where: str) -> Image.Image:
+        return load_image(*self.content(row, column, where))
+
+    def fit(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
+        return resize(image, size or self.size or fitted(image.size))
+
+
+def shapes_of(sample: object) -> list[tuple[int, ...]]:
+    return [picture.shape for picture in (sample.target, *sample.images, *sample.conds)]
+
+
+def text_of(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {column!r} holds no text")
+    return checked_text(value.strip(), where)

@@ -1,0 +1,127 @@
+"""Pictures: read as a person sees them, resized, turned into tensors, laid out in a grid, written.
+
+Whoever has to do with picture files comes here: data.py and the public sets, sample.py, the jobs.
+All pictures are (H, W, 3) uint8 arrays until to_tensor() maps them to [-1, 1].
+"""
+import io
+import logging
+import os
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from support.files import replacing
+
+warnings.filterwarnings("ignore", module="PIL")          # large photographs are welcome, and what
+logging.getLogger("PIL").setLevel(logging.CRITICAL)      # is broken is an error in one line
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@contextmanager
+def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[Image.Image]:
+    """A picture file, or its bytes, of which the head alone is read yet; the row at `where` has it.
+
+    Raises: FileNotFoundError, or ValueError when the file is no readable picture.
+    """
+    path = where if isinstance(source, io.BytesIO) else f"{where}: {source}" if where else source
+    if path is not where and not os.path.isfile(source):  # Path.is_file minds names too long
+        raise FileNotFoundError(f"{path}: no such picture file")
+    try:
+        with Image.open(source) as image:
+            if max(image.size) >= 2 ** 16:               # no camera's: a broken or a hostile head
+                raise ValueError(f"it claims to have {image.width} x {image.height} pixels")
+            yield image
+    except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError,
+            Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
+        why = str(error).partition(" <")[0]              # without an object's address
+        raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
+
+
+def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
+    """Read any picture as a person would see it, in RGB. Raises: as `opened` does.
+
+    EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
+    """
+    with open_picture(source, where) as image:
+        if image.mode == "F":                            # nobody knows where its white is
+            raise ValueError("it holds floats; save it with 8 or 16 bits")
+        image = ImageOps.exif_transpose(image)
+        image.load()
+    if image.mode.startswith("I"):                       # 16-bit grey: 0..65535 -> 0..255
+        grey = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:
+    """(W, H) shrunk to `longest` on the longer side (never enlarged), each side to `multiple`."""
+    scale = min(1.0, longest / max(size))
+    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
+    return width, height
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """A picture of that (W, H), as (H, W, 3) uint8."""
+    return np.asarray(image if image.size == size else
+                      image.resize(size, Image.Resampling.LANCZOS))
+
+
+def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """Stack pictures of one size. (H, W, 3) uint8 in 0..255 -> (B, 3, H, W) float32 in [-1, 1]."""
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)     # (B, 3, H, W)
+    return batch.float().contiguous() / 127.5 - 1
+
+
+def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines: int = 1,
+         failed: list[bool] | None = None) -> np.ndarray:
+    """Pictures in rows, aligned at the right, on grey, a text below each -> (H, W, 3) uint8.
+
+    across: rows side by side; lines: of a text. failed: whether a row's last but one picture, the
+    result, gets a red frame.
+    """
+    cell = max(side for row in rows for picture in row for side in picture.shape[:2])
+    columns = max(map(len, rows))
+    width, height = columns * cell, cell + 14 * lines    # of a row
+    sheet = Image.new("RGB", (across * width, -(-len(rows) // across) * height), "grey")
+    pen = ImageDraw.Draw(sheet)
+    for i, (row, text) in enumerate(zip(rows, texts)):
+        left, top = i % across * width, i // across * height
+        for column, picture in enumerate(row, columns - len(row)):
+            sheet.paste(Image.fromarray(picture), (left + column * cell, top))
+        if failed and failed[i]:
+            edge = left + (columns - 2) * cell
+            pen.rectangle([edge, top, edge + cell - 1, top + cell - 1], outline="red", width=3)
+        words = textwrap.wrap(text, width // 5, max_lines=lines, placeholder="")
+        pen.multiline_text((left + 2, top + cell), "\n".join(words), "white", font_size=10,
+                           spacing=1)
+    return np.asarray(sheet)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a folder, in order; none where there is no such folder."""
+    return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES)
+
+
+def is_picture(name: str | Path) -> bool:
+    """Whether Pillow can write an RGB picture to a file of this name."""
+    kind = Image.registered_extensions().get(Path(name).suffix.lower())
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), kind or "")
+    except (OSError, KeyError, ValueError):
+        return False
+    return True
+
+
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    with replacing(path) as aside:
+        Image.fromarray(picture).save(aside)

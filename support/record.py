@@ -1,0 +1,105 @@
+"""What a run was made with, so that it can be made again, and is not resumed with something else.
+
+train.py writes run.json and log.jsonl here, and asks what identifies its model and its data.
+"""
+import argparse
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+
+from mole import AdapterConfig
+from support.files import replacing
+
+
+def identity(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, str]:
+    """What tells a model from others: a digest of each part's files, and the type.
+
+    Of a file of gigabytes a thousand pieces are looked at.
+    """
+    found = {"dtype": str(dtype)}
+    for part, path in paths.items():
+        digest = hashlib.sha256()
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}".encode())
+                pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
+                with file.open("rb") as opened:
+                    for i in range(pieces):
+                        opened.seek(size * i // pieces)
+                        digest.update(opened.read(length))
+        found[part] = digest.hexdigest()
+    return found
+
+
+def fingerprint(source: object) -> str | None:
+    """Tells a source's data from others by names, texts and sizes; None if it has no end."""
+    if not hasattr(source, "contents"):
+        return None
+    digest = hashlib.sha256()
+    for entry in source.contents():
+        digest.update(repr(entry).encode())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(args: argparse.Namespace, config: AdapterConfig, model: dict[str, str],
+                sources: list, workers: int) -> dict[str, str]:
+    """What a run may not change when it is resumed, and what it may but is told of."""
+    digest = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
+    values = vars(args) | {"adapter": args.method}       # as runs have called it since the first
+    return {name: str(values[name]) for name in
+            ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer", "schedule",
+             "shift", "seed", "base_dtype", "cache_draws")} | {
+        "model": f"{args.model.resolve().name} {digest}",        # not where it lies
+        "config": json.dumps(asdict(config)), "dtype": model["dtype"],
+        "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
+        "micro_batches": str(args.accumulate * workers)}         # in each step
+
+
+def write_run(args: argparse.Namespace, settings: dict) -> None:
+    """run.json: all that is needed to do it again."""
+    record = {"arguments": {name: value if isinstance(value, (list, int, float, bool, type(None)))
+                            else str(value) for name, value in vars(args).items()},
+              "settings": settings | {name: json.loads(settings[name])
+                                      for name in ("config", "fingerprints")},
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "numpy": np.__version__}}
+    with replacing(args.out / "run.json") as aside:
+        aside.write_text(json.dumps(record, indent=2) + "\n")
+
+
+@contextmanager
+def log(out: Path, done: int, rank: int) -> Iterator[TextIO]:
+    """log.jsonl, to go on after its first `done` steps: what came after them is done anew.
+
+    Only the first process writes.
+    """
+    file = out / "log.jsonl"
+    if rank == 0:
+        before = file.read_text().splitlines(True) if file.is_file() else []
+        with replacing(file) as aside:
+            aside.write_text("".join(before[:done]))
+    with (file if rank == 0 else Path(os.devnull)).open("a") as opened:
+        yield opened
+
+
+def log_step(log: TextIO, step: int, losses: dict[str, float], norm: float, tasks: set[str],
+             seconds: float) -> None:
+    """One line of log.jsonl. norm: of the gradients, before they are clipped."""
+    log.write(json.dumps({
+        "step": step, **{name: round(value, 6) for name, value in losses.items()},
+        "norm": round(norm, 4), "tasks": sorted(tasks), "seconds": round(seconds, 3)}) + "\n")
+
+
+def read_log(out: Path) -> list[dict]:
+    """The steps of log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
