@@ -16,7 +16,7 @@ import numpy as np
 
 from data import Sample, stack
 from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
-from support import options
+from support import commands, options
 from support.files import replacing
 from support.pictures import grid, save_picture
 from tiny import world
@@ -119,8 +119,8 @@ def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
     shown = [(s, p) for samples, pictures in results.values()
              for s, p in list(zip(samples, pictures))[:each]]
     return grid([[*s.images, *s.conds, p, s.target] for s, p in shown],
-                [s.instruction for s, _ in shown], min(each, len(shown) // len(results)), 2,
-                [not success(p, s) for s, p in shown])
+                [s.instruction for s, _ in shown], min(each, len(shown) // len(results)),
+                lines=2, gap=4, failed=[not success(p, s) for s, p in shown])
 
 
 def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidance: float,
@@ -154,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    commands.run(main)

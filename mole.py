@@ -148,43 +148,10 @@ class Routing:
     recomputing: bool = False                            # in backward: the same once more
 
 
-class Product(torch.autograd.Function):
-    """x @ W in x's type. Keeps the fp32 W for the backward pass, not a copy of it in that type."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor) -> Tensor:    # (..., in), (in, out) -> (..., out)
-        ctx.save_for_backward(x, W)
-        return x @ W.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, W = ctx.saved_tensors
-        return (grad @ W.to(grad.dtype).T).to(x.dtype), Product.own(x, W, grad)
-
-    @staticmethod
-    def own(x: Tensor, W: Tensor, grad: Tensor) -> Tensor:       # W's gradient
-        rows = x.flatten(0, -2).to(grad.dtype)           # autocast may have made grad narrower
-        return (rows.T @ grad.flatten(0, -2)).to(W.dtype)
-
-
-class Fork(torch.autograd.Function):
-    """x for the frozen layer, and x @ W beside it. Then one product adds the gradients of both."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
-        if not ctx.needs_input_grad[0]:                  # the frozen layer need not trouble either
-            ctx.mark_non_differentiable(x)
-        return x, Product.forward(ctx, x, W)
-
-    @staticmethod
-    def backward(ctx, frozen: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        x, W = ctx.saved_tensors
-        own = Product.own(x, W, grad)
-        if not ctx.needs_input_grad[0]:
-            return None, own
-        rows = frozen.flatten(0, -2)                     # a linear layer made it for us alone
-        rows.addmm_(grad.flatten(0, -2).to(x.dtype), W.T.to(x.dtype))
-        return rows.view(x.shape), own
+def add_product(y: Tensor, x: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale * x B in one operation. y (..., out), x (..., in), B (in, out)."""
+    rows = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), B.to(x.dtype), alpha=scale)
+    return rows.view(y.shape)
 
 
 class LoRALinear(nn.Module):
@@ -198,8 +165,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
-        x, low = Fork.apply(x, self.lora_A.T)            # (..., r), where s costs least
-        return self.base(x) + Product.apply(self.scale * low, self.lora_B.T)
+        low = F.linear(x, self.lora_A.to(x.dtype))       # (..., r)
+        return add_product(self.base(x), low, self.lora_B.T, self.scale)
 
 
 class MoLELinear(nn.Module):
@@ -241,29 +208,27 @@ class MoLELinear(nn.Module):
         w, loss = self.routing_weights(x, routing)
         self.last_weights = w.detach()
         w = w[:, None] if w.dim() < x.dim() else w       # (B, 1, E): one mixture for all tokens
-        x, H = Fork.apply(x, self.experts_A)             # (..., E r)
+        H = x @ self.experts_A.to(x.dtype)               # (..., E r)
         if routing.losses:
             routing.balance = routing.balance + loss
         if routing.losses and self.orthogonal:
             routing.orthogonality = routing.orthogonality + c.orthogonality_weight * (
                 orthogonality_loss(H, self.experts_B, c.experts, scale))
-        mixed = H * (scale * w).repeat_interleave(c.rank, dim=-1).to(x.dtype)        # (..., E r)
-        return self.base(x) + Product.apply(mixed, self.experts_B)           # (..., out)
+        mixed = H * w.repeat_interleave(c.rank, dim=-1).to(x.dtype)          # (..., E r)
+        return add_product(self.base(x), mixed, self.experts_B, scale)       # (..., out)
 
 
 class Adapter(nn.Module):
     """LoRA and MoLE layers for a frozen model, and the instruction vector that routes them.
 
-    layers: the linear layers to adapt, by module name, each with the class that it gets. New
-    weights are fp32, whatever the model's, and leave the model's results as they were. The model
-    itself is not touched before insert().
+    layers: the linear layers to adapt, by module name, each with its new class. New weights are
+    fp32, whatever the model's, and change no result yet. The model is not touched before insert().
     """
 
     def __init__(self, layers: dict[str, tuple[nn.Linear, type[LoRALinear] | type[MoLELinear]]],
                  config: AdapterConfig, text_width: int, pooled_width: int):
         super().__init__()
-        self.config = config
-        self.routings: list[Routing] = []                # the last one holds; layers share the list
+        self.config, self.routings = config, []          # the last one holds; all layers share them
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         for name, (base, kind) in layers.items():
             routed = (name, pooled_width, self.routings) if issubclass(kind, MoLELinear) else ()

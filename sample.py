@@ -30,7 +30,8 @@ import dit
 import weights
 from dit import FluxTransformer
 from mole import Adapter
-from support import caching, devices, export, jobs, layouts, offload, options, routing_maps
+from support import (caching, commands, devices, export, jobs, layouts, offload, options,
+                     routing_maps)
 from support.files import files_of
 from support.fp8 import check_device
 from support.pictures import fitted, load_image, resize, save_picture, to_tensor
@@ -301,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    commands.run(main)

@@ -18,7 +18,6 @@ Run: python train.py --data tiny --steps 20 --out runs/try
 import argparse
 import math
 import os
-import sys
 import time
 from collections import deque
 from operator import call
@@ -38,14 +37,15 @@ from data import Sample, Source, stack
 from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
-from support import (caching, devices, distributed, layouts, options, record, report, resume,
-                     routing_maps)
+from support import (caching, commands, devices, distributed, layouts, options, record, report,
+                     resume, routing_maps)
 from support.files import config_from, read_json
 from support.fp8 import check_device, to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
 from support.public_sets import PUBLIC
 from support.recompute import recomputing
+from support.tables import tell_skipped
 from tiny.world import TinyWorld
 from vae import VAEConfig
 
@@ -249,25 +249,19 @@ def previews(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]],
 
 def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Sources) -> None:
     """Say what memory a step will need, by tensors that have shapes and types and hold nothing."""
-    from support import dry_run  # imports much that training does not use
+    from support import dry_run                          # imports much that training does not use
     pipe = load_pipeline(args.model, None, args.device, args.dtype, weightless=True,
                          **options.parts(args))
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
-    batches = data.batches(sources, 1, args.seed)
-    largest = max((next(batches)[0] for _ in range(16)), key=lambda s: sum(
-        picture.size for picture in (s.target, *s.images, *s.conds)))
-    batches.close()
-    height, width = largest.target.shape[:2]
+    largest = dry_run.largest(data.batches(sources, 1, args.seed))
 
     def adapt() -> tuple[Adapter, Optimizers]:
         pipe.adapter = weights.new_adapter(pipe.dit, config)
         return pipe.adapter, make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
 
     dry_run.tell(args, pipe.dit, [pipe.t5, pipe.clip, pipe.vae], pipe.device, adapt,
-                 lambda batch: empty_loss(pipe, largest, batch, args.recompute),
-                 f"{width}x{height}, {len(largest.images)} references, {len(largest.conds)} "
-                 "conditions; the largest of 16 samples")
+                 lambda batch: empty_loss(pipe, largest, batch, args.recompute), largest)
 
 
 def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Tensor:
@@ -345,9 +339,7 @@ def main() -> None:
         train(args, pipe, sources, record.settings_of(args, config, model, sources, workers), rank,
               workers)
     finally:
-        if bad:
-            print(f"bad lines of the data, skipped: {len(bad)}", *bad, sep="\n  ",
-                  file=sys.stderr)
+        tell_skipped(bad)
     if rank == 0:
         print(f"{args.out / 'adapter.safetensors'}: "
               f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
@@ -356,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    commands.run(main)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, layouts, options, research, targets
+from support import adapters, commands, layouts, options, research, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device
@@ -215,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    commands.run(main)

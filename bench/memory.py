@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
 import train                                             # noqa: E402
-from support import options                              # noqa: E402
+from support import commands                              # noqa: E402
 from support.files import config_from, files_of, write_part # noqa: E402
 from common import memory                                # noqa: E402
 
@@ -70,7 +70,7 @@ def measured(arguments: list[str]) -> None:
             most = max(most, memory())
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    options.run(train.main)
+    commands.run(train.main)
     ended.set()
     watcher.join()
     shutil.rmtree(arguments[arguments.index("--out") + 1])

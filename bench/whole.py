@@ -31,7 +31,7 @@ import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
 import train                                             # noqa: E402
 import vae                                               # noqa: E402
-from support import devices, options                     # noqa: E402
+from support import commands, devices                    # noqa: E402
 from support.files import config_from, replacing         # noqa: E402
 from common import block_flops, finish, memory, product_rate     # noqa: E402
 
@@ -136,7 +136,7 @@ def timed(command: str, *arguments: str) -> None:
         return out
     dit.FluxTransformer.forward = noted
     sys.argv = [f"{command}.py", *arguments]
-    options.run({"sample": sample.main, "train": train.main}[command])
+    commands.run({"sample": sample.main, "train": train.main}[command])
     told("end", torch.cuda.max_memory_allocated() if GPU else 0)
 
 

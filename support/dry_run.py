@@ -6,7 +6,7 @@ run with tensors that have shapes and types, and hold nothing.
 import argparse
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,20 @@ def step_bytes(loss_of: Callable[[int], Tensor], batch: int, adapter: Adapter,
     return passes, live.most
 
 
+def largest(batches: Iterator[list]) -> object:
+    """Of 16 batches' first samples the one with most pixels."""
+    found = max((next(batches)[0] for _ in range(16)), key=lambda s: sum(
+        picture.size for picture in (s.target, *s.images, *s.conds)))
+    batches.close()
+    return found
+
+
 def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
          device: torch.device, adapt: Callable[[], tuple[Adapter, Optimizers]],
-         loss_of: Callable[[int], Tensor], about: str) -> None:
+         loss_of: Callable[[int], Tensor], sample: object) -> None:
     """Print what memory training will need, counted as on a CPU, for one process.
 
-    adapt() puts a new adapter on the model; loss_of(n) is that of n samples; about: what they are.
+    adapt() puts a new adapter on the model; loss_of(n) is that of n such samples.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model.to_empty(device="cpu")
@@ -86,7 +94,9 @@ def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
     kept = 0 if args.cache else sum(t.nbytes for part in encoders for t in offload.weights_of(part))
     stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
     whole = max(first + (args.batch_size - 1) * (second - first), update)
-    print(f"memory for a batch of {args.batch_size}, {about}:")
+    height, width = sample.target.shape[:2]
+    print(f"memory for a batch of {args.batch_size}, {width}x{height}, {len(sample.images)} "
+          f"references, {len(sample.conds)} conditions; the largest of 16 samples:")
     for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
                        ("optimizer", states), ("activations", whole - base - 2 * own - states),
                        ("text encoders, autoencoder", stay), ("together", whole + stay)):

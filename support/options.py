@@ -1,90 +1,17 @@
-"""The commands' options, one function each, and how a command ends: in one line where it must.
+"""The commands' options, one function for each command.
 
-sample.py, train.py, evaluate.py, weights.py: main() parses with its function here, and run() is
-what calls main().
+main() of sample.py, train.py, evaluate.py and weights.py begins with its own.
 """
 import argparse
-import math
 import os
-import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from support import devices, layouts, resume
+from support.commands import (COUNT, GUIDANCE, NOT_NEGATIVE, POSITIVE, STEPS, Parser, checked,
+                              folder, new_folder, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
-
-
-def run(command: Callable[[], None]) -> None:
-    """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
-    try:
-        command()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:         # torch says so in many ways
-        told = f"MemoryError {error}" if isinstance(error, MemoryError) else str(error)
-        if not re.search("MemoryError|out of memory|can't allocate|cannot allocate", told, re.I):
-            raise
-        print(f"error: not enough memory ({told.splitlines()[0]})", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-
-
-# ------------------------------------------------------------------------ the parser, and its types
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is a ValueError, which run() says in one line."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(re.sub("^argument ([^:]+): ", r"\1 ", message))
-
-
-def checked(kind: type, fits: Callable[[float], bool], told: str) -> Callable[[str], float]:
-    """An option's type: a number that fits, else an error that says `told`."""
-    def number(text: str) -> float:
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text}: {told}")
-        return value
-    number.__name__ = kind.__name__                      # for argparse's own words
-    return number
-
-
-STEPS = checked(int, lambda n: 1 <= n <= 10_000, "must be from 1 to 10,000")
-GUIDANCE = checked(float, lambda g: 0 <= g <= 100, "must be from 0 to 100; 2.5 is usual")
-COUNT = checked(int, lambda n: n > 0, "must be positive")
-POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
-NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
-
-
-def size(text: str) -> tuple[int, int]:
-    """An option's type: WIDTHxHEIGHT, as in 1024x768."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    width, height = map(int, found.groups()) if found else (1000, 750)
-    near = [min(max(16, round(side / 16) * 16), 8192) for side in (width, height)]
-    if near != [width, height]:
-        raise argparse.ArgumentTypeError(
-            f"{text}: write it as WIDTHxHEIGHT, multiples of 16 up to 8192, for example "
-            f"{near[0]}x{near[1]}")
-    return width, height
-
-
-def new_folder(text: str) -> Path:
-    """An option's type: a folder that may not be there yet."""
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: is a file, not a folder")
-    return Path(text)
-
-
-def folder(text: str) -> Path:
-    """An option's type: a folder that is there."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
-    return Path(text)
 
 
 # ------------------------------------------------------------------------------ shared by several
@@ -169,10 +96,8 @@ def sample_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespace:
-    """methods: kinds of adapter, the default first; public: names of the public sets."""
-    parser = Parser(description="Train an adapter on a frozen model.",
-                    usage="python train.py --data SOURCE[:weight] ... [options]")
+def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
+    """What train.py draws from. public: names of the public sets."""
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
                         help="tiny, a folder (metadata.jsonl or .csv, or pictures with .txt), a "
                         f".jsonl or .csv file, or a public set: {'=PATH, '.join(public)}=PATH; "
@@ -185,6 +110,13 @@ def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespa
                         "picture once, before training, and keep that here")
     parser.add_argument("--cache-draws", type=COUNT, metavar="N", help="with --cache: ways "
                         "to draw a row of a public set (wording, conditions, boxes); else one")
+
+
+def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespace:
+    """methods: what may be trained, the default first; public: names of the public sets."""
+    parser = Parser(description="Train an adapter on a frozen model.",
+                    usage="python train.py --data SOURCE[:weight] ... [options]")
+    add_data(parser, public)
     add_model(parser)
     parser.add_argument("--method", default=methods[0], choices=methods,
                         help="pooled: routed by CLIP's vector alone; lora: no experts; the others: "

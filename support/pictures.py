@@ -83,15 +83,15 @@ def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
 
 
 def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines: int = 1,
-         failed: list[bool] | None = None) -> np.ndarray:
+         gap: int = 0, failed: list[bool] | None = None) -> np.ndarray:
     """Pictures in rows, aligned at the right, on grey, a text below each -> (H, W, 3) uint8.
 
-    across: rows side by side; lines: of a text. failed: whether a row's last but one picture, the
-    result, gets a red frame.
+    across: rows side by side; lines: of a text; gap: pixels beside a picture, twice as many beside
+    a row. failed: whether a row's last but one picture, the result, gets a red frame.
     """
-    cell = max(side for row in rows for picture in row for side in picture.shape[:2])
-    columns = max(map(len, rows))
-    width, height = columns * cell, cell + 14 * lines    # of a row
+    side = max(side for row in rows for picture in row for side in picture.shape[:2])
+    columns, cell = max(map(len, rows)), side + gap
+    width, height = columns * cell + gap, side + 14 * lines                  # of a row
     sheet = Image.new("RGB", (across * width, -(-len(rows) // across) * height), "grey")
     pen = ImageDraw.Draw(sheet)
     for i, (row, text) in enumerate(zip(rows, texts)):
@@ -100,9 +100,9 @@ def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines:
             sheet.paste(Image.fromarray(picture), (left + column * cell, top))
         if failed and failed[i]:
             edge = left + (columns - 2) * cell
-            pen.rectangle([edge, top, edge + cell - 1, top + cell - 1], outline="red", width=3)
+            pen.rectangle([edge, top, edge + side - 1, top + side - 1], outline="red", width=3)
         words = textwrap.wrap(text, width // 5, max_lines=lines, placeholder="")
-        pen.multiline_text((left + 2, top + cell), "\n".join(words), "white", font_size=10,
+        pen.multiline_text((left + 2, top + side), "\n".join(words), "white", font_size=10,
                            spacing=1)
     return np.asarray(sheet)
 

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,12 @@ def check_few(bad: list[str], rows: int) -> None:
     """Raises: ValueError when so many of so many rows are bad that something else is wrong."""
     if len(bad) > MOST_BAD * rows:
         raise ValueError(f"{len(bad)} rows are bad, which is too many to skip; the first: {bad[0]}")
+
+
+def tell_skipped(bad: list[str] | None) -> None:
+    """Say at a command's end what was wrong with the rows that were left out."""
+    if bad:
+        print(f"bad lines of the data, skipped: {len(bad)}", *bad, sep="\n  ", file=sys.stderr)
 
 
 def read_text(file: Path) -> str:

@@ -16,7 +16,7 @@ import sample
 import train
 import vae
 from sample import load_pipeline
-from support import caching, options
+from support import caching, commands
 from support.files import write_part
 from support.public_sets import PUBLIC
 
@@ -40,7 +40,7 @@ def command(monkeypatch, out: Path, source: object, *rest: object) -> dict[str, 
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(source), "--steps", "6", "--lr",
                                       "1e-3", "--batch-size", "2", "--adapter", "lora", "--out",
                                       str(out), *map(str, rest)])
-    options.run(train.main)
+    commands.run(train.main)
     return load_file(out / "adapter.safetensors")
 
 

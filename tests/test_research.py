@@ -12,7 +12,7 @@ import dit
 import mole
 import sample
 import weights
-from support import adapters, options, research
+from support import adapters, commands, research
 from support.files import config_from, read_tensors
 from test_golden import (BUILDS, CASES, build_config, forward, frequencies,  # noqa: F401
                          golden, part)
@@ -133,7 +133,7 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "paper", tmp_path / "a.png"
     file = ROOT / "tiny/adapter.safetensors"
     monkeypatch.setattr(sys, "argv", ["weights.py", str(file), "--to-research", str(folder)])
-    options.run(weights.main)
+    commands.run(weights.main)
     assert "research" in capsys.readouterr().out
     arguments = ("--instruction", "make the circle blue", "--image", PICTURE, "--steps", 2)
     assert command(monkeypatch, capsys, *arguments, "--adapter", folder, "--out", out)[0] == 0
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["weights.py", str(ROOT / "tiny/adapter.safetensors"),
                                       "--to-research", str(tmp_path / "new")])
     with pytest.raises(SystemExit) as stopped:
-        options.run(weights.main)
+        commands.run(weights.main)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and len(err.splitlines()) == 1 and "written" in err
     assert not list(tmp_path.iterdir())
@@ -259,5 +259,5 @@ def test_little_memory_is_one_line(capsys):
     def greedy() -> None:
         raise MemoryError
     with pytest.raises(SystemExit) as stopped:
-        options.run(greedy)
+        commands.run(greedy)
     assert stopped.value.code == 2 and "not enough memory" in capsys.readouterr().err

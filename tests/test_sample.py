@@ -13,7 +13,7 @@ from PIL import Image
 
 import sample
 from sample import condition, generate, load_pipeline, output_size, PREFERRED, prepare, seeded_noise
-from support import devices, export, jobs, layouts, offload, options, report, routing_maps
+from support import commands, devices, export, jobs, layouts, offload, report, routing_maps
 from support.files import files_of, read_json
 from support.fp8 import NarrowLinear
 from support.pictures import to_tensor
@@ -230,7 +230,7 @@ def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     code = 0
     try:
-        options.run(sample.main)
+        commands.run(sample.main)
     except SystemExit as stopped:
         code = stopped.code
     out, err = capsys.readouterr()

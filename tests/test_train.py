@@ -23,7 +23,7 @@ import sample
 import train
 import weights
 from sample import load_pipeline
-from support import dry_run, options, report, resume, routing_maps
+from support import commands, dry_run, report, resume, routing_maps
 from support.pictures import to_tensor
 from tiny import world
 
@@ -235,7 +235,7 @@ def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
     assert flows[0] != flows[1] and flows[0] == pytest.approx(flows[1], rel=0.1)
     monkeypatch.setattr(sys, "argv", [*common, str(tmp_path / "fp8"), "--resume"])
     with pytest.raises(SystemExit):
-        options.run(train.main)
+        commands.run(train.main)
     assert "base_dtype" in capsys.readouterr().err
 
 
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", common)
     try:
         with pytest.raises(SystemExit) as stopped:
-            options.run(train.main)
+            commands.run(train.main)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed = capsys.readouterr().err.splitlines()[-1]
@@ -329,13 +329,14 @@ def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch)
     common = ["--data", "tiny", "--batch-size", "1", "--steps", "4", "--adapter", "lora",
               "--save-every", "1", "--out", str(tmp_path / "run")]
     script = tmp_path / "train.py"
-    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train\nfrom support import options\n"
-                      "train.report = lambda *_: {}\nupdate = train.update\n"
+    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
+                      "from support import commands\n"
+                      "train.previews = lambda *_: {}\nupdate = train.update\n"
                       "def dies(*args):\n"
                       "    if args[3] == 2 and os.environ['RANK'] == '1':\n"
                       "        os.kill(os.getpid(), 9)\n"
                       "    return update(*args)\n"
-                      "train.update = dies\noptions.run(train.main)\n")
+                      "train.update = dies\ncommands.run(train.main)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            str(script), *common], cwd=ROOT, timeout=120, capture_output=True)
     assert done.returncode != 0
@@ -356,8 +357,9 @@ def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
     common = ["--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
               "--adapter", "race"]
     script = tmp_path / "train.py"                       # without its sheet of samples, for speed
-    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\nfrom support import options\n"
-                      "train.previews = lambda *_: {}\noptions.run(train.main)\n")
+    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
+                      "from support import commands\n"
+                      "train.previews = lambda *_: {}\ncommands.run(train.main)\n")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                     str(script), *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
     monkeypatch.setattr(train, "previews", lambda *_: {})
@@ -515,7 +517,7 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--out", str(out),
                                           *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            options.run(train.main)
+            commands.run(train.main)
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and len(printed.splitlines()) == 1
         return printed
@@ -555,7 +557,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
 
     def refused(words: str) -> None:
         with pytest.raises(SystemExit) as stopped:
-            options.run(train.main)
+            commands.run(train.main)
         printed = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and printed.startswith("error") and words in printed
         assert (out / "log.jsonl").read_bytes() == log
@@ -583,7 +585,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *arguments])
     with pytest.raises(SystemExit) as stopped:
-        options.run(train.main)
+        commands.run(train.main)
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and words in printed and len(printed.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ import dit
 import text_encoder
 import vae
 import weights
-from support import options
+from support import commands
 from support.describe import describe
 from support.files import config_from, read_json, read_metadata, read_tensors, replacing, write_part
 
@@ -453,7 +453,7 @@ def test_run_prints_messages_of_many_lines_as_one(capsys: pytest.CaptureFixture)
     def fail() -> None:
         raise ValueError("one\n  two")
     with pytest.raises(SystemExit) as stop:
-        options.run(fail)
+        commands.run(fail)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: one two\n"
 
 
@@ -466,7 +466,7 @@ def test_run_says_why_it_ends(capsys: pytest.CaptureFixture, error: BaseExceptio
     def fail() -> None:
         raise error
     with pytest.raises(SystemExit) as stop:
-        options.run(fail)
+        commands.run(fail)
     err = capsys.readouterr().err
     assert stop.value.code == code and words in err and len(err.strip().splitlines()) == 1
 
@@ -487,7 +487,7 @@ def test_run_leaves_our_own_mistakes_alone() -> None:
     def fail() -> None:
         raise RuntimeError("shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"):
-        options.run(fail)
+        commands.run(fail)
 
 
 def test_folder_without_parts_is_refused(tmp_path: Path) -> None:

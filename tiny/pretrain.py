@@ -28,7 +28,7 @@ from tqdm import trange
 import dit
 import weights
 from dit import DiTConfig, FluxTransformer
-from support import devices, options
+from support import commands, devices
 from support.conditions import pick
 from support.files import config_from, read_json, read_tensors, replacing, write_part, write_tensors
 from support.muon import Muon
@@ -491,4 +491,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    options.run(main)
+    commands.run(main)
