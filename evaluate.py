@@ -7,7 +7,6 @@ the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the
 
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
 """
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from data import Sample, stack
 from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
 from support import commands, options
-from support.files import replacing
+from support.files import replacing, write_json
 from support.pictures import grid, save_picture
 from tiny import world
 from tiny.world import BASE_TASKS, EDITS, NEW_TASKS, Scene
@@ -133,18 +132,16 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
         results[task] = samples, make(pipe, samples, steps, guidance)
         scores.append(measure(task, results[task][1], samples))
         print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
-    for name, text in (("scores.json", json.dumps([vars(score) for score in scores], indent=2)),
-                       ("table.md", table(scores))):
-        with replacing(out / name) as aside:
-            aside.write_text(text + "\n")
+    write_json(out / "scores.json", [vars(score) for score in scores])
+    with replacing(out / "table.md") as aside:
+        aside.write_text(table(scores) + "\n")
     save_picture(contact_sheet(results), out / "sheet.png")
     return scores
 
 
 def main() -> None:
     args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS))
-    pipe = load_pipeline(args.model, options.adapter_path(args), args.device, args.dtype,
-                         **options.parts(args))
+    pipe = load_pipeline(adapter=options.adapter_path(args), **options.model_of(args))
     if pipe.vae.config.sample_size != world.SIZE:
         raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")

@@ -11,7 +11,6 @@ I target, R native reference, Q clean condition tokens; D width of T5, D' of CLI
 Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png
 """
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +55,7 @@ class Pipeline:
     adapter: Adapter | None
     device: torch.device
     dtype: torch.dtype
+    paths: dict[str, Path]                               # of each part
     cache: caching.Cache | None = None                   # of what the encoders gave before
 
 
@@ -94,7 +94,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
                     weights.load("vae", paths["vae"], near, kind),
                     weights.load("text_encoder_2", paths["text_encoder_2"], near, kind, keep),
                     weights.load("text_encoder", paths["text_encoder"], near, kind),
-                    *tokenizers, None, where, kind)
+                    *tokenizers, None, where, kind, paths)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):
         check_device({t.dtype for t in offload.weights_of(part)}, where, model)
     devices.ready(pipe.dit, pipe.vae, where, kind)
@@ -115,11 +115,7 @@ def encode_text(pipe: Pipeline, instructions: list[str]) -> tuple[Tensor, Tensor
             txt = pipe.t5(pipe.t5_tokens(texts).to(where)).to(pipe.device)           # (B, T, D)
         with torch.no_grad(), offload.on_device(pipe.clip, pipe.device):
             return txt, pipe.clip(pipe.clip_tokens(texts).to(pipe.device))           # (B, D')
-    if pipe.cache is None:
-        return compute(instructions)
-    keys = [hashlib.sha256(text.encode()).hexdigest() for text in instructions]
-    txt, pooled = pipe.cache.through(keys, lambda i: compute([instructions[i]]))
-    return txt.to(pipe.device), pooled.to(pipe.device)
+    return caching.cached(pipe.cache, instructions, compute, pipe.device)
 
 
 def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +123,7 @@ def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
     def compute(pictures: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), offload.on_device(pipe.vae, pipe.device):
             return pipe.vae.moments(pictures.to(pipe.device, pipe.dtype))
-    if pipe.cache is None:
-        return compute(pictures)
-    keys = [hashlib.sha256(str(p.shape).encode() + p.numpy().tobytes()).hexdigest()
-            for p in pictures]
-    mean, logvar = pipe.cache.through(keys, lambda i: compute(pictures[i:i + 1]))
-    return mean.to(pipe.device), logvar.to(pipe.device)
+    return caching.cached(pipe.cache, pictures, compute, pipe.device)
 
 
 def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
@@ -286,8 +277,7 @@ def main() -> None:
     todo = jobs.plan(args)
     if not (args.export_lora or args.routing or any(job.outs for job in todo)):
         return
-    pipe = load_pipeline(args.model, options.adapter_path(args), args.device, args.dtype,
-                         **options.parts(args))
+    pipe = load_pipeline(adapter=options.adapter_path(args), **options.model_of(args))
     if args.compile:
         devices.compile_blocks(pipe.dit)
     if args.export_lora:

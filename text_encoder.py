@@ -73,8 +73,9 @@ class CLIPTokenizer(Tokenizer):
                            for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
-        model = read_tokenizer(folder / "merges.txt", lambda text: clip_bpe(
-            vocab, read_merges(text), start, end))
+        model = read_tokenizer(folder / "merges.txt", lambda _: clip_bpe(
+            *models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt")),
+            start, end))
         normalized = {entry["content"]: entry.get("normalized", False)
                       for entry in settings.get("added_tokens_decoder", {}).values()}
         model.add_special_tokens([
@@ -100,13 +101,6 @@ def read_tokenizer(file: Path,
         return build(file.read_text(encoding="utf-8"))
     except Exception as error:                           # the library raises no narrower type
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
-
-
-def read_merges(text: str) -> list[tuple[str, str]]:
-    """The pairs of a merges.txt, two pieces a line."""
-    return [(left, right) for left, right in (
-        line.split() for line in text.split("\n")
-        if line.strip() and not line.startswith("#version"))]
 
 
 def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str,

@@ -19,9 +19,7 @@ import argparse
 import math
 import os
 import time
-from collections import deque
 from operator import call
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +37,6 @@ from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture
                     generate, load_pipeline, seeded_noise, velocity)
 from support import (caching, commands, devices, distributed, layouts, options, record, report,
                      resume, routing_maps)
-from support.files import config_from, read_json
 from support.fp8 import check_device, to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
@@ -47,7 +44,6 @@ from support.public_sets import PUBLIC
 from support.recompute import recomputing
 from support.tables import tell_skipped
 from tiny.world import TinyWorld
-from vae import VAEConfig
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
@@ -172,11 +168,10 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
     watching = rank == 0 or args.shard                   # blocks in parts need all processes
     plots = rank == 0 and report.can_draw()
     shown = samples_to_show(sources, args.seed) if watching else []
-    seen: dict[str, deque[str]] = {}                     # some instructions of each task
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method,
                mininterval=2, disable=rank > 0)
-    with record.log(args.out, start, rank) as log, resume.stop_signals() as asked:
+    with record.Log(args.out, start, rank) as log, resume.stop_signals() as asked:
         for step in bar:
             began, first = time.time(), number
             number += args.accumulate * workers          # of the next step's first micro-batch
@@ -187,18 +182,15 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
             losses, stop = distributed.average(adapter.tensors().values(), losses,
                                                args.accumulate, len(asked) > 0)
             norm = update(args, adapter, optimizers, step, losses["loss"])
-            drawn = [s for _, samples in micro_batches for s in samples]
-            for s in drawn:
-                seen.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
-            record.log_step(log, step, losses, norm, {s.task for s in drawn}, time.time() - began)
+            samples = [s for _, batch in micro_batches for s in batch]
+            log.write(step, losses, norm, samples, time.time() - began)
             bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             last = step + 1 == args.steps
             due = last or (step + 1) % args.save_every == 0
             if rank == 0 and (due or stop):
-                log.flush()
                 resume.save_checkpoint(args.out, adapter, optimizers, step + 1, number, settings)
             if due and watching:
-                pictures = previews(pipe, shown, seen, args.out if plots else None, step + 1)
+                pictures = previews(pipe, shown, log if plots else None, step + 1)
                 for name, picture in pictures.items() if rank == 0 else ():
                     save_picture(picture, args.out / f"{name}.png")
             if stop and not last:
@@ -227,20 +219,17 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
     return grid(rows, [s.instruction for s in samples])
 
 
-def previews(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]],
-             out: Path | None, step: int) -> dict[str, np.ndarray]:
-    """Pictures of how training goes, by name; plots too if there is a folder with the run's log.
-
-    seen: some instructions of each task.
-    """
+def previews(pipe: Pipeline, samples: list[Sample], log: record.Log | None,
+             step: int) -> dict[str, np.ndarray]:
+    """Pictures of how training goes, by name; plots too if there is a log to draw."""
     pipe.adapter.eval()
     pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
     similarity = routing_maps.expert_similarity(
         pipe.adapter, lambda: flow_loss(pipe, samples[:1], 0))
-    if out:
+    if log:
         use = {task: routing_maps.expert_use(pipe.adapter, *encode_text(pipe, list(texts)))
-               for task, texts in sorted(seen.items())}
-        pictures |= report.draw_run(record.read_log(out), use, similarity)
+               for task, texts in sorted(log.instructions.items())}
+        pictures |= report.draw_run(log.steps(), use, similarity)
     pipe.adapter.train()
     return pictures
 
@@ -250,8 +239,7 @@ def previews(pipe: Pipeline, samples: list[Sample], seen: dict[str, deque[str]],
 def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Sources) -> None:
     """Say what memory a step will need, by tensors that have shapes and types and hold nothing."""
     from support import dry_run                          # imports much that training does not use
-    pipe = load_pipeline(args.model, None, args.device, args.dtype, weightless=True,
-                         **options.parts(args))
+    pipe = load_pipeline(weightless=True, **options.model_of(args))
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
     largest = dry_run.largest(data.batches(sources, 1, args.seed))
@@ -278,9 +266,7 @@ def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Ten
 
 def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     """What --data names; bad: takes what is wrong with rows. Raises: ValueError and others."""
-    file = (args.vae or args.model / "vae") / "config.json"
-    c = config_from(VAEConfig, read_json(file), file) if file.is_file() else VAEConfig
-    size = (c.sample_size, c.sample_size) if c.sample_size < 512 else None   # the tiny model's
+    size = layouts.only_size(args.vae or args.model / "vae")
     sources = [data.open_source(text, {"tiny": TinyWorld}, PUBLIC, size, args.data_root, bad,
                                 args.cache_draws) for text in args.data]
     for text, (source, _) in zip(args.data, sources):
@@ -319,9 +305,8 @@ def main() -> None:
     rank, workers = distributed.join(args)
     if args.base_dtype == "fp8":
         check_device([torch.float8_e4m3fn], devices.choose_device(args.device), "--base-dtype fp8")
-    pipe = load_pipeline(args.model, None, args.device, args.dtype,
-                         encoders_stay=args.cache is not None, **options.parts(args))
-    model = record.identity(layouts.model_paths(args.model, **options.parts(args)), pipe.dtype)
+    pipe = load_pipeline(encoders_stay=args.cache is not None, **options.model_of(args))
+    model = record.identity(pipe.paths, pipe.dtype)
     if args.cache:
         fill_cache(args, pipe, sources, model, rank, workers)
     if args.base_dtype == "fp8":
@@ -341,9 +326,8 @@ def main() -> None:
     finally:
         tell_skipped(bad)
     if rank == 0:
-        print(f"{args.out / 'adapter.safetensors'}: "
-              f"{sum(p.numel() for p in pipe.adapter.tensors().values()):,} parameters, "
-              f"{args.steps} steps")
+        count = sum(p.numel() for p in pipe.adapter.tensors().values())
+        print(f"{args.out / 'adapter.safetensors'}: {count:,} parameters, {args.steps} steps")
     distributed.leave()
 
 

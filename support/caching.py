@@ -1,8 +1,8 @@
 """What the encoders gave before, kept in a folder: train.py --cache.
 
-sample.encode_text() and encode_picture() ask the cache first; train.py fills it before its steps.
+sample.encode_text() and encode_picture() ask cached(); train.py fills the cache before its steps.
 """
-import json
+import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import offload
-from support.files import read_json, read_tensors, replacing, write_tensors
+from support.files import read_json, read_tensors, replacing, write_json, write_tensors
 
 SHARD = 256 * 2 ** 20                                    # bytes
 
@@ -33,8 +33,7 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         note = folder / "about.json"
         if not note.is_file():
-            with replacing(note) as aside:
-                aside.write_text(json.dumps(about, indent=2) + "\n")
+            write_json(note, about)
         before = read_json(note)
         for name in sorted(about.keys() | before.keys()):
             if about.get(name) != before.get(name):
@@ -72,6 +71,22 @@ class Cache:
                 write_tensors(self.new, aside)
             self.new = {}
             self.found |= read_tensors([file])
+
+
+def key_of(item: str | Tensor) -> str:
+    """What tells a text, or a picture (3, H, W) on the CPU, from all others."""
+    content = item.encode() if isinstance(item, str) else (
+        str(item.shape).encode() + item.numpy().tobytes())
+    return hashlib.sha256(content).hexdigest()
+
+
+def cached(cache: Cache | None, items: list[str] | Tensor, compute: Callable,
+           device: torch.device) -> tuple[Tensor, ...]:
+    """compute(items), several tensors with a row for each item, from the cache if there is one."""
+    if cache is None:
+        return compute(items)
+    found = cache.through([key_of(item) for item in items], lambda i: compute(items[i:i + 1]))
+    return tuple(t.to(device) for t in found)
 
 
 def open_cache(folder: Path, about: dict, rank: int, workers: int) -> Cache:

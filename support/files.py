@@ -188,10 +188,17 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     file.chmod(0o644)
 
 
+def write_json(file: Path, value: object) -> None:
+    """A JSON file, whole or not at all; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_part(tensors: dict[str, Tensor], config: dict, folder: Path, name: str,
                  dtype: torch.dtype) -> None:
     """Write one component, config.json and tensors, the way load_part reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
     write_tensors(stored, folder / name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)

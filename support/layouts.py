@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.files import files_of, read_tensors
+from support.files import config_from, files_of, read_json, read_tensors
+from vae import VAEConfig
 
 # What stands left in a name becomes what stands right, in this order, until the name is the
 # folder's. {a|b}: the rows of one fused tensor, in equal parts; "proj_mlp" takes four of them.
@@ -107,6 +108,13 @@ def parts_in(path: Path) -> dict[str, Path]:
         return {part: path / part for part in OPTIONS if (path / part).is_dir()}
     tensors = read_tensors(files_of(path))
     return {part: path for part, sign in SIGNS.items() if sign in to_folder(part, tensors)}
+
+
+def only_size(vae: Path) -> tuple[int, int] | None:
+    """The (W, H) of all pictures where the autoencoder's config.json is that of a small model."""
+    file = vae / "config.json"
+    side = config_from(VAEConfig, read_json(file), file).sample_size if file.is_file() else 1024
+    return (side, side) if side < 512 else None
 
 
 def model_paths(model: Path, tokenizers: Path | None = None,

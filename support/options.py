@@ -32,10 +32,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
                         help="of the model; an adapter is fp32")
 
 
-def parts(args: argparse.Namespace) -> dict[str, Path | None]:
-    """Where a command's options say that parts of the model are."""
-    return {name: getattr(args, name) for name in ("vae", "text_encoder", "text_encoder_2",
-                                                   "tokenizers")}
+def model_of(args: argparse.Namespace) -> dict[str, Path | str | None]:
+    """What add_model() asked for, as sample.load_pipeline() takes it."""
+    return {name: getattr(args, name) for name in ("model", "vae", "text_encoder", "text_encoder_2",
+                                                   "tokenizers", "device", "dtype")}
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:

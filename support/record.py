@@ -7,17 +7,15 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 
 from mole import AdapterConfig
-from support.files import replacing
+from support.files import replacing, write_json
 
 
 def identity(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, str]:
@@ -73,33 +71,40 @@ def write_run(args: argparse.Namespace, settings: dict) -> None:
                                       for name in ("config", "fingerprints")},
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "numpy": np.__version__}}
-    with replacing(args.out / "run.json") as aside:
-        aside.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(args.out / "run.json", record)
 
 
-@contextmanager
-def log(out: Path, done: int, rank: int) -> Iterator[TextIO]:
-    """log.jsonl, to go on after its first `done` steps: what came after them is done anew.
+class Log:
+    """log.jsonl, a line for each step, within a `with`; only the first process writes.
 
-    Only the first process writes.
+    done: steps that a resumed run has behind it; what the file says beyond them is done anew.
     """
-    file = out / "log.jsonl"
-    if rank == 0:
-        before = file.read_text().splitlines(True) if file.is_file() else []
-        with replacing(file) as aside:
-            aside.write_text("".join(before[:done]))
-    with (file if rank == 0 else Path(os.devnull)).open("a") as opened:
-        yield opened
 
+    def __init__(self, out: Path, done: int, rank: int):
+        self.path = out / "log.jsonl"
+        self.instructions: dict[str, deque[str]] = {}    # the last ones of each task
+        if rank == 0:
+            before = self.path.read_text().splitlines(True) if self.path.is_file() else []
+            with replacing(self.path) as aside:
+                aside.write_text("".join(before[:done]))
+        self.file = (self.path if rank == 0 else Path(os.devnull)).open("a", buffering=1)
 
-def log_step(log: TextIO, step: int, losses: dict[str, float], norm: float, tasks: set[str],
-             seconds: float) -> None:
-    """One line of log.jsonl. norm: of the gradients, before they are clipped."""
-    log.write(json.dumps({
-        "step": step, **{name: round(value, 6) for name, value in losses.items()},
-        "norm": round(norm, 4), "tasks": sorted(tasks), "seconds": round(seconds, 3)}) + "\n")
+    def __enter__(self) -> "Log":
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
-def read_log(out: Path) -> list[dict]:
-    """The steps of log.jsonl."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    def write(self, step: int, losses: dict[str, float], norm: float, samples: list,
+              seconds: float) -> None:
+        """What a step drew and gave. norm: of the gradients, before they are clipped."""
+        for s in samples:
+            self.instructions.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
+        self.file.write(json.dumps({
+            "step": step, **{name: round(value, 6) for name, value in losses.items()},
+            "norm": round(norm, 4), "tasks": sorted({s.task for s in samples}),
+            "seconds": round(seconds, 3)}) + "\n")
+
+    def steps(self) -> list[dict]:
+        """All steps that were written."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mole import AdapterConfig
 from support.files import (config_from, of_kind, read_json, read_tensors, replacing, unpickled,
-                           write_tensors)
+                           write_json, write_tensors)
 
 RESEARCH = {"num_experts": "experts", "num_experts_per_tok": "top_k", "rank": "rank",
             "alpha": "alpha", "type_aux_loss_alpha": "balance_weight",
@@ -141,10 +141,9 @@ def write(c: dict, tensors: dict[str, Tensor], where: Path, folder: Path) -> Non
                         for e, part in enumerate(t.chunk(c["experts"], dim))}
         else:
             experts[name.replace("router.weight", "gate.weight")] = t
-    config = json.dumps(to_research(c, where), indent=2)
+    config = to_research(c, where)
     with replacing(folder) as aside:
-        aside.mkdir(parents=True)
-        (aside / "train_config.json").write_text(config + "\n")
+        write_json(aside / "train_config.json", config)
         write_tensors(lora, aside / "pytorch_lora_weights.safetensors")
         if experts:
             torch.save(experts, aside / "mole_experts.pt")

@@ -28,9 +28,11 @@ from tqdm import trange
 import dit
 import weights
 from dit import DiTConfig, FluxTransformer
+from sample import as_tokens, velocity
 from support import commands, devices
 from support.conditions import pick
-from support.files import config_from, read_json, read_tensors, replacing, write_part, write_tensors
+from support.files import (config_from, read_json, read_tensors, replacing, write_json, write_part,
+                           write_tensors)
 from support.muon import Muon
 from support.pictures import to_tensor
 from text_encoder import (CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer,
@@ -81,11 +83,6 @@ SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_l
              "stochastic_sampling": False, "time_shift_type": "exponential",
              "use_beta_sigmas": False, "use_dynamic_shifting": True,
              "use_exponential_sigmas": False, "use_karras_sigmas": False}
-
-
-def write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -372,14 +369,11 @@ def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.G
     t = torch.sigmoid(2 + 1.5 * torch.randn(len(x0), generator=generator))   # (B,)
     guidance = 1 + 3 * torch.rand(len(x0), generator=generator)
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
-    img, ids = xt, [dit.position_ids(8, 8)]
-    if "ref" in batch:
-        img, ids = (torch.cat([xt, dit.pack(batch["ref"].float())], dim=1),
-                    ids + dit.reference_ids([(8, 8)]))
     txt, pooled = model["t5"](batch["t5"].long()), model["clip"](batch["clip"].long())
-    half = model["dit"].proj_out.weight.dtype
-    v = model["dit"](img.to(half), txt.to(half), pooled.to(half), t, guidance, torch.cat(ids))
-    return F.mse_loss(v[:, :x0.shape[1]].float(), noise - x0)
+    half, refs = model["dit"].proj_out.weight.dtype, [batch["ref"]] if "ref" in batch else []
+    given = as_tokens(txt.to(half), pooled.to(half), refs, 1)
+    v = velocity(model["dit"], xt.to(half), t, guidance, given, 8, 8)        # (B, I, P)
+    return F.mse_loss(v.float(), noise - x0)
 
 
 def make_optimizers(model: nn.ModuleDict, master: list[Tensor], lr_hidden: float,
