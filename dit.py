@@ -101,7 +101,7 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 
 def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
     """Embed value * 1000, (B,) -> (B, channels) fp32: cosines, then sines."""
-    # Reference: frequencies are taken in fp32; in fp64 outputs of the released model move by 5e-5.
+    # Quirk: frequencies are taken in fp32; in fp64 outputs of the released model move by 5e-5.
     half = torch.arange(channels // 2, dtype=torch.float32, device=value.device)
     frequency = torch.exp(-math.log(10000) * half / (channels // 2))
     # Deviation: fp32 throughout. The released code multiplies in bf16: guidance 2.5 becomes 2.496.
@@ -282,7 +282,7 @@ class FinalModulation(nn.Module):
         self.linear = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        # Reference: scale comes before shift here, the other way round than in every block.
+        # Quirk: scale comes before shift here, the other way round than in every block.
         scale, shift = self.linear(F.silu(vec))[:, None].chunk(2, dim=-1)
         return modulate(x, ModulationOut(shift, scale, scale))
 

@@ -284,8 +284,7 @@ def main() -> None:
         export.write_instruction(pipe.adapter, *encode_text(pipe, [args.instruction]),
                                  args.export_lora)
     if args.routing:
-        routing_maps.show(pipe.adapter, lambda texts: encode_text(pipe, texts),
-                          jobs.by_task(todo), args.routing)
+        routing_maps.show(pipe.adapter, lambda texts: encode_text(pipe, texts), todo, args.routing)
     for job in todo:
         if job.outs:
             make(pipe, job, args)

@@ -148,7 +148,7 @@ def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
 
 
 class T5Attention(nn.Module):
-    # Reference: scores are not divided by sqrt(d); T5 folds that into its initialisation.
+    # Quirk: scores are not divided by sqrt(d); T5 folds that into its initialisation.
     def __init__(self, c: T5Config, has_bias: bool):
         super().__init__()
         inner = c.num_heads * c.d_kv
@@ -216,7 +216,7 @@ class T5Encoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, D). Without a mask: padding attends and is attended to."""
-        # Reference: FLUX was trained so; masking the padding changes every picture.
+        # Quirk: FLUX was trained so; masking the padding changes every picture.
         c, steps = self.config, torch.arange(ids.shape[1], device=ids.device)
         buckets = bucket(steps[None] - steps[:, None], c.relative_attention_num_buckets,
                          c.relative_attention_max_distance)
@@ -293,7 +293,7 @@ class CLIPEncoder(nn.Module):
         for layer in self.text_model["encoder"]["layers"]:
             x = layer(x)                                 # (B, T, D)
         x = self.text_model["final_layer_norm"](x)       # (B, T, D)
-        # Reference: the public file's eos_token_id is 2, a slip: the largest id marks the end.
+        # Quirk: the public file's eos_token_id is 2, a slip: the largest id marks the end.
         end = self.config.eos_token_id
         at = ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)     # (B,)
         return x[torch.arange(len(x), device=x.device), at]                  # (B, D)

@@ -171,7 +171,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method,
                mininterval=2, disable=rank > 0)
-    with record.Log(args.out, start, rank) as log, resume.stop_signals() as asked:
+    log = record.Log(args.out, start, rank)
+    with resume.stop_signals() as asked:
         for step in bar:
             began, first = time.time(), number
             number += args.accumulate * workers          # of the next step's first micro-batch
@@ -200,10 +201,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
 
 def samples_to_show(sources: Sources, seed: int) -> list[Sample]:
     """Eight samples of the sources in turn, each target once, for pictures of how it goes."""
-    drawn = []
-    for i, (source, _) in enumerate((sources * 8)[:8]):
-        rng = np.random.default_rng([seed, 2 ** 32 + i])
-        drawn += source.draw(rng, 1, rng)
+    rngs = (np.random.default_rng([seed, 2 ** 32 + i]) for i in range(8))
+    drawn = [source.draw(rng, 1, rng)[0] for rng, (source, _) in zip(rngs, sources * 8)]
     return list({s.target.tobytes(): s for s in drawn}.values())
 
 

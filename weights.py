@@ -200,7 +200,7 @@ def load_adapter(model: FluxTransformer, path: Path) -> Adapter:
         adapter = build_adapter(model, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    adapters.fill(adapter, tensors, path)
+    adapters.assign(adapter, tensors, path)
     return adapter.insert(model).requires_grad_(False).eval()
 
 

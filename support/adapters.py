@@ -1,6 +1,6 @@
 """An adapter's file: ours, another tool's LoRA, a run's folder or the paper's.
 
-weights.load_adapter() reads one; support/resume.py writes ours, and fills one from a checkpoint.
+weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
 from dataclasses import asdict
@@ -34,7 +34,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def fill(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
+def assign(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
     """Take saved tensors. Raises: ValueError unless names and shapes are exactly the adapter's."""
     own = adapter.tensors()
     check_tensors({name: p.shape for name, p in own.items()},

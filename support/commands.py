@@ -35,15 +35,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(re.sub("^argument ([^:]+): ", r"\1 ", message))
 
 
-def checked(kind: type, fits: Callable[[float], bool], told: str) -> Callable[[str], float]:
-    """An option's type: a number that fits, else an error that says `told`."""
-    def number(text: str) -> float:
+def checked(kind: type, fits: Callable[[object], bool], told: str) -> Callable[[str], object]:
+    """An option's type: a value of that kind that fits, else an error that says `told`."""
+    def value_of(text: str) -> object:
         value = kind(text)
         if not fits(value):
             raise argparse.ArgumentTypeError(f"{text}: {told}")
         return value
-    number.__name__ = kind.__name__                      # for argparse's own words
-    return number
+    value_of.__name__ = kind.__name__                    # for argparse's own words
+    return value_of
 
 
 STEPS = checked(int, lambda n: 1 <= n <= 10_000, "must be from 1 to 10,000")
@@ -51,6 +51,8 @@ GUIDANCE = checked(float, lambda g: 0 <= g <= 100, "must be from 0 to 100; 2.5 i
 COUNT = checked(int, lambda n: n > 0, "must be positive")
 POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
 NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
+FOLDER = checked(Path, Path.is_dir, "no such folder")
+NEW_FOLDER = checked(Path, lambda p: p.is_dir() or not p.exists(), "is a file, not a folder")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -63,17 +65,3 @@ def size(text: str) -> tuple[int, int]:
             f"{text}: write it as WIDTHxHEIGHT, multiples of 16 up to 8192, for example "
             f"{near[0]}x{near[1]}")
     return width, height
-
-
-def new_folder(text: str) -> Path:
-    """An option's type: a folder that may not be there yet."""
-    if Path(text).exists() and not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: is a file, not a folder")
-    return Path(text)
-
-
-def folder(text: str) -> Path:
-    """An option's type: a folder that is there."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
-    return Path(text)

@@ -57,14 +57,6 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
     return jobs
 
 
-def by_task(jobs: list[Job]) -> dict[str, list[str]]:
-    """The jobs' instructions, by task."""
-    found: dict[str, list[str]] = {}
-    for job in jobs:
-        found.setdefault(job.task, []).append(job.instruction)
-    return found
-
-
 def check_folder(option: str, file: Path) -> None:
     """Raises: ValueError when no file can be made there."""
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):

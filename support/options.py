@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from support import devices, layouts, resume
-from support.commands import (COUNT, GUIDANCE, NOT_NEGATIVE, POSITIVE, STEPS, Parser, checked,
-                              folder, new_folder, size)
+from support.commands import (COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, STEPS,
+                              Parser, checked, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
 
@@ -102,7 +102,7 @@ def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
                         help="tiny, a folder (metadata.jsonl or .csv, or pictures with .txt), a "
                         f".jsonl or .csv file, or a public set: {'=PATH, '.join(public)}=PATH; "
                         "one drawn per batch")
-    parser.add_argument("--data-root", type=folder, metavar="FOLDER", help="that no path in the "
+    parser.add_argument("--data-root", type=FOLDER, metavar="FOLDER", help="that no path in the "
                         "data may leave; by default the folder of the file that names it")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave bad lines out, one in ten at most; list them at the end")
@@ -153,7 +153,7 @@ def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespa
                         default=0)
     parser.add_argument("--save-every", type=COUNT, default=500, metavar="STEPS",
                         help="between checkpoints, and pictures of how it goes; %(default)s")
-    parser.add_argument("--out", type=new_folder, help="by default runs/METHOD")
+    parser.add_argument("--out", type=NEW_FOLDER, help="by default runs/METHOD")
     parser.add_argument("--resume", action="store_true",
                         help="go on from the last checkpoint in --out, if there is one")
     older = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
@@ -191,7 +191,7 @@ def evaluate_options(tasks: list[str]) -> argparse.Namespace:
     parser.add_argument("--number", type=COUNT, default=256, help="samples per task")
     parser.add_argument("--steps", type=STEPS, default=12)
     parser.add_argument("--guidance", type=GUIDANCE, default=2.5)
-    parser.add_argument("--out", type=new_folder, default=Path("runs/evaluate"))
+    parser.add_argument("--out", type=NEW_FOLDER, default=Path("runs/evaluate"))
     return parser.parse_args()
 
 

@@ -49,13 +49,13 @@ class Public:
         self.bad, self.all_bad = None if bad is None else [], bad
         self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
         self.sizes: list[int] = []                       # rows in it
-        self.open(Path(path))
+        self.find_groups(Path(path))
         if not self.groups:
             raise ValueError(f"{path}: holds no rows")
         self.chances = np.array(self.sizes) / sum(self.sizes)
         self.kept, self.lock = lru_cache(maxsize=2)(self.read), Lock()
 
-    def open(self, path: Path) -> None:
+    def find_groups(self, path: Path) -> None:
         """Find the row groups."""
         try:
             from pyarrow import parquet
@@ -102,17 +102,17 @@ class Public:
     def draw_from(self, number: int, rng: np.random.Generator, wanted: int,
                   conditions: int) -> list:
         samples: list = []
-        rows, look = self.rows(number), None             # look: (W, H) of the first one's target
+        rows, size = self.rows(number), None             # (W, H) of the first one's target
         for i in rng.permutation(len(rows)):
-            with self.noting():
+            with self.skipping():
                 row, where = rows[i], self.where(number, i)
-                if samples and self.look(row, where) != look:
+                if samples and self.size_of(row, where) != size:
                     continue                             # spares decoding what will not fit
                 own = rng if self.draws is None else np.random.default_rng(
                     [number, i, conditions, int(rng.integers(self.draws))])
                 sample = self.sample(row, own, conditions, where)
                 if sample and shapes_of(sample) == shapes_of(samples[0] if samples else sample):
-                    look = look if samples else self.look(row, where)
+                    size = size if samples else self.size_of(row, where)
                     samples.append(sample)
             if len(samples) == wanted:
                 break
@@ -121,7 +121,7 @@ class Public:
     def rows(self, number: int) -> list[dict]:
         """The rows of a row group; none if it is a bad one."""
         rows: list[dict] = []
-        with self.noting(), self.lock:                   # one thread reads for all
+        with self.skipping(), self.lock:                 # one thread reads for all
             rows = self.kept(number)
         return rows
 
@@ -130,7 +130,7 @@ class Public:
         file, _, before = self.groups[number]
         return f"{file} row {before + i}"
 
-    def look(self, row: dict, where: str) -> tuple[int, int]:
+    def size_of(self, row: dict, where: str) -> tuple[int, int]:
         """The size that the target says it has."""
         if self.size:
             return self.size
@@ -138,7 +138,7 @@ class Public:
             return fitted(image.size)
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
+    def skipping(self) -> Iterator[None]:
         """Note what is wrong with a row, if bad ones are skipped. Raises: ValueError."""
         known = len(self.bad or [])
         with skipping(self.bad):
@@ -153,7 +153,7 @@ class Public:
             rows = self.rows(number)
             for i in range((first - before) % stride, len(rows), stride):
                 for conditions, draw in product(self.conditions, range(self.draws or 1)):
-                    with self.noting():
+                    with self.skipping():
                         own = np.random.default_rng([number, i, conditions, draw])
                         if sample := self.sample(rows[i], own, conditions, self.where(number, i)):
                             yield sample
@@ -167,7 +167,7 @@ class Public:
         raise NotImplementedError
 
     def content(self, row: dict, column: str, where: str) -> tuple[Path | io.BytesIO, str]:
-        """What `opened` takes: a cell's bytes, or, in a plain folder, its file."""
+        """What open_picture() takes: a cell's bytes, or, in a plain folder, its file."""
         cell = row[column]
         if isinstance(cell, Path):
             return cell, ""

@@ -138,7 +138,7 @@ class COCOFolder(COCO):
     caption is drawn, and all skeletons. Where depth/ has its stem, that is the picture's depth map.
     """
 
-    def open(self, path: Path) -> None:
+    def find_groups(self, path: Path) -> None:
         folder, notes = path / "train2017", path / "annotations"
         depth = {picture.stem: picture for picture in pictures_in(path / "depth")}
         rows: dict[int, dict] = {}
@@ -165,9 +165,9 @@ class COCOFolder(COCO):
         entries = whole.get(part) if isinstance(whole, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{file}: holds no list {part!r}, as COCO's files do")
-        self.sizes = [len(entries)]                      # what noting() counts the bad ones by
+        self.sizes = [len(entries)]                      # what skipping() counts bad ones by
         for i, entry in enumerate(entries):
-            with self.noting():
+            with self.skipping():
                 where = f"{file} {part} {i}"
                 if not isinstance(entry, dict) or type(entry.get(id_)) is not int:
                     raise ValueError(f"{where}: {id_!r} must be a whole number")

@@ -5,7 +5,6 @@ train.py writes run.json and log.jsonl here, and asks what identifies its model 
 import argparse
 import hashlib
 import json
-import os
 import platform
 from collections import deque
 from dataclasses import asdict
@@ -75,36 +74,31 @@ def write_run(args: argparse.Namespace, settings: dict) -> None:
 
 
 class Log:
-    """log.jsonl, a line for each step, within a `with`; only the first process writes.
+    """log.jsonl, a line for each step; only the first process writes.
 
     done: steps that a resumed run has behind it; what the file says beyond them is done anew.
     """
 
     def __init__(self, out: Path, done: int, rank: int):
-        self.path = out / "log.jsonl"
+        self.file, self.rank = out / "log.jsonl", rank
         self.instructions: dict[str, deque[str]] = {}    # the last ones of each task
         if rank == 0:
-            before = self.path.read_text().splitlines(True) if self.path.is_file() else []
-            with replacing(self.path) as aside:
+            before = self.file.read_text().splitlines(True) if self.file.is_file() else []
+            with replacing(self.file) as aside:
                 aside.write_text("".join(before[:done]))
-        self.file = (self.path if rank == 0 else Path(os.devnull)).open("a", buffering=1)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
 
     def write(self, step: int, losses: dict[str, float], norm: float, samples: list,
               seconds: float) -> None:
         """What a step drew and gave. norm: of the gradients, before they are clipped."""
         for s in samples:
             self.instructions.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
-        self.file.write(json.dumps({
-            "step": step, **{name: round(value, 6) for name, value in losses.items()},
-            "norm": round(norm, 4), "tasks": sorted({s.task for s in samples}),
-            "seconds": round(seconds, 3)}) + "\n")
+        line = json.dumps({"step": step, **{name: round(v, 6) for name, v in losses.items()},
+                           "norm": round(norm, 4), "tasks": sorted({s.task for s in samples}),
+                           "seconds": round(seconds, 3)})
+        if self.rank == 0:
+            with self.file.open("a") as log:
+                log.write(line + "\n")
 
     def steps(self) -> list[dict]:
         """All steps that were written."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [json.loads(line) for line in self.file.read_text().splitlines()]

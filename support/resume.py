@@ -84,7 +84,7 @@ def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
         if name not in ("micro_batches", "fingerprints"):
             raise ValueError(f"--resume: {told}")
         print(f"note: {told}", file=sys.stderr)
-    adapters.fill(adapter, state["adapter"], out)
+    adapters.assign(adapter, state["adapter"], out)
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
     return state["step"], state["number"]

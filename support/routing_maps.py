@@ -48,18 +48,17 @@ def expert_use(adapter: Adapter, txt: Tensor, pooled: Tensor) -> dict[str, Tenso
 
 
 def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Tensor]],
-         by_task: dict[str, list[str]], file: Path) -> None:
-    """Draw which experts each layer chose for a task's instructions.
+         jobs: list, file: Path) -> None:
+    """Draw which experts each layer chose for the jobs' instructions, a panel for each task.
 
     encode: instructions -> T5 tokens, pooled. Raises: ValueError when none routes a layer.
     """
-    use = {task: expert_use(adapter, *encode(texts))
-           for task, texts in by_task.items()} if routed(adapter) else {}
-    if not use:
+    if not routed(adapter):
         raise ValueError(f"--routing {file}: no layer here is routed by the instruction")
+    use = {task: expert_use(adapter, *encode([j.instruction for j in jobs if j.task == task]))
+           for task in dict.fromkeys(j.task for j in jobs)}
     save_picture(report.draw_routing(use), file)
-    number = sum(map(len, by_task.values()))
-    print(f"{file}: the experts that {number} instruction{'s'[:number - 1]} chose")
+    print(f"{file}: the experts that {len(jobs)} instruction{'s'[:len(jobs) - 1]} chose")
 
 
 def cosines(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
