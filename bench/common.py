@@ -12,8 +12,12 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; they run one after the other in every round, the first is a trial."""
+def timings(contestants: dict[str, Callable[[], object]], rounds: int,
+            after: Callable[[], object] = lambda: None) -> dict[str, list[float]]:
+    """Seconds of each, least first; they run one after the other in every round.
+
+    The first round is a trial. after(): what follows each run, and is not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     device = torch.get_default_device()
     torch.set_default_device(None)                       # its machinery would break compiled graphs
@@ -24,8 +28,19 @@ def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[
             run()
             finish()
             times[name].append(time.perf_counter() - began)
+            after()
     torch.set_default_device(device)
-    return {name: sorted(found[1:])[len(found[1:]) // 2] for name, found in times.items()}
+    return {name: sorted(found[1:]) for name, found in times.items()}
+
+
+def median(seconds: list[float]) -> float:
+    """Of times in order, as timings() gives them."""
+    return seconds[len(seconds) // 2]
+
+
+def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns."""
+    return {name: median(found) for name, found in timings(contestants, rounds).items()}
 
 
 def memory(process: object = "self") -> int:

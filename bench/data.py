@@ -20,9 +20,9 @@ from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data                                              # noqa: E402
-from support.public_sets import PUBLIC                          # noqa: E402
-from support.conditions import canny                     # noqa: E402
 from common import in_turns, memory                      # noqa: E402
+from support.conditions import canny                     # noqa: E402
+from support.public_sets import PUBLIC                   # noqa: E402
 
 
 def jpeg(rng: np.random.Generator, size: tuple[int, int] = (512, 512)) -> bytes:

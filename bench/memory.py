@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
 import train                                             # noqa: E402
-from support import commands                              # noqa: E402
-from support.files import config_from, files_of, write_part # noqa: E402
 from common import memory                                # noqa: E402
+from support import commands                             # noqa: E402
+from support.files import config_from, files_of, write_part      # noqa: E402
 
 ADAPTER = {"lora_rank": 16, "lora_alpha": 16, "rank": 8, "alpha": 8}
-RUNS = ([], ["--batch-size", "2"], ["--checkpoint"], ["--accumulate", "2"],
-        ["--base-dtype", "fp8", "--checkpoint"], ["--paper"], ["--paper", "--optimizer", "muon"])
+RUNS = ([], ["--batch-size", "2"], ["--recompute"], ["--accumulate", "2"],
+        ["--base-dtype", "fp8", "--recompute"], ["--paper"], ["--paper", "--optimizer", "muon"])
 
 
 def write(folder: Path) -> None:
@@ -47,7 +47,7 @@ def write(folder: Path) -> None:
     shutil.rmtree(part)
     model = dit.FluxTransformer(config_from(dit.DiTConfig, values, part))
     write_part(model.state_dict(), values, part, "diffusion_pytorch_model.safetensors",
-                         torch.float32)
+               torch.float32)
     rng, rows = np.random.default_rng(0), []
     for i in range(8):
         picture = rng.integers(0, 256, (512, 512, 3), dtype=np.uint8)

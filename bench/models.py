@@ -28,10 +28,11 @@ import dit                                               # noqa: E402
 import sample                                            # noqa: E402
 import text_encoder                                      # noqa: E402
 import vae                                               # noqa: E402
-from support import layouts                              # noqa: E402
-from support.files import config_from, files_of, read_tensors # noqa: E402
+import weights                                           # noqa: E402
 import whole                                             # noqa: E402
 from common import block_flops, in_turns, product_rate   # noqa: E402
+from support import layouts                              # noqa: E402
+from support.files import config_from, files_of, read_tensors    # noqa: E402
 
 TEXT, IMAGE = 512, 2048                                  # tokens
 COMPILE = False                                          # --compile
@@ -121,7 +122,7 @@ def autoencoder(dtype: torch.dtype, rounds: int) -> None:
     values = config("vae")
     ours = put(vae.AutoEncoder(config_from(vae.VAEConfig, values, "vae")), dtype)
     if torch.get_default_device().type == "cpu":
-        ours.to(memory_format=torch.channels_last)       # as load_vae() leaves it
+        ours.to(memory_format=torch.channels_last)       # as load_pipeline() leaves it
     peer = put(AutoencoderKL.from_config(values), dtype)
     img, z = torch.randn(1, 3, 512, 512, dtype=dtype), torch.randn(1, 16, 64, 64, dtype=dtype)
     show("autoencoder, encode", in_turns({
@@ -133,8 +134,7 @@ def autoencoder(dtype: torch.dtype, rounds: int) -> None:
 def t5(dtype: torch.dtype, rounds: int) -> None:
     import transformers
     values = config("text_encoder_2") | {"num_layers": 2}
-    ours = put(text_encoder.T5Encoder(config_from(
-        text_encoder.T5Config, values, "t5")), dtype)
+    ours = put(text_encoder.T5Encoder(config_from(text_encoder.T5Config, values, "t5")), dtype)
     peer = put(transformers.T5EncoderModel(transformers.T5Config(**values)), dtype)
     ids = torch.randint(0, 32000, (1, TEXT))
     show("T5, two layers", in_turns({
@@ -144,7 +144,7 @@ def t5(dtype: torch.dtype, rounds: int) -> None:
 def hollow(folder: Path) -> None:
     """The released model's folder with names, shapes and types, and no values: sparse files."""
     whole.copy_rest(folder)
-    for part in whole.PARTS:
+    for part in weights.PARTS:
         model, values = whole.build(part)
         base = "model" if part.startswith("text") else "diffusion_pytorch_model"
         header, at = {}, 0
@@ -163,7 +163,7 @@ def hollow(folder: Path) -> None:
 
 def headers(folder: Path) -> None:
     """Know every tensor of a folder by name, shape and type."""
-    for part in whole.PARTS:
+    for part in weights.PARTS:
         layouts.to_folder(part, read_tensors(files_of(folder / part)))
 
 

@@ -21,8 +21,8 @@ import gc
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import call
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import in_turns                              # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
-from mole import Adapter, AdapterConfig, balance_loss, MoLELinear, route, Routing # noqa: E402
-from operator import call                                # noqa: E402
+from mole import (Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, # noqa: E402
+                  route)
 from support.export import merged                        # noqa: E402
 from support.recompute import recomputing                # noqa: E402
+from support.targets import layers_of                    # noqa: E402
+from weights import new_adapter                          # noqa: E402
 
 
 class DenseMoLE(MoLELinear):
@@ -67,8 +69,8 @@ class Nothing(nn.Module):
         self.weight, self.in_features, self.out_features = (
             linear.weight, linear.in_features, linear.out_features)
 
-    def forward(self, x: Tensor) -> float:
-        return 0.0
+    def forward(self, x: Tensor) -> Tensor:              # zeros, (..., out), of one number
+        return x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
 
 
 def saved_for_backward(run: Callable[[], Tensor], known: list[Tensor]) -> int:
@@ -154,7 +156,8 @@ def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
 
     def ours(kind: type[MoLELinear]) -> Callable[[], None]:
         model = FluxTransformer(DiTConfig(**shape)).to(dtype)
-        adapter = Adapter(model, c, 4096, 768, kinds={"instruction": kind}).train()
+        layers = layers_of(model, c, {"instruction": kind})
+        adapter = Adapter(layers, c, 4096, 768).insert(model).train()
         optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4, fused=True)
         def step() -> None:
             with adapter.serve(txt, pooled, losses=True) as routing:
@@ -223,11 +226,9 @@ def bench_sample(dtype: torch.dtype, rounds: int) -> None:
             torch.manual_seed(0)
             model = models[name] = FluxTransformer(DiTConfig(**SHAPE)).to(dtype).eval()
             if name != "base":
-                adapter = Adapter(model, AdapterConfig(), 4096, 768).eval()
-                pipe = SimpleNamespace(dit=model, adapter=adapter)
-                given = SimpleNamespace(txt=txt, pooled=pooled)
-                stack.enter_context(merged(pipe, given) if name == "adapter merged" else
-                                    adapter.serve(txt, pooled))
+                adapter = new_adapter(model, AdapterConfig()).eval()
+                stack.enter_context(merged(model, adapter, txt, pooled)
+                                    if name == "adapter merged" else adapter.serve(txt, pooled))
         seconds = in_turns({name: lambda model=model: model(img, txt, pooled, t, guidance, ids)
                             for name, model in models.items()}, rounds)
     for name, value in seconds.items():

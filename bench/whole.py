@@ -28,17 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import dit                                               # noqa: E402
 import sample                                            # noqa: E402
-import text_encoder                                      # noqa: E402
 import train                                             # noqa: E402
-import vae                                               # noqa: E402
+from common import block_flops, finish, memory, product_rate     # noqa: E402
 from support import commands, devices                    # noqa: E402
 from support.files import config_from, replacing         # noqa: E402
-from common import block_flops, finish, memory, product_rate     # noqa: E402
+from weights import PARTS                                # noqa: E402
 
-PARTS = {"transformer": (dit.FluxTransformer, dit.DiTConfig),
-         "vae": (vae.AutoEncoder, vae.VAEConfig),
-         "text_encoder": (text_encoder.CLIPEncoder, text_encoder.CLIPConfig),
-         "text_encoder_2": (text_encoder.T5Encoder, text_encoder.T5Config)}
 SHARD = 2 * 10 ** 9                                      # bytes
 TEXT = 512                                               # T5 tokens
 GPU = torch.cuda.is_available()
@@ -46,10 +41,10 @@ GPU = torch.cuda.is_available()
 
 def build(part: str) -> tuple[torch.nn.Module, dict]:
     """One part at its real size, on the meta device, and its config.json."""
-    model, config = PARTS[part]
+    what = PARTS[part]
     values = json.loads((ROOT / f"tests/keys/config_{part}.json").read_text())
     with torch.device("meta"):
-        return model(config_from(config, values, part)), values
+        return what.model(config_from(what.config, values, part)), values
 
 
 def write(part: str, folder: Path) -> None:
@@ -209,7 +204,7 @@ def training(folder: Path, picture: Path) -> None:
     for more in ([], ["--base-dtype", "fp8"]):
         shutil.rmtree(out, ignore_errors=True)
         arguments = ["--data", data, "--model", folder, "--config", folder / "adapter.json",
-                     "--out", out, "--steps", 8, "--batch-size", 1, "--checkpoint", *more]
+                     "--out", out, "--steps", 8, "--batch-size", 1, "--recompute", *more]
         dry = subprocess.check_output([sys.executable, ROOT / "train.py", *map(str, arguments),
                                        "--dry-run"], text=True)
         print("train.py", *more, "--dry-run:", re.search(r"together +[\d.]+", dry)[0], "GB")
