@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 import baselines
 import dit
 import mole
 import weights
+from helpers import dense_cosines, DIT, inputs, SMALL, step
 from support import adapters
 from weights import load_adapter
-from test_mole import DIT, SMALL, dense_cosines, inputs, step
 
 MIXTURES = ["token", "soft", "race", "choice"]
 
@@ -139,8 +139,6 @@ def test_everything_that_is_trained_gets_a_gradient(x, kind):
         if p.requires_grad:
             assert p.grad is not None and p.grad.any(), name
 
-
-# -------------------------------------------------------------------------------- the adapted model
 
 def adapted(kind: str) -> tuple[nn.Module, mole.Adapter]:
     torch.manual_seed(0)

@@ -18,19 +18,16 @@ import pyarrow
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from test_public import SETS
 
 import data
+from helpers import ROOT, SETS
 from support.conditions import pick
 from support.parquet import shapes_of
 from support.public_sets import PUBLIC
 
-ROOT = Path(__file__).resolve().parent.parent
 Random = np.random.Generator
 KINDS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
-
-# --------------------------------------------------------------------------------- broken pictures
 
 def picture(rng: Random, kind: str = "PNG") -> bytes:
     """A small picture, of a mode that its kind knows, at times with an EXIF rotation."""
@@ -129,8 +126,6 @@ def in_parquet(broken: Callable[[Random, str], bytes]) -> Callable[[Random, Path
     return make
 
 
-# ------------------------------------------------------------------------------------ broken lists
-
 def odd(rng: Random, folder: Path) -> object:
     """What does not belong where a path, a text, a number or a list is expected."""
     deep: object = "a"
@@ -227,8 +222,6 @@ def pairs(rng: Random, folder: Path) -> str:
     return str(folder)
 
 
-# ---------------------------------------------------------------------------------- broken parquet
-
 def damaged(rng: Random, folder: Path) -> str:
     """Bytes of a parquet file cut off, flipped, or its lengths replaced, mostly in its footer."""
     name = pick(rng, list(SETS))
@@ -273,8 +266,6 @@ def retyped(rng: Random, folder: Path) -> str:
     parquet.write_table(made, folder / "a.parquet")
     return f"{name}={folder}"
 
-
-# ------------------------------------------------------------------------------------- broken COCO
 
 def coco(rng: Random, folder: Path) -> str:
     """The plain folder, of which an entry, a list, a file or a picture is not what it should be."""

@@ -1,87 +1,16 @@
-"""The tiny world, its score, pictures from files, and a user's folder."""
+"""data.py: a user's folder or table (support/tables.py), sources and batches."""
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-import evaluate
-from data import Sample
-from support.pictures import fitted, grid, load_image
 from support.public_sets import PUBLIC
 from support.tables import read_rows
 from tiny import world
-from tiny.world import (BASE_TASKS, BIG, EDITS, FIGURES, NEW_TASKS, SHAPES, SMALL, Scene,
-                        Thing)
-
-ALL = BASE_TASKS + NEW_TASKS
-
-
-def draws(task: str, number: int, held_out: bool) -> list[Sample]:
-    rng = np.random.default_rng(5)
-    return [world.tiny_sample(rng, task, held_out) for _ in range(number)]
-
-
-@pytest.mark.parametrize("task", ALL)
-def test_samples_are_given_what_their_task_says(task):
-    natives = 1 if task in EDITS else 0
-    cleans = {"multi": 2, "mixed": 2}.get(task, 1 if task in NEW_TASKS else 0)
-    for sample in draws(task, 20, False):
-        assert (len(sample.images), len(sample.conds), sample.task) == (natives, cleans, task)
-        assert np.array_equal(sample.target, world.draw(sample.scene))
-        assert (sample.instruction.strip() and "{" not in sample.instruction
-                and "a orange" not in sample.instruction)
-        assert all(p.shape == (64, 64, 3) and p.dtype == np.uint8
-                   for p in [sample.target, *sample.images, *sample.conds])
-
-
-@pytest.mark.parametrize("task", ALL)
-def test_held_out_scenes_and_wordings_never_occur_in_training(task):
-    assert not any(sample.scene.held_out() for sample in draws(task, 60, False))
-    assert all(sample.scene.held_out() for sample in draws(task, 10, True))
-    kept = world.WORDINGS[task][-2:]
-    starts = [wording.split("{")[0].strip() for wording in kept]
-    seen = [sample.instruction.lower() for sample in draws(task, 60, False)]
-    assert not any(text.startswith("please") for text in seen)       # every last wording begins so
-    assert starts[-1].startswith("please")
-
-
-def test_edits_hold_out_the_scene_before_too():
-    rng, found = np.random.default_rng(1), []
-    for _ in range(400):
-        before, after, _ = world.edited(rng, "recolour")
-        sample = world.edit_sample(np.random.default_rng(1), "recolour", False)
-        found.append(before.held_out())
-        assert sample is None or not sample.scene.held_out()
-    assert any(found)                                    # such scenes are drawn, and then refused
-    pictures = {world.draw(b).tobytes()
-                for b, _, _ in (world.edited(rng, "recolour") for _ in range(300)) if b.held_out()}
-    assert not any(s.images[0].tobytes() in pictures for s in draws("recolour", 300, False))
-
-
-def test_one_scene_in_ten_is_held_out_and_the_hash_is_stable():
-    rng = np.random.default_rng(0)
-    share = np.mean([world.random_scene(rng, 2).held_out() for _ in range(4000)])
-    assert 0.08 < share < 0.12
-    first, second = Thing("circle", "red", 0), Thing("star", "blue", 5)
-    assert Scene("white", (first, second)).held_out() == Scene("white", (second, first)).held_out()
-    assert [Scene(c, (first,)).held_out() for c in (
-        "green", "blue", "yellow", "purple", "orange", "white", "black")] == HELD_OUT
-
-
-HELD_OUT = [False, False, True, False, False, False, False]          # written down once, for ever
-
-
-def test_test_samples_are_fixed():
-    once, again = world.tiny_test("move", 5), world.tiny_test("move", 5)
-    assert [s.instruction for s in once] == [s.instruction for s in again]
-    assert all(np.array_equal(a.target, b.target) for a, b in zip(once, again))
-    assert [s.instruction for s in world.tiny_test("move", 5, seed=1)] != [
-        s.instruction for s in once]
 
 
 def test_batches_depend_on_seed_and_number_alone():
@@ -92,156 +21,6 @@ def test_batches_depend_on_seed_and_number_alone():
     assert [[s.instruction for s in next(later)] for _ in range(2)] == first[2:]
     assert [s.instruction for s in next(data.batches(sources, 3, seed=8))] != first[0]
 
-
-def test_a_batch_is_given_the_same_number_of_pictures_and_every_task_occurs():
-    source, seen = world.TinyWorld(), Counter()
-    for i in range(60):
-        batch = source.draw(np.random.default_rng(i), 4)
-        assert len({(len(s.images), len(s.conds)) for s in batch}) == 1
-        seen.update(s.task for s in batch)
-    assert set(seen) == set(ALL)
-    assert {s.task for i in range(30) for s in
-            world.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
-
-
-def test_an_edit_counts_half_and_a_pair_twice():
-    assert np.allclose(world.TinyWorld().chances, np.array([1, 3, 5, 4]) / 13)
-    assert np.allclose(world.TinyWorld(BASE_TASKS).chances, [1 / 4, 3 / 4])
-
-
-@pytest.mark.parametrize("task", BASE_TASKS)
-def test_a_base_sees_big_things_that_its_tests_do_not_hold(task):
-    """A quarter of 200 samples: 50, standard deviation 6; held-out scenes move it little."""
-    rng = np.random.default_rng(0)
-    seen = [world.tiny_sample(rng, task) for _ in range(200)]
-    big = [sample for sample in seen if sample.scene.things[0].radius == BIG]
-    assert 25 <= len(big) <= 75
-    if task == "t2i":                                    # an edit shows the size; here words say it
-        assert all(("big" in s.instruction) == (s.scene.things[0].radius == BIG) for s in seen)
-    if task == "move":                                   # which of two were in front is not said
-        assert all(len(sample.scene.things) == 1 for sample in big)
-    assert all(thing.radius == SMALL for sample in world.tiny_test(task, 50)
-               for thing in sample.scene.things)
-
-
-# ------------------------------------------------------------------------------------------- score
-
-def scenes() -> list[Scene]:
-    """Every shape, small and big, alone and in company, and every figure."""
-    found = [Scene("white", (Thing(s, c, 4, r),))
-             for s in SHAPES for c in ("yellow", "black") for r in (SMALL, BIG)]
-    found += [Scene("yellow", (Thing(s, "orange", 0), Thing("star", "white", 8))) for s in SHAPES]
-    return found + [Scene("green", (Thing(f, "red", 4, SMALL, pose),))
-                    for f in FIGURES for pose in (0, 9, 17)]
-
-
-def as_sample(scene: Scene, given: list[np.ndarray]) -> Sample:
-    return Sample("", world.draw(scene), given, [], "", scene)
-
-
-@pytest.mark.parametrize("scene", scenes(),
-                         ids=lambda s: f"{s.background} {[str(t) for t in s.things]}")
-def test_the_score_takes_the_truth_and_nothing_else(scene):
-    sample = as_sample(scene, [])
-    assert evaluate.success(sample.target, sample)
-    wrong = [world.draw(other) for other in world.neighbours(scene)]
-    wrong = [picture for picture in wrong if not np.array_equal(picture, sample.target)]
-    assert len(wrong) >= 30
-    assert not any(evaluate.success(picture, sample) for picture in wrong)
-
-
-def test_neighbours_change_every_attribute():
-    scene = Scene("white", (Thing("cross", "yellow", 4),))
-    found = {world.draw(other).tobytes() for other in world.neighbours(scene)}
-    thing = scene.things[0]
-    for other in (Scene("white", (replace(thing, colour="red"),)),
-                  Scene("white", (replace(thing, shape="star"),)),
-                  Scene("white", (replace(thing, cell=0),)), Scene("white", ()),
-                  Scene("red", (thing,)), Scene("white", (thing, Thing("star", "yellow", 8)))):
-        assert world.draw(other).tobytes() in found
-
-
-@pytest.mark.parametrize("task", ALL)
-def test_truth_scores_all_and_copies_score_nothing(task):
-    samples = world.tiny_test(task, 6)
-    score = evaluate.measure(task, [s.target for s in samples], samples)
-    assert score.success == 1 and score.psnr == 60
-    assert score.copy_success == (None if task == "t2i" else 0)
-
-
-def test_the_score_forgives_what_the_eye_forgives():
-    sample = world.tiny_test("add", 1)[0]
-    noisy = np.clip(sample.target + np.random.default_rng(0).normal(0, 12, sample.target.shape),
-                    0, 255).astype(np.uint8)
-    assert evaluate.success(noisy, sample)
-    far = np.clip(sample.target + np.random.default_rng(0).normal(0, 60, sample.target.shape),
-                  0, 255).astype(np.uint8)
-    assert not evaluate.success(far, sample)             # mean squared error above the threshold
-
-
-def test_psnr_and_error_are_in_the_units_they_claim():
-    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    assert evaluate.squared_error(black, white) == 4     # from -1 to 1
-    assert evaluate.psnr(black, white) == 0
-
-
-# ---------------------------------------------------------------------------------------- pictures
-
-def test_pictures_are_read_as_a_person_sees_them(tmp_path):
-    picture = Image.new("RGB", (4, 2), "red")
-    exif = Image.Exif()
-    exif[0x0112] = 6                                     # turned by a quarter
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (2, 4)
-    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.new("RGB", (2, 2), "blue").quantize(4).save(tmp_path / "palette.png")
-    assert load_image(tmp_path / "palette.png").getpixel((0, 0)) == (0, 0, 255)
-    Image.fromarray(np.full((2, 2), 65535, np.uint16)).save(tmp_path / "deep.png")
-    Image.fromarray(np.full((2, 2), 32768, np.uint16)).save(tmp_path / "half.png")
-    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
-    assert load_image(tmp_path / "half.png").getpixel((0, 0)) == (128, 128, 128)
-    Image.new("L", (50, 1), 7).save(tmp_path / "line.png")
-    assert load_image(tmp_path / "line.png").size == (50, 1)
-    assert fitted((50, 1)) == (48, 16)
-
-
-def test_unreadable_pictures_are_named(tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:600])
-    Image.new("1", (2 ** 16, 1)).save(tmp_path / "long.png")         # no camera's
-    for name in ("text.png", "cut.png", "long.png"):
-        with pytest.raises(ValueError, match=name):
-            load_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="gone.png"):
-        load_image(tmp_path / "gone.png")
-
-
-def test_pictures_of_floats_are_refused(tmp_path):
-    """Their white may be 1, 255, 65535 or a distance."""
-    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.tiff")
-    with pytest.raises(ValueError, match=r"float.tiff: cannot .*\(it holds floats"):
-        load_image(tmp_path / "float.tiff")
-
-
-def test_a_grid_aligns_rows_and_writes_below_them():
-    red, blue = (np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
-    sheet = grid([[red, blue], [blue]], ["make it blue", "a" * 99])
-    height = len(sheet) // 2
-    assert sheet.shape == (2 * height, 128, 3) and height > 64
-    assert (sheet[:64, :64] == red).all() and (sheet[:64, 64:] == blue).all()
-    assert (sheet[height:height + 64, :64] == 128).all()                     # nothing was given
-    assert (sheet[height:height + 64, 64:] == blue).all()
-    for top in (64, height + 64):                        # a text in each strip
-        assert len(np.unique(sheet[top:top + height - 64])) > 1
-
-
-def test_fitted_keeps_aspect_and_never_enlarges():
-    assert fitted((1000, 500)) == (512, 256) and fitted((100, 60)) == (96, 64)
-
-
-# ---------------------------------------------------------------------------------- a user's folder
 
 def folder(path, rows: list) -> data.Folder:
     for i in range(3):
@@ -436,3 +215,11 @@ def test_sources_and_weights(tmp_path):
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
         with pytest.raises(ValueError, match="weight"):
             data.open_source(text)
+
+
+def test_a_folder_may_still_have_a_sign_in_its_name(tmp_path):
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    (folder / "metadata.jsonl").write_text(json.dumps({"target": "0.png", "instruction": "a"}))
+    assert isinstance(data.open_source(str(folder))[0], data.Folder)

@@ -1,4 +1,4 @@
-"""An instruction's council as a plain LoRA: merged into the weights, or written to a file."""
+"""An instruction's mixture as a plain LoRA: merged into the weights, or written to a file."""
 import json
 import warnings
 from dataclasses import replace
@@ -14,13 +14,13 @@ import dit
 import mole
 import sample
 import weights
-from sample import Conditioning, condition, generate, load_pipeline, Pipeline, seeded_noise
+from helpers import expert_use, MODEL, PICTURE, ROOT, run_sample
+from sample import condition, Conditioning, generate, load_pipeline, Pipeline, seeded_noise
 from support import devices, export, targets
 from support.files import read_metadata, read_tensors
 from support.fp8 import to_fp8
 from support.pictures import to_tensor
 from tiny import world
-from test_sample import MODEL, PICTURE, ROOT, command, used
 
 SMALL = dict(lora_rank=4, lora_alpha=2, experts=5, top_k=2, rank=3, alpha=6, resampler=False)
 
@@ -143,9 +143,9 @@ def test_tokens_have_no_council_and_are_served_in_rank_space(changes):
 
 def test_tokens_have_no_use_of_experts_to_draw():
     one = "transformer_blocks.1.ff.net.2"
-    use = used(pipeline(token_targets=(one,)), ["a star"])
+    use = expert_use(pipeline(token_targets=(one,)), ["a star"])
     assert use and one not in use
-    assert not used(pipeline(routing="token"), ["a star"])
+    assert not expert_use(pipeline(routing="token"), ["a star"])
 
 
 def test_several_instructions_have_no_common_council():
@@ -175,8 +175,8 @@ def test_diffusers_makes_the_same_picture_from_the_exported_file(tmp_path, monke
     file, far = tmp_path / "council.safetensors", 0
     for i, task in enumerate((*world.BASE_TASKS, "t2i", "move", "recolour")):
         test, noise = world.tiny_test(task, i + 1)[i], seeded_noise([i], (64, 64))
-        code, printed, err = command(monkeypatch, capsys, "--instruction", test.instruction,
-                                     "--export-lora", file)
+        code, printed, err = run_sample(monkeypatch, capsys, "--instruction", test.instruction,
+                                        "--export-lora", file)
         assert code == 0 and str(file) in printed and "experts" in printed, err
         inputs = condition(pipe, [test.instruction], [to_tensor([p]) for p in test.images], [])
         assert file.stat().st_mode & 0o044 == 0o044      # others may read it
@@ -223,13 +223,13 @@ def test_export_alone_makes_no_picture_and_with_out_makes_one(tmp_path, monkeypa
     file, out = tmp_path / "a.safetensors", tmp_path / "a.png"
     arguments = ("--instruction", "a red star", "--export-lora", file, "--steps", 1)
     monkeypatch.chdir(tmp_path)
-    code, printed, _ = command(monkeypatch, capsys, *arguments)
+    code, printed, _ = run_sample(monkeypatch, capsys, *arguments)
     assert code == 0 and len(printed.splitlines()) == 1 and not list(tmp_path.glob("*.png"))
     kept = file.read_bytes()
-    code, _, err = command(monkeypatch, capsys, *arguments)
+    code, _, err = run_sample(monkeypatch, capsys, *arguments)
     assert code == 2 and str(file) in err and file.read_bytes() == kept
     file.unlink()
-    code, printed, _ = command(monkeypatch, capsys, *arguments, "--image", PICTURE, "--out", out)
+    code, printed, _ = run_sample(monkeypatch, capsys, *arguments, "--image", PICTURE, "--out", out)
     assert code == 0 and len(printed.splitlines()) == 2 and out.is_file()
 
 
@@ -237,7 +237,7 @@ def test_export_alone_makes_no_picture_and_with_out_makes_one(tmp_path, monkeypa
     (["--adapter", "none"], "adapter"), (["--export-lora", "gone/a.safetensors"], "gone"),
     (["--export-lora", "a.png"], ".safetensors")])
 def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
-    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--export-lora",
-                           tmp_path / "a.safetensors", *arguments)
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--export-lora",
+                              tmp_path / "a.safetensors", *arguments)
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
-"""Every public layout gives the model that the folder gives: by name at whole size, and in values.
+"""Public layouts, fp8, other tools' LoRA files, and what `python weights.py PATH` says of them.
 
-keys/ holds the names and shapes of the published files, and which of the original's tensors is
-which of the folder's (rows in widths).
+Every layout gives the model that the folder gives: by name at whole size, and in values. keys/
+holds the names and shapes of the published files, and which of the original's tensors is which of
+the folder's (rows in widths).
 """
 import json
 from functools import partial
@@ -11,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 import dit
 import text_encoder
 import vae
 import weights
+from helpers import KEYS
 from support import layouts, lora
 from support.describe import describe
 from support.files import config_from, read_tensors, write_part
@@ -24,7 +26,6 @@ from support.fp8 import NarrowLinear, to_fp8, Widened
 from support.layouts import model_paths
 from weights import load_adapter
 
-KEYS = Path(__file__).parent / "keys"
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16, "BF16": torch.bfloat16,
          "F32": torch.float32}
 DIT = dict(in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,
@@ -32,9 +33,9 @@ DIT = dict(in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim
            axes_dims_rope=[16, 56, 56], guidance_embeds=True)
 VAE = dict(block_out_channels=[32, 64, 128, 128], layers_per_block=2, latent_channels=16,
            norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159)
-T5 = dict(vocab_size=20, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
 CLIP = dict(vocab_size=20, hidden_size=128, intermediate_size=160, num_hidden_layers=2,
             num_attention_heads=2)
+T5 = dict(vocab_size=20, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
 PARTS = {"transformer": (DIT, dit.DiTConfig, dit.FluxTransformer,
                          partial(weights.load, "transformer")),
          "vae": (VAE, vae.VAEConfig, vae.AutoEncoder, partial(weights.load, "vae")),
@@ -168,21 +169,6 @@ def test_slices_of_fused_tensors_are_views():
                    for whole in fused.values())
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_fp8_is_the_widened_weights(tmp_path, part, scaled):
-    """In fp32 the same products of the same numbers; sums may be ordered otherwise."""
-    narrow, wide = in_fp8(original(part), scaled)
-    save_file(narrow, tmp_path / "fp8.safetensors")
-    save_file(wide, tmp_path / "wide.safetensors")
-    load = PARTS[part][3]
-    model = load(tmp_path / "fp8.safetensors", dtype=torch.float32)
-    kept = [m for m in model.modules() if isinstance(m, NarrowLinear)]
-    assert kept and all(m.weight.dtype == torch.float8_e4m3fn for m in kept)
-    wanted = run(part, load(tmp_path / "wide.safetensors", dtype=torch.float32))
-    assert torch.allclose(run(part, model), wanted, atol=1e-6, rtol=1e-6)
-
-
 def test_one_file_may_hold_all_parts(tmp_path):
     prefixes = {"transformer": "model.diffusion_model.", "vae": "vae.",
                 "text_encoder": "text_encoders.clip_l.transformer.",
@@ -231,6 +217,80 @@ def test_gguf_is_named(tmp_path):
         weights.load("transformer", tmp_path / "flux.gguf")
 
 
+def thin(number: int = 0) -> dict[str, Tensor]:
+    """The original's weights by name, whole in their rows, with one column: the peers fix 3,072."""
+    generator = torch.Generator().manual_seed(number)
+    return {name: torch.randn([shape[0], 1][:len(shape)], generator=generator)
+            for name, shape in keys("transformer_bfl").items()}
+
+
+def test_diffusers_reads_the_original_transformer_alike():
+    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+    ours = layouts.to_folder("transformer", thin())
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(thin())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], t) for name, t in theirs.items())
+
+
+def test_diffusers_reads_the_original_autoencoder_alike():
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    ours = layouts.to_folder("vae", original("vae"))
+    theirs = convert_ldm_vae_checkpoint(original("vae"), {
+        "down_block_types": [""] * 4, "up_block_types": [""] * 4})
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], t) for name, t in theirs.items())
+
+
+def test_parts_may_lie_elsewhere(tmp_path):
+    tiny = Path(weights.__file__).parent / "tiny/model"
+    paths = model_paths(tiny)
+    file = tmp_path / "vae.safetensors"
+    file.write_bytes((paths["vae"] / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert model_paths(tiny, vae=file)["vae"] == file
+    with pytest.raises(FileNotFoundError, match="tokenizer: not found"):
+        model_paths(tiny, tokenizers=tmp_path)
+    for name in ("tokenizer", "tokenizer_2"):
+        (tmp_path / name).mkdir()
+    assert model_paths(tiny, tokenizers=tmp_path)["tokenizer"] == tmp_path / "tokenizer"
+
+
+def test_a_folders_own_file_has_the_folders_configuration(tmp_path):
+    wanted = run("text_encoder", from_folder("text_encoder", tmp_path))
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model = weights.load("text_encoder", tmp_path / "model.safetensors")
+    assert not torch.equal(run("text_encoder", model), wanted)
+
+
+def test_what_a_file_lacks_is_named(tmp_path):
+    file = tmp_path / "flux.safetensors"
+    save_file(original("transformer"), file)
+    with pytest.raises(ValueError, match="name --vae, --clip, --t5, --tokenizers too"):
+        model_paths(file)
+    with pytest.raises(ValueError, match="name --clip too"):
+        model_paths(file, vae=file, text_encoder_2=file, tokenizers=tmp_path)
+    save_file(original("vae"), file)
+    with pytest.raises(ValueError, match="holds no FLUX Kontext transformer"):
+        model_paths(file)
+
+
+# ---------------------------------------------------------------------------------------------- fp8
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fp8_is_the_widened_weights(tmp_path, part, scaled):
+    """In fp32 the same products of the same numbers; sums may be ordered otherwise."""
+    narrow, wide = in_fp8(original(part), scaled)
+    save_file(narrow, tmp_path / "fp8.safetensors")
+    save_file(wide, tmp_path / "wide.safetensors")
+    load = PARTS[part][3]
+    model = load(tmp_path / "fp8.safetensors", dtype=torch.float32)
+    kept = [m for m in model.modules() if isinstance(m, NarrowLinear)]
+    assert kept and all(m.weight.dtype == torch.float8_e4m3fn for m in kept)
+    wanted = run(part, load(tmp_path / "wide.safetensors", dtype=torch.float32))
+    assert torch.allclose(run(part, model), wanted, atol=1e-6, rtol=1e-6)
+
+
 def test_a_scale_without_its_weight_is_refused(tmp_path):
     tensors = original("transformer") | {"img_in.scale_weight": torch.ones(())}
     save_file(tensors, tmp_path / "one.safetensors")
@@ -273,7 +333,21 @@ def test_narrow_linear_follows_the_type_of_its_input():
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------ other tools' LoRA files
+def test_fp8_weights_are_kept_in_fp8_for_backward(tmp_path):
+    save_file(in_fp8(original("transformer"), scaled=True)[0], tmp_path / "fp8.safetensors")
+    model = weights.load("transformer", tmp_path / "fp8.safetensors", dtype=torch.float32)
+    layer = model.transformer_blocks[0].ff.net[2]
+    x = torch.randn(3, 1024, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = layer(x)
+    assert not any(t.shape == layer.weight.shape and t.dtype == torch.float32 for t in kept)
+    out.sum().backward()
+    wanted = (layer.weight.float() * layer.scale).sum(0).expand(3, -1)
+    assert torch.allclose(x.grad, wanted, atol=1e-5)     # 256 numbers near 0.02, in another order
+
+
+# -------------------------------------------------------------------------- other tools' LoRA files
 
 def some_lora(modules: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, float]]:
     """A (r, in), B (out, r), alpha for each weight; ranks and alphas differ."""
@@ -346,30 +420,6 @@ def test_lora_keys_that_match_nothing_are_named(tmp_path, change, words):
         load_adapter(model, tmp_path / "lora.safetensors")
 
 
-def thin(number: int = 0) -> dict[str, Tensor]:
-    """The original's weights by name, whole in their rows, with one column: the peers fix 3,072."""
-    generator = torch.Generator().manual_seed(number)
-    return {name: torch.randn([shape[0], 1][:len(shape)], generator=generator)
-            for name, shape in keys("transformer_bfl").items()}
-
-
-def test_diffusers_reads_the_original_transformer_alike():
-    from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-    ours = layouts.to_folder("transformer", thin())
-    theirs = convert_flux_transformer_checkpoint_to_diffusers(thin())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], t) for name, t in theirs.items())
-
-
-def test_diffusers_reads_the_original_autoencoder_alike():
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-    ours = layouts.to_folder("vae", original("vae"))
-    theirs = convert_ldm_vae_checkpoint(original("vae"), {
-        "down_block_types": [""] * 4, "up_block_types": [""] * 4})
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], t) for name, t in theirs.items())
-
-
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_diffusers_reads_lora_files_alike(tmp_path, form):
     """Their A and B may share the scale otherwise; the products agree to rounding."""
@@ -397,55 +447,6 @@ def test_diffusers_reads_lora_files_alike(tmp_path, form):
         A, B = (theirs[f"transformer.{module}.lora_{part}.weight"] for part in "AB")
         assert torch.allclose(ours[f"{module}.lora_B"] @ ours[f"{module}.lora_A"], B @ A,
                               atol=1e-6, rtol=1e-6), module
-
-
-# --------------------------------------------------------------------------------------- commands
-
-def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
-    file = tmp_path / "flux.safetensors"
-    save_file(original("transformer"), file)
-    lines = describe(file, weights.load).splitlines()
-    assert "transformer, original or ComfyUI" in lines[0] and lines[1] == f"{file}: whole"
-    assert lines[2] == (f"python sample.py --instruction TEXT --model {file} "
-                        "--vae ... --clip ... --t5 ... --tokenizers ...")
-    cut = original("transformer")
-    del cut["double_blocks.0.img_mlp.0.bias"]
-    save_file(cut, file)
-    lines = describe(file, weights.load).splitlines()
-    assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
-    save_file(in_fp8(original("transformer"), scaled=True)[0], file)
-    assert "fp8 with scales" in describe(file, weights.load).splitlines()[0]
-
-
-def test_adapters_are_described(tmp_path):
-    root = Path(weights.__file__).parent
-    assert "an adapter of train.py's" in describe(root / "tiny/adapter.safetensors", weights.load)
-    file = tmp_path / "lora.safetensors"
-    lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}), file)
-    lines = describe(file, weights.load).splitlines()
-    assert "an adapter that is a LoRA, 6 tensors" in lines[0]
-    assert lines[1] == f"python sample.py --instruction TEXT --adapter {file}"
-
-
-def test_parts_may_lie_elsewhere(tmp_path):
-    tiny = Path(weights.__file__).parent / "tiny/model"
-    paths = model_paths(tiny)
-    file = tmp_path / "vae.safetensors"
-    file.write_bytes((paths["vae"] / "diffusion_pytorch_model.safetensors").read_bytes())
-    assert model_paths(tiny, vae=file)["vae"] == file
-    with pytest.raises(FileNotFoundError, match="tokenizer: not found"):
-        model_paths(tiny, tokenizers=tmp_path)
-    for name in ("tokenizer", "tokenizer_2"):
-        (tmp_path / name).mkdir()
-    assert model_paths(tiny, tokenizers=tmp_path)["tokenizer"] == tmp_path / "tokenizer"
-
-
-def test_a_folders_own_file_has_the_folders_configuration(tmp_path):
-    wanted = run("text_encoder", from_folder("text_encoder", tmp_path))
-    settings = json.loads((tmp_path / "config.json").read_text()) | {"num_attention_heads": 4}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    model = weights.load("text_encoder", tmp_path / "model.safetensors")
-    assert not torch.equal(run("text_encoder", model), wanted)
 
 
 @pytest.mark.parametrize("metadata", [
@@ -481,27 +482,29 @@ def test_two_tensors_for_one_place_are_refused(tmp_path):
         lora.read(tmp_path / "lora.safetensors")
 
 
-def test_fp8_weights_are_kept_in_fp8_for_backward(tmp_path):
-    save_file(in_fp8(original("transformer"), scaled=True)[0], tmp_path / "fp8.safetensors")
-    model = weights.load("transformer", tmp_path / "fp8.safetensors", dtype=torch.float32)
-    layer = model.transformer_blocks[0].ff.net[2]
-    x = torch.randn(3, 1024, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = layer(x)
-    assert not any(t.shape == layer.weight.shape and t.dtype == torch.float32 for t in kept)
-    out.sum().backward()
-    wanted = (layer.weight.float() * layer.scale).sum(0).expand(3, -1)
-    assert torch.allclose(x.grad, wanted, atol=1e-5)     # 256 numbers near 0.02, in another order
+# ----------------------------------------------------------------------------------- what a file is
 
-
-def test_what_a_file_lacks_is_named(tmp_path):
+def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
     file = tmp_path / "flux.safetensors"
     save_file(original("transformer"), file)
-    with pytest.raises(ValueError, match="name --vae, --clip, --t5, --tokenizers too"):
-        model_paths(file)
-    with pytest.raises(ValueError, match="name --clip too"):
-        model_paths(file, vae=file, text_encoder_2=file, tokenizers=tmp_path)
-    save_file(original("vae"), file)
-    with pytest.raises(ValueError, match="holds no FLUX Kontext transformer"):
-        model_paths(file)
+    lines = describe(file, weights.load).splitlines()
+    assert "transformer, original or ComfyUI" in lines[0] and lines[1] == f"{file}: whole"
+    assert lines[2] == (f"python sample.py --instruction TEXT --model {file} "
+                        "--vae ... --clip ... --t5 ... --tokenizers ...")
+    cut = original("transformer")
+    del cut["double_blocks.0.img_mlp.0.bias"]
+    save_file(cut, file)
+    lines = describe(file, weights.load).splitlines()
+    assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
+    save_file(in_fp8(original("transformer"), scaled=True)[0], file)
+    assert "fp8 with scales" in describe(file, weights.load).splitlines()[0]
+
+
+def test_adapters_are_described(tmp_path):
+    root = Path(weights.__file__).parent
+    assert "an adapter of train.py's" in describe(root / "tiny/adapter.safetensors", weights.load)
+    file = tmp_path / "lora.safetensors"
+    lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}), file)
+    lines = describe(file, weights.load).splitlines()
+    assert "an adapter that is a LoRA, 6 tensors" in lines[0]
+    assert lines[1] == f"python sample.py --instruction TEXT --adapter {file}"

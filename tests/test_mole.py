@@ -1,88 +1,32 @@
-"""The adapter, against its equations written out without tricks, and in a small transformer.
+"""mole.py against its equations written out without tricks, and in a small transformer.
 
 Tolerances: equations are compared in float64 (rounding near 1e-15), so 1e-10 lets through nothing
 but rounding; fp32 results of the same operations in the same order must be equal bit for bit.
 """
 import dataclasses
 import itertools
-import json
 import math
-import operator
-import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import safe_open, save_file
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 import baselines
 import dit
 import mole
 import weights
-from support import adapters, recompute, routing_maps, targets
-from weights import load_adapter
+from helpers import adapted, dense_cosines, DIT, FIRST, inputs, moles, same, SMALL, step
+from support import routing_maps
 
 PAIRS = [(E, k) for E in range(1, 7) for k in range(1, E + 1)]
-DIT = dit.DiTConfig(in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=8,
-                    num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10,
-                    axes_dims_rope=(2, 2, 4), guidance_embeds=True)
-SMALL = mole.AdapterConfig(lora_rank=3, lora_alpha=6, experts=4, top_k=2, rank=2, alpha=4,
-                           resampler_width=16, resampler_depth=2, resampler_heads=2,
-                           resampler_head_dim=4)
-FIRST = "transformer_blocks.0.ff.net.2"                  # one MoLE layer
-
-
-def adapted(seed: int = 0, blank: bool = False,
-            **changes: object) -> tuple[dit.FluxTransformer, mole.Adapter]:
-    """A small transformer and adapter, in train mode; unless blank, as if trained: B is not 0."""
-    torch.manual_seed(seed)
-    model = dit.FluxTransformer(DIT)
-    adapter = weights.new_adapter(model, dataclasses.replace(SMALL, **changes))
-    if not blank:
-        for name, p in adapter.tensors().items():
-            if name.endswith("_B"):
-                nn.init.normal_(p, std=0.3)
-    return model, adapter
-
-
-def inputs(seed: int = 0, clean: bool = True) -> dict[str, Tensor]:
-    """Two samples: 6 target tokens, 4 clean ones, 3 text tokens."""
-    g = torch.Generator().manual_seed(seed)
-    x = {"img": torch.randn(2, 6, 8, generator=g), "txt": torch.randn(2, 3, 12, generator=g),
-         "pooled": torch.randn(2, 10, generator=g), "t": torch.rand(2, generator=g),
-         "guidance": torch.ones(2), "img_ids": dit.position_ids(4, 6)}
-    if clean:
-        x |= {"cond": torch.randn(2, 4, 8, generator=g),
-              "cond_ids": dit.position_ids(4, 4, index=1)}
-    return x
-
-
-def step(model: nn.Module, adapter: mole.Adapter, x: dict[str, Tensor], scale: float = 1.0,
-         checkpointed: bool = False) -> tuple[Tensor, mole.Routing, dict[str, Tensor | None]]:
-    """One forward and backward: output, routing with its losses, gradients by name."""
-    adapter.zero_grad()
-    with adapter.serve(x["txt"], x["pooled"], losses=True) as routing:
-        run = recompute.recomputing(adapter, routing) if checkpointed else operator.call
-        out = model(**x, run=run)
-    (scale * (out.square().mean() + routing.balance + routing.orthogonality)).backward()
-    return out, routing, {name: p.grad for name, p in adapter.tensors().items()}
 
 
 def total(routing: mole.Routing) -> tuple[float, float]:
     return routing.balance.item(), routing.orthogonality.item()
 
 
-def moles(adapter: mole.Adapter) -> list[mole.MoLELinear]:
-    return [layer for layer in adapter.layers.values() if isinstance(layer, mole.MoLELinear)]
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# ------------------------------------------------------------------------------ dense formulas
+# ----------------------------------------------------------------------------------- dense formulas
 
 def mole_layer(E: int, k: int, by_token: bool = False, **changes: object) -> mole.MoLELinear:
     """A layer 5 -> 7, routed by vectors of 6 unless by tokens, in float64, no noise, B not 0."""
@@ -94,14 +38,6 @@ def mole_layer(E: int, k: int, by_token: bool = False, **changes: object) -> mol
     nn.init.normal_(layer.router.weight)                 # wide, so that the experts' shares differ
     layer.base.requires_grad_(False)
     return layer
-
-
-def dense_cosines(outputs: list[Tensor]) -> Tensor:
-    """The orthogonality loss from the experts' outputs themselves."""
-    E = len(outputs)
-    unit = [Y.flatten() / Y.norm().clamp(min=1e-12) for Y in outputs]
-    pairs = [(unit[i] @ unit[j]) ** 2 for i in range(E) for j in range(E) if i != j]
-    return sum(pairs, outputs[0].new_zeros(())) / max(1, E * (E - 1))
 
 
 def dense_mole(layer: mole.MoLELinear, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +174,7 @@ def test_serve_computes_z_once_with_the_resampler():
     assert torch.equal(routing.z, adapter.instruction(x["txt"], x["pooled"]))
 
 
-# ----------------------------------------------------------------------------- routing and losses
+# ------------------------------------------------------------------------------- routing and losses
 
 def test_kept_probabilities_are_not_renormalised():
     p, w, kept = mole.route(torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])), top_k=2)
@@ -309,18 +245,6 @@ def test_orthogonality_is_accumulated_in_fp32():
     assert torch.equal(mole.orthogonality_loss(H, B, 4), wide) and wide.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(mole.orthogonality_loss(H, B, 4), wide)
-
-
-def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles():
-    """Against normalised outputs written out, in float64; the loss is the mean of their squares."""
-    H, B = torch.randn(9, 8, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
-    B[2:4] = 0                                           # the second of four experts
-    Y = torch.stack([H[:, i:i + 2] @ B[i:i + 2] for i in range(0, 8, 2)]).flatten(1)
-    Y = nn.functional.normalize(Y, dim=1)
-    cosine = routing_maps.cosines(H, B, 4, scale=3.0)
-    assert torch.allclose(cosine, Y @ Y.T, atol=1e-12, rtol=0) and (cosine[1] == 0).all()
-    loss = (cosine.square().sum() - 3) / 12              # three are not zero
-    assert abs(mole.orthogonality_loss(H, B, 4, scale=3.0) - loss) < 1e-12
 
 
 def test_one_expert_has_no_orthogonality_loss():
@@ -461,61 +385,6 @@ def test_initialisation():
     assert abs(query.std() * 768 ** 0.5 - 1) < 0.1
 
 
-@pytest.mark.parametrize("name, target, wanted", [
-    ("single_transformer_blocks.0.norm.linear", "norm.linear", True),
-    ("norm.linear", "norm.linear", True),
-    ("transformer_blocks.0.norm1_context.linear", "norm.linear", False),
-    ("norm_out.linear", "norm.linear", False),
-    ("transformer_blocks.0.norm1.linear", "norm.linear", False),
-    ("transformer_blocks.0.norm1_context.linear", "norm1.linear", False),
-    ("transformer_blocks.0.ff.net.0.proj", "ff.net.0.proj", True),
-    ("transformer_blocks.0.ff_context.net.0.proj", "ff.net.0.proj", False),
-    ("transformer_blocks.0.ff_context.net.2", "ff.net.2", False),
-    ("transformer_blocks.0.ff.net.2", "ff.net.2", True),
-    ("transformer_blocks.0.ff.netx2", "ff.net.2", False),                    # the dot is a dot
-    ("single_transformer_blocks.12.proj_out", "single_transformer_blocks.*.proj_out", True),
-    ("proj_out", "single_transformer_blocks.*.proj_out", False),
-    ("single_transformer_blocks.0.attn.proj_out", "single_transformer_blocks.*.proj_out", False),
-    ("x_embedder", "x_embedder", True),
-    ("context_embedder", "x_embedder", False),
-    ("proj_out", ".proj_out", True), ("single_transformer_blocks.0.proj_out", ".proj_out", False),
-    ("single_transformer_blocks.0.proj_out", ".single_transformer_blocks.0.proj_out", True),
-    ("other_x_embedder", "x_embedder", False),           # the end of a name is not the name
-    ("transformer_blocks.0.attn.to_out.0", "attn.to_out.0", True),
-    ("transformer_blocks.0.attn.to_add_out", "attn.to_out.0", False)])
-def test_target_matching(name, target, wanted):
-    assert targets.matches(name, "nothing", target) is wanted
-
-
-def test_targets_in_the_model():
-    """Published targets: exactly these modules are replaced, all others are still plain."""
-    model, adapter = adapted()
-    double = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear",
-              "ff.net.0.proj", "ff.net.2"]
-    single = ["attn.to_q", "attn.to_k", "attn.to_v", "norm.linear", "proj_mlp", "proj_out"]
-    wanted = {"x_embedder"} \
-        | {f"transformer_blocks.{i}.{n}" for i, n in itertools.product(range(2), double)} \
-        | {f"single_transformer_blocks.{i}.{n}" for i, n in itertools.product(range(3), single)}
-    of = {name: type(module) for name, module in model.named_modules()
-          if isinstance(module, (mole.LoRALinear, mole.MoLELinear))}
-    assert of.keys() == wanted
-    mixtures = {name for name, kind in of.items() if kind is mole.MoLELinear}
-    assert mixtures == {name for name in wanted if name.endswith((".ff.net.2", ".proj_out"))}
-    assert all(layer.router.in_features == 10 for layer in moles(adapter))
-
-
-def test_token_targets():
-    name = "single_transformer_blocks.1.proj_out"
-    model, adapter = adapted(token_targets=(name,))
-    assert [layer.name for layer in moles(adapter) if layer.by_token] == [name]
-    assert model.get_submodule(name).router.in_features == 80                # its own input
-    x = inputs()
-    with adapter.serve(x["txt"], x["pooled"]):
-        model(**x)
-    last = routing_maps.last_weights(adapter)
-    assert last[name].shape == (2, 4, 4) and last[FIRST].shape == (2, 4)
-
-
 def test_only_the_adapter_is_trained():
     model, adapter = adapted()
     trained = {id(p) for p in adapter.tensors().values()}
@@ -603,26 +472,6 @@ def test_losses_reach_the_gradients():
     assert not torch.equal(found[0][f"{FIRST}.experts_B"], found[2][f"{FIRST}.experts_B"])
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("clean", [False, True])
-def test_checkpointing_changes_nothing(clean, training):
-    model, adapter = adapted(token_targets=("single_transformer_blocks.1.proj_out",))
-    adapter.train(training)
-    calls, x = [], inputs(clean=clean)
-    model.get_submodule(FIRST).register_forward_hook(lambda *_: calls.append(1))
-    torch.manual_seed(5)
-    out, routing, gradients = step(model, adapter, x)
-    gradients = {name: g.clone() for name, g in gradients.items()}
-    plain, last = len(calls), routing_maps.last_weights(adapter)
-    torch.manual_seed(5)
-    out2, routing2, gradients2 = step(model, adapter, x, checkpointed=True)
-    assert len(calls) == 3 * plain                       # it did compute again
-    assert torch.equal(out, out2) and same(last, routing_maps.last_weights(adapter))
-    assert (routing.balance == routing2.balance > 0
-            and routing.orthogonality == routing2.orthogonality > 0)
-    assert same(gradients, gradients2)
-
-
 def test_fp32_adapter_on_a_bf16_base():
     torch.manual_seed(0)
     model = dit.FluxTransformer(DIT).bfloat16()
@@ -689,19 +538,6 @@ def test_compiling_a_layer_changes_nothing(needed):
         assert torch.allclose(plain, compiled, atol=1e-12, rtol=0)
 
 
-def test_bad_configurations_are_refused_and_leave_the_model_alone():
-    model = dit.FluxTransformer(DIT)
-    names = [name for name, _ in model.named_parameters()]
-    for changes, message in (({"top_k": 5}, "top_k"), ({"top_k": 0}, "top_k"),
-                             ({"lora_targets": ("x_embedder", "attn.to_z")}, "attn.to_z"),
-                             ({"mole_targets": ("ff",)}, "'ff'"),            # module, no nn.Linear
-                             ({"token_targets": ("nowhere",)}, "nowhere")):
-        with pytest.raises(ValueError, match=message):
-            weights.new_adapter(model, dataclasses.replace(SMALL, **changes))
-    assert names == [name for name, _ in model.named_parameters()]
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_lora_alone_needs_no_instruction():
     model, adapter = adapted(mole_targets=())
     x = inputs()
@@ -725,84 +561,3 @@ def test_whole_size_count():
     trainable = {p for p in itertools.chain(model.parameters(), adapter.parameters())
                  if p.requires_grad}
     assert sum(p.numel() for p in trainable) == 1_020_185_344
-
-
-# ----------------------------------------------------------------------------------------- files
-
-def test_save_and_load(tmp_path):
-    file = tmp_path / "adapter.safetensors"
-    model, adapter = adapted(token_targets=("single_transformer_blocks.1.proj_out",))
-    adapters.write(adapter, file, base="small")
-    with safe_open(file, framework="pt") as opened:
-        assert json.loads(opened.metadata()["adapter"])["base"] == "small"
-        assert not any("base" in name for name in opened.keys())             # no frozen weights
-        assert all(opened.get_tensor(name).dtype == torch.float32 for name in opened.keys())
-    other = dit.FluxTransformer(DIT)
-    base = {name.replace(".base.", "."): t for name, t in model.state_dict().items()}
-    other.load_state_dict({name: base[name] for name in other.state_dict()})
-    loaded = load_adapter(other, file)
-    assert loaded.config == adapter.config and same(loaded.tensors(), adapter.tensors())
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    x = inputs()
-    adapter.requires_grad_(False).eval()                 # as loaded: F.linear heeds requires_grad
-    with adapter.serve(x["txt"], x["pooled"]), loaded.serve(x["txt"], x["pooled"]):
-        assert torch.equal(model(**x), other(**x))
-
-
-def written(tmp_path: Path) -> Path:
-    adapters.write(adapted()[1], tmp_path / "adapter.safetensors")
-    return tmp_path / "adapter.safetensors"
-
-
-def refused(file: Path, changes: dict | None = None) -> None:
-    """Loading into a model that is changed so is a ValueError that names the file."""
-    model = dit.FluxTransformer(dataclasses.replace(DIT, **(changes or {})))
-    names = list(model.state_dict())
-    with pytest.raises(ValueError, match=re.escape(str(file))):
-        load_adapter(model, file)
-    assert list(model.state_dict()) == names             # the model is as it was
-
-
-def test_load_missing_file(tmp_path):
-    for path in (tmp_path / "nowhere.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-            load_adapter(dit.FluxTransformer(DIT), path)
-
-
-def test_load_truncated_file(tmp_path):
-    file = written(tmp_path)
-    whole = file.read_bytes()
-    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:size])
-        refused(file)
-
-
-def test_load_foreign_files(tmp_path):
-    file = tmp_path / "foreign.safetensors"
-    file.write_text("not a tensor in sight")
-    refused(file)
-    configs = ('{"colour": 3}', '{"top_k": 99}', '{"lora_targets": ["nowhere"]}', "3",
-               '{"rank": "eight"}', '{"alpha": NaN}', '{"resampler_heads": 0}')
-    for adapter in (None, "no json", "[1]", '"text"', "null", "{}",
-                    *(f'{{"config": {config}}}' for config in configs)):
-        save_file({"some.weight": torch.zeros(2)}, file,
-                  metadata={"adapter": adapter} if adapter else {"format": "pt"})
-        refused(file)
-
-
-def test_an_adapter_is_saved_the_same_and_for_all_to_read(tmp_path):
-    _, adapter = adapted()
-    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
-    for file in files:
-        adapters.write(adapter, file, step="3", settings="{}")
-    assert len({file.read_bytes() for file in files}) == 1
-    assert files[0].stat().st_mode & 0o044 == 0o044
-
-
-def test_load_adapter_of_another_model(tmp_path):
-    file = written(tmp_path)
-    refused(file, {"num_attention_heads": 3})            # wider
-    refused(file, {"num_single_layers": 4})              # too few
-    refused(file, {"num_single_layers": 2})              # too many
-    refused(file, {"joint_attention_dim": 13})           # other text encoders
-    refused(file, {"pooled_projection_dim": 11})

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_research import Bomb
-from test_weights import ROOT, assert_same, load, shard
 
+from helpers import assert_equal, Bomb, load, ROOT, write_shards
 from support.conditions import pick
 
 PART = "text_encoder_2"
@@ -124,7 +123,7 @@ TIMES = {"cut": 110, "flip": 150, "lie": 40}             # and 25 of each other 
 
 def mutated(folder: Path, kind: str, number: int) -> Path:
     """A checkpoint in two shards with an index, broken in its own way."""
-    shard(folder, PART)
+    write_shards(folder, PART)
     MUTATIONS[kind](np.random.default_rng([number, len(kind)]), folder)
     return folder
 
@@ -141,7 +140,7 @@ def test_broken_checkpoints_are_refused_or_unharmed(tmp_path: Path, kind: str) -
         except (ValueError, OSError) as error:           # what the commands print as one line
             assert len(str(error)) < 600 and str(tmp_path) in str(error), error
         else:
-            assert_same(model, PART)
+            assert_equal(model, PART)
             unharmed += 1
         assert time.monotonic() - start < 5
         assert not (folder.parent / "executed").exists()

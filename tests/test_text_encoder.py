@@ -1,5 +1,9 @@
-"""Our tokenizers against transformers', on texts that people write and texts that nobody should."""
+"""text_encoder.py against transformers: encoders on random weights, small and in fp32; tokenizers.
+
+Texts are those that people write, and those that nobody should.
+"""
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -7,11 +11,138 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config as PeerT5Config, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention as PeerT5Attention
 
 import text_encoder
 import weights
+from helpers import assert_close, MODEL, randomize, TOLERANCE
+from support.files import write_part
 
-MODEL = Path(weights.__file__).parent / "tiny" / "model"
+# ----------------------------------------------------------------------------------------------- T5
+
+def small_t5(**changes: object) -> text_encoder.T5Encoder:
+    """Matrices a little smaller than unit gain: scores are not divided by sqrt(d)."""
+    config = dict(vocab_size=40, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=4) | changes
+    model = randomize(text_encoder.T5Encoder(text_encoder.T5Config(**config)), gain=0.7)
+    model.shared.weight.data *= math.sqrt(24)
+    table = model.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
+    table.weight.data *= 2                               # so that a wrong bucket shows
+    return model
+
+
+def t5_peer(model: text_encoder.T5Encoder) -> T5EncoderModel:
+    config = PeerT5Config(**vars(model.config), feed_forward_proj="gated-gelu", dropout_rate=0.0,
+                          is_encoder_decoder=False, use_cache=False)
+    peer = T5EncoderModel(config)
+    state = model.state_dict()
+    peer.load_state_dict(state | {"encoder.embed_tokens.weight": state["shared.weight"]},
+                         strict=True)
+    return peer.eval().requires_grad_(False)
+
+
+def t5_ids(length: int) -> Tensor:
+    ids = torch.randint(2, 40, (2, length), generator=torch.Generator().manual_seed(length))
+    ids[0, length // 2], ids[0, length // 2 + 1:] = 1, 0     # the first ends early and is padded
+    return ids
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 200])
+def test_t5_equals_transformers(length: int) -> None:
+    """Reference: no scale, one bias for all blocks, no mask. 200 tokens reach the last bucket."""
+    model, ids = small_t5(), t5_ids(length)
+    assert_close(model(ids), t5_peer(model)(ids).last_hidden_state)
+
+
+def test_t5_equals_transformers_at_other_shapes() -> None:
+    model = small_t5(num_heads=2, d_kv=6, relative_attention_num_buckets=16,
+                     relative_attention_max_distance=40, layer_norm_epsilon=0.05)
+    ids = t5_ids(90)
+    assert_close(model(ids), t5_peer(model)(ids).last_hidden_state)
+
+
+def test_t5_lets_padding_attend() -> None:
+    """Reference: as the pipeline, which passes no mask. With one, the words' own vectors change."""
+    model, ids = small_t5(), t5_ids(20)
+    peer = t5_peer(model)
+    words = slice(0, 10)
+    masked = peer(ids, attention_mask=(ids > 0).long()).last_hidden_state
+    assert (model(ids) - masked)[0, words].abs().max() > 1e-2
+    assert_close(model(ids)[0, words], peer(ids).last_hidden_state[0, words])
+
+
+def test_buckets_are_known_and_equal_transformers() -> None:
+    known = {0: 0, 8: 24, -16: 10, 64: 30, 91: 31, -91: 15,
+             1: 17, -1: 1, 7: 23, -8: 8, 5000: 31, -5000: 15}
+    assert text_encoder.bucket(torch.tensor(list(known)), 32, 128).tolist() == list(known.values())
+    distance = torch.arange(-600, 601)
+    for buckets, longest in ((32, 128), (16, 40)):
+        peer = PeerT5Attention._relative_position_bucket(distance, True, buckets, longest)
+        assert torch.equal(text_encoder.bucket(distance, buckets, longest), peer)
+
+
+def test_t5_stays_finite_in_fp16(tmp_path: Path) -> None:
+    """The second feed-forward matrix stays fp32, sums are clamped: no infinity where fp16 ends."""
+    model = small_t5()
+    for block in model.encoder["block"]:
+        block.layer[1]["DenseReluDense"].wo.weight.data *= 1e5
+    write_part(model.state_dict(), vars(model.config), tmp_path, "model.safetensors",
+                         torch.float32)
+    half = weights.load("text_encoder_2", tmp_path, dtype=torch.float16)
+    assert {p.dtype for name, p in half.named_parameters()
+            if name.endswith("wo.weight")} == {torch.float32}
+    assert {p.dtype for name, p in half.named_parameters()
+            if not name.endswith("wo.weight")} == {torch.float16}
+    out = half(t5_ids(12))
+    assert out.dtype == torch.float16 and out.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- CLIP
+
+def small_clip(eos: int, eps: float = 1e-5) -> text_encoder.CLIPEncoder:
+    return randomize(text_encoder.CLIPEncoder(text_encoder.CLIPConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=3, max_position_embeddings=16, eos_token_id=eos, layer_norm_eps=eps)))
+
+
+def clip_peer(model: text_encoder.CLIPEncoder) -> CLIPTextModel:
+    peer = CLIPTextModel(CLIPTextConfig(**vars(model.config), hidden_act="quick_gelu",
+                                        attention_dropout=0.0, bos_token_id=0, pad_token_id=1))
+    state = model.state_dict()
+    if not any(name.startswith("text_model.") for name in peer.state_dict()):  # newer ones drop it
+        state = {name.removeprefix("text_model."): p for name, p in state.items()}
+    peer.load_state_dict(state, strict=True)
+    return peer.eval().requires_grad_(False)
+
+
+def clip_ids(end: int, length: int) -> Tensor:
+    ids = torch.randint(3, 40, (3, length), generator=torch.Generator().manual_seed(length))
+    for row, at in enumerate((length // 2, length - 1, 1)):
+        ids[row, at:] = end                              # end tokens as padding: the first counts
+    return ids
+
+
+@pytest.mark.parametrize("eos, end", [(2, 49), (49, 49), (20, 20)])
+@pytest.mark.parametrize("length, eps", [(3, 1e-5), (16, 1e-5), (16, 0.05)])
+def test_clip_equals_transformers(eos: int, end: int, length: int, eps: float) -> None:
+    """Reference: with eos_token_id 2, as published, the largest id marks the end; else that id."""
+    model, ids = small_clip(eos, eps), clip_ids(end, length)
+    assert_close(model(ids), clip_peer(model)(ids).pooler_output)
+
+
+def test_clip_pools_at_the_first_end_token() -> None:
+    """Attention is causal: what follows the end token changes nothing, what precedes it does."""
+    for eos in (2, 49):
+        model, ids = small_clip(eos), clip_ids(49, 12)[:1]
+        after, before = ids.clone(), ids.clone()
+        after[0, 8:], before[0, 2] = 5, 1
+        assert (model(ids) - model(after)).abs().max() <= TOLERANCE
+        assert (model(ids) - model(before)).abs().max() > 1e-2
+
+
+# --------------------------------------------------------------------------------------- tokenizers
+
 WORDS = """the a red Blue cube put on left background it's don't I'm WE'LL you've 's ' make 12 3.5
 1,000 # @user straße Éclair naïve e\u0301 A\u030a ﬁ Å ① ½ 東京 こんにちは
 привет سلام नमस्ते ñ é İ ǅ ß ſ \u200b \ufeff \x00 \x7f ▁ _ ▁the Ġ
@@ -43,7 +174,7 @@ def texts(count: int) -> list[str]:
     return SENTENCES + [row() for _ in range(count - len(SENTENCES))]
 
 
-def assert_same(ours: object, peer: object, lines: list[str]) -> None:
+def assert_same_ids(ours: object, peer: object, lines: list[str]) -> None:
     padded = peer(lines, padding="max_length", truncation=True, max_length=peer.model_max_length)
     found, expected = ours(lines), torch.tensor(padded.input_ids)
     assert found.shape == expected.shape == (len(lines), ours.length) and found.dtype == torch.int64
@@ -51,17 +182,17 @@ def assert_same(ours: object, peer: object, lines: list[str]) -> None:
     assert not wrong, f"{len(wrong)} differ, shortest: {min((lines[i] for i in wrong), key=len)!r}"
 
 
-def test_t5_equals_transformers() -> None:
+def test_t5_tokens_equal_transformers() -> None:
     folder = MODEL / "tokenizer_2"
-    assert_same(text_encoder.T5Tokenizer(folder),
-                transformers.T5TokenizerFast.from_pretrained(folder), texts(2200))
+    assert_same_ids(text_encoder.T5Tokenizer(folder),
+                    transformers.T5TokenizerFast.from_pretrained(folder), texts(2200))
 
 
-def test_clip_equals_transformers() -> None:
+def test_clip_tokens_equal_transformers() -> None:
     """Literal special tokens too: capitals become the same characters, but not the same token."""
     folder = MODEL / "tokenizer"
-    assert_same(text_encoder.CLIPTokenizer(folder),
-                transformers.CLIPTokenizer.from_pretrained(folder), texts(2200))
+    assert_same_ids(text_encoder.CLIPTokenizer(folder),
+                    transformers.CLIPTokenizer.from_pretrained(folder), texts(2200))
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -72,8 +203,8 @@ def test_clip_follows_the_settings_of_its_special_tokens(tmp_path: Path, normali
     for entry in settings["added_tokens_decoder"].values():
         entry["normalized"] = normalized
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert_same(text_encoder.CLIPTokenizer(folder),
-                transformers.CLIPTokenizer.from_pretrained(folder), texts(500))
+    assert_same_ids(text_encoder.CLIPTokenizer(folder),
+                    transformers.CLIPTokenizer.from_pretrained(folder), texts(500))
 
 
 @pytest.mark.parametrize("limit", [5, 77])
@@ -85,7 +216,7 @@ def test_length_is_the_one_that_the_folder_states(tmp_path: Path, limit: int) ->
         settings = (json.loads((folder / "tokenizer_config.json").read_text())
                     | {"model_max_length": limit})
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        assert_same(ours(folder), peer.from_pretrained(folder), texts(200))
+        assert_same_ids(ours(folder), peer.from_pretrained(folder), texts(200))
 
 
 def test_layout_of_the_ids() -> None:

@@ -1,4 +1,4 @@
-"""The public data sets: small parquet files of the published columns, written here."""
+"""The public data sets: small parquet files of the published columns, and the drawn conditions."""
 import io
 import json
 import re
@@ -13,60 +13,12 @@ from pyarrow import parquet
 
 import data
 import train
-from support import parquet as parquet_sets
-from support import public_sets
+from helpers import cell, coco, musar, omniedit, SETS, write_set
+from support import parquet as parquet_sets, public_sets
 from support.conditions import canny, skeletons
 from support.pictures import load_image
 
 DRAWS = 400                                              # a chance is then known to 0.1, 4 sigma
-
-
-def cell(colour: str, size: tuple[int, int] = (64, 48), kind: str = "PNG") -> dict:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def omniedit() -> list[dict]:
-    lists = [["one", "two"], ["alone"], [], None, ["one", "two"], ["one", "two"]]
-    return [{"omni_edit_id": str(i), "task": "swap", "src_img": cell("red", kind="JPEG"),
-             "edited_img": cell("blue", (64, 32)), "edited_prompt_list": prompts, "width": 64,
-             "height": 48, "sc_score_1": 1.0, "sc_score_2": 1.0, "pq_score": 1.0, "o_score": 1.0}
-            for i, prompts in enumerate(lists)]
-
-
-def musar() -> list[dict]:
-    return [{"cond_img_0": cell("red", (32, 64)), "cond_img_1": cell("green", (32, 32)),
-             "tgt_img": cell("blue"), "cond_prompt_0": "a", "cond_prompt_1": "b",
-             "prompt": f"both {i}"} for i in range(4)]
-
-
-def subjectspatial() -> list[dict]:
-    halves = Image.new("RGB", (256, 128), "blue")
-    halves.paste("red", (128, 0, 256, 128))
-    file = io.BytesIO()
-    halves.save(file, "PNG")
-    return [{"image": {"bytes": file.getvalue(), "path": "x.png"}, "bbox": [0.25, 0.5, 0.25, 0.5],
-             "canny": {"bytes": cell("white", (128, 128))["bytes"]},
-             "depth": {"bytes": cell("grey", (128, 128))["bytes"]},
-             "description": {"item": "teapot", "description_0": "A teapot on a hill.",
-                             "description_1": None, "category": "x", "description_valid": True},
-             "quality_assessment": None if i else {"compositeStructure": 5, "objectConsistency": 5,
-                                                   "imageQuality": 5}} for i in range(3)]
-
-
-def coco() -> list[dict]:
-    return [{"image": cell("blue"), "conditioning_image": cell("green"), "text": "a dog"}
-            for _ in range(3)]
-
-
-SETS = {"omniedit": omniedit, "musar": musar, "subjectspatial": subjectspatial, "coco": coco}
-
-
-def write(folder, name: str, rows: list[dict] | None = None, **options: object):
-    file = folder / f"{name}.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(rows or SETS[name]()), file, **options)
-    return file
 
 
 def draws(source, number: int = DRAWS) -> list[data.Sample]:
@@ -79,7 +31,7 @@ def share(samples: list[data.Sample], of) -> float:
 
 def test_omniedit(tmp_path):
     """The second wording with 0.7 where there are two; rows without wordings are left out."""
-    source = public_sets.OmniEdit(write(tmp_path, "omniedit"))
+    source = public_sets.OmniEdit(write_set(tmp_path, "omniedit"))
     found = draws(source)
     words = Counter(sample.instruction for sample in found)
     assert set(words) == {"one", "two", "alone"} and words["alone"] / DRAWS == pytest.approx(
@@ -92,7 +44,7 @@ def test_omniedit(tmp_path):
 
 
 def test_musar(tmp_path):
-    for sample in draws(public_sets.MUSAR(write(tmp_path, "musar")), 9):
+    for sample in draws(public_sets.MUSAR(write_set(tmp_path, "musar")), 9):
         assert re.fullmatch(r"both \d", sample.instruction) and not sample.images
         assert [p.shape[:2] for p in (sample.target, *sample.conds)] == [(48, 64), (64, 32),
                                                                          (32, 32)]
@@ -101,7 +53,7 @@ def test_musar(tmp_path):
 
 def test_subjectspatial(tmp_path):
     """One to three conditions, each named by its place; a box where the target has the subject."""
-    whole = public_sets.SubjectSpatial(write(tmp_path, "subjectspatial"))
+    whole = public_sets.SubjectSpatial(write_set(tmp_path, "subjectspatial"))
     assert all(p.shape == (512, 512, 3) for s in draws(whole, 3) for p in (s.target, *s.conds))
     source = public_sets.SubjectSpatial(tmp_path, (128, 128))
     found = draws(source)
@@ -131,7 +83,7 @@ def test_subjectspatial(tmp_path):
 
 
 def test_coco(tmp_path):
-    found = draws(public_sets.COCO(write(tmp_path, "coco")))
+    found = draws(public_sets.COCO(write_set(tmp_path, "coco")))
     tasks = Counter(sample.task for sample in found)
     assert tasks["pose"] / DRAWS == pytest.approx(0.75, abs=0.09)
     assert tasks["canny"] / DRAWS == pytest.approx(0.125, abs=0.07)
@@ -205,7 +157,7 @@ def test_coco_as_a_plain_folder(tmp_path, depth):
 def test_the_parquet_form_and_the_plain_folder_draw_alike(tmp_path):
     """By the same numbers, where a picture has one caption and one person, and size is given."""
     plain = public_sets.open_coco(coco_folder(tmp_path, 2), (64, 64), None, 3)
-    table = public_sets.COCO(write(tmp_path, "coco", coco()[:2]), (64, 64), None, 3)
+    table = public_sets.COCO(write_set(tmp_path, "coco", coco()[:2]), (64, 64), None, 3)
     for row in plain.listed:
         row |= {"text": "a dog", "conditioning_image": plain.listed[0]["conditioning_image"]}
     for i in range(30):
@@ -281,7 +233,7 @@ def test_pictures_turned_by_exif_do_not_meet_others_in_a_batch(tmp_path):
     Image.new("RGB", (64, 48), "red").save(turned, "JPEG", exif=exif)
     rows = coco()
     rows[0]["image"] = {"bytes": turned.getvalue(), "path": None}
-    source = public_sets.COCO(write(tmp_path, "coco", rows))
+    source = public_sets.COCO(write_set(tmp_path, "coco", rows))
     for i in range(20):
         drawn = source.draw(np.random.default_rng(i), 3)
         assert len({str(parquet_sets.shapes_of(s)) for s in drawn}) == 1
@@ -290,7 +242,7 @@ def test_pictures_turned_by_exif_do_not_meet_others_in_a_batch(tmp_path):
 def test_pictures_of_other_sizes_are_not_decoded(tmp_path, monkeypatch):
     small = {name: cell("red", (32, 32)) for name in ("image", "conditioning_image")}
     rows = coco() + [row | small for row in coco()]
-    source, real, read = public_sets.COCO(write(tmp_path, "coco", rows)), load_image, []
+    source, real, read = public_sets.COCO(write_set(tmp_path, "coco", rows)), load_image, []
     monkeypatch.setattr(parquet_sets, "load_image", lambda *of: read.append(of[1]) or real(*of))
     for i in range(9):
         read.clear()
@@ -302,7 +254,7 @@ def test_pictures_without_a_head_are_named_or_skipped(tmp_path):
     """Sizes are compared before pictures are read: what has none is a bad row, too."""
     rows = coco() * 10
     rows[0] = rows[0] | {"image": {"bytes": b"no picture", "path": None}}
-    file, bad = write(tmp_path, "coco", rows), []
+    file, bad = write_set(tmp_path, "coco", rows), []
     with pytest.raises(ValueError, match="row 0 'image'"):
         public_sets.COCO(file).draw(np.random.default_rng(0), 99)
     assert len(public_sets.COCO(file, bad=bad).draw(np.random.default_rng(0), 99)) == 29
@@ -310,7 +262,7 @@ def test_pictures_without_a_head_are_named_or_skipped(tmp_path):
 
 
 def test_a_row_group_that_cannot_be_read_is_skipped_once(tmp_path, monkeypatch):
-    file = write(tmp_path, "coco", coco() * 20, row_group_size=30)
+    file = write_set(tmp_path, "coco", coco() * 20, row_group_size=30)
     source, calls = public_sets.COCO(file, bad=[]), []
     read = source.read
     monkeypatch.setattr(source, "kept", lambda number: calls.append(number) or (
@@ -376,7 +328,7 @@ def test_canny_is_what_books_tell():
 
 @pytest.mark.parametrize("name", SETS)
 def test_training_on_each_set(tmp_path, name, monkeypatch):
-    write(tmp_path, name)
+    write_set(tmp_path, name)
     monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", f"{name}={tmp_path}:2", "--adapter",
                                       "lora", "--steps", "2", "--batch-size", "2", "--out",
@@ -387,7 +339,7 @@ def test_training_on_each_set(tmp_path, name, monkeypatch):
 
 def test_batches_depend_on_their_number_and_neighbours_share_a_row_group(tmp_path):
     rows = [row | {"text": str(i)} for i, row in enumerate(coco() * 20)]
-    source = public_sets.COCO(write(tmp_path, "coco", rows, row_group_size=5))
+    source = public_sets.COCO(write_set(tmp_path, "coco", rows, row_group_size=5))
     def told(start: int, stride: int, number: int) -> list[list[str]]:
         batches = data.batches([(source, 1.0)], 2, 7, start, stride)
         return [[s.instruction for s in next(batches)] for _ in range(number)]
@@ -410,7 +362,7 @@ def test_batches_depend_on_their_number_and_neighbours_share_a_row_group(tmp_pat
     ("coco", {"text": ""}, "row 0.*text")])
 def test_bad_rows(tmp_path, name, change, words):
     good = SETS[name]()
-    file = write(tmp_path, name, [good[0] | change] + good[1:] * 9)
+    file = write_set(tmp_path, name, [good[0] | change] + good[1:] * 9)
     made = public_sets.PUBLIC[name](file, (64, 64))
     with pytest.raises(ValueError, match=words):
         for i in range(60):
@@ -425,11 +377,11 @@ def test_bad_rows(tmp_path, name, change, words):
 def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
     good, worse = musar()[0], musar()[0] | {"prompt": ""}
     bad: list[str] = []
-    source = public_sets.MUSAR(write(tmp_path, "musar", [good] * 8 + [worse] * 2), bad=bad)
+    source = public_sets.MUSAR(write_set(tmp_path, "musar", [good] * 8 + [worse] * 2), bad=bad)
     with pytest.raises(ValueError, match="too many"):
         for i in range(50):
             source.draw(np.random.default_rng(i), 5)
-    source = public_sets.OmniEdit(write(tmp_path, "omniedit", [
+    source = public_sets.OmniEdit(write_set(tmp_path, "omniedit", [
         row for row in omniedit() if not row["edited_prompt_list"]]))
     with pytest.raises(ValueError, match="no row that can be used"):
         source.draw(np.random.default_rng(0), 1)
@@ -440,15 +392,15 @@ def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
     ("subjectspatial", "description", "a teapot"), ("coco", "image", 3), ("musar", "prompt", 3),
     ("subjectspatial", "bbox", "0 0 1 1"), ("musar", "tgt_img", {"path": "x.png"})])
 def test_columns_of_another_kind(tmp_path, name, column, value):
-    source = public_sets.PUBLIC[name](write(tmp_path, name, [row | {column: value}
-                                                      for row in SETS[name]()]), (64, 64))
+    source = public_sets.PUBLIC[name](write_set(tmp_path, name, [row | {column: value}
+                                                          for row in SETS[name]()]), (64, 64))
     with pytest.raises(ValueError, match=column):
         for i in range(20):
             source.draw(np.random.default_rng(i), 2)
 
 
 def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
-    source = public_sets.OmniEdit(write(tmp_path, "omniedit", row_group_size=1))
+    source = public_sets.OmniEdit(write_set(tmp_path, "omniedit", row_group_size=1))
     assert {s.instruction for s in draws(source, 60)} == {"one", "two", "alone"}
     parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / "dev-00000.parquet")
     assert len(public_sets.OmniEdit(tmp_path).sizes) == 6
@@ -457,7 +409,7 @@ def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
 def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
     good, worse = musar()[0], musar()[0] | {"prompt": ""}
     bad = [f"another source's line {i}" for i in range(90)]
-    source = public_sets.MUSAR(write(tmp_path, "musar", [good] * 19 + [worse]), bad=bad)
+    source = public_sets.MUSAR(write_set(tmp_path, "musar", [good] * 19 + [worse]), bad=bad)
     for i in range(40):
         source.draw(np.random.default_rng(i), 5)
     assert len(bad) == 91 and len(list(source.all())) == 19
@@ -465,7 +417,7 @@ def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
 
 
 def test_files_that_are_no_such_set(tmp_path, monkeypatch):
-    file = write(tmp_path, "musar")
+    file = write_set(tmp_path, "musar")
     with pytest.raises(ValueError, match="no column 'edited_img'"):
         data.open_source(f"omniedit={file}", public=public_sets.PUBLIC)
     (tmp_path / "torn.parquet").write_bytes(file.read_bytes()[:-20])
@@ -483,11 +435,3 @@ def test_files_that_are_no_such_set(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
         public_sets.MUSAR(file)
-
-
-def test_a_folder_may_still_have_a_sign_in_its_name(tmp_path):
-    folder = tmp_path / "a=b"
-    folder.mkdir()
-    Image.new("RGB", (32, 32)).save(folder / "0.png")
-    (folder / "metadata.jsonl").write_text(json.dumps({"target": "0.png", "instruction": "a"}))
-    assert isinstance(data.open_source(str(folder))[0], data.Folder)

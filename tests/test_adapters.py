@@ -1,22 +1,194 @@
-"""Adapters in the form of the paper's own code: read, written back, refused when broken."""
+"""Adapters: which layers they go to, their files, and the form of the paper's own code."""
+import dataclasses
+import itertools
 import json
 import pickle
+import re
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import safe_open, save_file
 
 import dit
 import mole
 import sample
 import weights
-from support import adapters, commands, research
+from helpers import (adapted, Bomb, build_config, BUILDS, CASES, DIT, FIRST, forward, golden,
+                     golden_part, inputs, MODEL, moles, PICTURE, ROOT, run_sample, same, SMALL)
+from support import adapters, commands, research, routing_maps, targets
 from support.files import config_from, read_tensors
-from test_golden import (BUILDS, CASES, build_config, forward, frequencies,  # noqa: F401
-                         golden, part)
-from test_sample import MODEL, PICTURE, ROOT, command
+from weights import load_adapter
+
+# ------------------------------------------------------------------------------- support/targets.py
+
+@pytest.mark.parametrize("name, target, wanted", [
+    ("single_transformer_blocks.0.norm.linear", "norm.linear", True),
+    ("norm.linear", "norm.linear", True),
+    ("transformer_blocks.0.norm1_context.linear", "norm.linear", False),
+    ("norm_out.linear", "norm.linear", False),
+    ("transformer_blocks.0.norm1.linear", "norm.linear", False),
+    ("transformer_blocks.0.norm1_context.linear", "norm1.linear", False),
+    ("transformer_blocks.0.ff.net.0.proj", "ff.net.0.proj", True),
+    ("transformer_blocks.0.ff_context.net.0.proj", "ff.net.0.proj", False),
+    ("transformer_blocks.0.ff_context.net.2", "ff.net.2", False),
+    ("transformer_blocks.0.ff.net.2", "ff.net.2", True),
+    ("transformer_blocks.0.ff.netx2", "ff.net.2", False),                    # the dot is a dot
+    ("single_transformer_blocks.12.proj_out", "single_transformer_blocks.*.proj_out", True),
+    ("proj_out", "single_transformer_blocks.*.proj_out", False),
+    ("single_transformer_blocks.0.attn.proj_out", "single_transformer_blocks.*.proj_out", False),
+    ("x_embedder", "x_embedder", True),
+    ("context_embedder", "x_embedder", False),
+    ("proj_out", ".proj_out", True), ("single_transformer_blocks.0.proj_out", ".proj_out", False),
+    ("single_transformer_blocks.0.proj_out", ".single_transformer_blocks.0.proj_out", True),
+    ("other_x_embedder", "x_embedder", False),           # the end of a name is not the name
+    ("transformer_blocks.0.attn.to_out.0", "attn.to_out.0", True),
+    ("transformer_blocks.0.attn.to_add_out", "attn.to_out.0", False)])
+def test_target_matching(name, target, wanted):
+    assert targets.matches(name, "nothing", target) is wanted
+
+
+def test_targets_in_the_model():
+    """Published targets: exactly these modules are replaced, all others are still plain."""
+    model, adapter = adapted()
+    double = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "norm1.linear",
+              "ff.net.0.proj", "ff.net.2"]
+    single = ["attn.to_q", "attn.to_k", "attn.to_v", "norm.linear", "proj_mlp", "proj_out"]
+    wanted = {"x_embedder"} \
+        | {f"transformer_blocks.{i}.{n}" for i, n in itertools.product(range(2), double)} \
+        | {f"single_transformer_blocks.{i}.{n}" for i, n in itertools.product(range(3), single)}
+    of = {name: type(module) for name, module in model.named_modules()
+          if isinstance(module, (mole.LoRALinear, mole.MoLELinear))}
+    assert of.keys() == wanted
+    mixtures = {name for name, kind in of.items() if kind is mole.MoLELinear}
+    assert mixtures == {name for name in wanted if name.endswith((".ff.net.2", ".proj_out"))}
+    assert all(layer.router.in_features == 10 for layer in moles(adapter))
+
+
+def test_token_targets():
+    name = "single_transformer_blocks.1.proj_out"
+    model, adapter = adapted(token_targets=(name,))
+    assert [layer.name for layer in moles(adapter) if layer.by_token] == [name]
+    assert model.get_submodule(name).router.in_features == 80                # its own input
+    x = inputs()
+    with adapter.serve(x["txt"], x["pooled"]):
+        model(**x)
+    last = routing_maps.last_weights(adapter)
+    assert last[name].shape == (2, 4, 4) and last[FIRST].shape == (2, 4)
+
+
+def test_bad_configurations_are_refused_and_leave_the_model_alone():
+    model = dit.FluxTransformer(DIT)
+    names = [name for name, _ in model.named_parameters()]
+    for changes, message in (({"top_k": 5}, "top_k"), ({"top_k": 0}, "top_k"),
+                             ({"lora_targets": ("x_embedder", "attn.to_z")}, "attn.to_z"),
+                             ({"mole_targets": ("ff",)}, "'ff'"),            # module, no nn.Linear
+                             ({"token_targets": ("nowhere",)}, "nowhere")):
+        with pytest.raises(ValueError, match=message):
+            weights.new_adapter(model, dataclasses.replace(SMALL, **changes))
+    assert names == [name for name, _ in model.named_parameters()]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------- files
+
+def test_save_and_load(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    model, adapter = adapted(token_targets=("single_transformer_blocks.1.proj_out",))
+    adapters.write(adapter, file, base="small")
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["adapter"])["base"] == "small"
+        assert not any("base" in name for name in opened.keys())             # no frozen weights
+        assert all(opened.get_tensor(name).dtype == torch.float32 for name in opened.keys())
+    other = dit.FluxTransformer(DIT)
+    base = {name.replace(".base.", "."): t for name, t in model.state_dict().items()}
+    other.load_state_dict({name: base[name] for name in other.state_dict()})
+    loaded = load_adapter(other, file)
+    assert loaded.config == adapter.config and same(loaded.tensors(), adapter.tensors())
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    x = inputs()
+    adapter.requires_grad_(False).eval()                 # as loaded: F.linear heeds requires_grad
+    with adapter.serve(x["txt"], x["pooled"]), loaded.serve(x["txt"], x["pooled"]):
+        assert torch.equal(model(**x), other(**x))
+
+
+def adapter_file(tmp_path: Path) -> Path:
+    adapters.write(adapted()[1], tmp_path / "adapter.safetensors")
+    return tmp_path / "adapter.safetensors"
+
+
+def refused(file: Path, changes: dict | None = None) -> None:
+    """Loading into a model that is changed so is a ValueError that names the file."""
+    model = dit.FluxTransformer(dataclasses.replace(DIT, **(changes or {})))
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        load_adapter(model, file)
+    assert list(model.state_dict()) == names             # the model is as it was
+
+
+def test_load_missing_file(tmp_path):
+    for path in (tmp_path / "nowhere.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+            load_adapter(dit.FluxTransformer(DIT), path)
+
+
+def test_load_truncated_file(tmp_path):
+    file = adapter_file(tmp_path)
+    whole = file.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        refused(file)
+
+
+def test_load_foreign_files(tmp_path):
+    file = tmp_path / "foreign.safetensors"
+    file.write_text("not a tensor in sight")
+    refused(file)
+    configs = ('{"colour": 3}', '{"top_k": 99}', '{"lora_targets": ["nowhere"]}', "3",
+               '{"rank": "eight"}', '{"alpha": NaN}', '{"resampler_heads": 0}')
+    for adapter in (None, "no json", "[1]", '"text"', "null", "{}",
+                    *(f'{{"config": {config}}}' for config in configs)):
+        save_file({"some.weight": torch.zeros(2)}, file,
+                  metadata={"adapter": adapter} if adapter else {"format": "pt"})
+        refused(file)
+
+
+def test_an_adapter_is_saved_the_same_and_for_all_to_read(tmp_path):
+    _, adapter = adapted()
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for file in files:
+        adapters.write(adapter, file, step="3", settings="{}")
+    assert len({file.read_bytes() for file in files}) == 1
+    assert files[0].stat().st_mode & 0o044 == 0o044
+
+
+def test_load_adapter_of_another_model(tmp_path):
+    file = adapter_file(tmp_path)
+    refused(file, {"num_attention_heads": 3})            # wider
+    refused(file, {"num_single_layers": 4})              # too few
+    refused(file, {"num_single_layers": 2})              # too many
+    refused(file, {"joint_attention_dim": 13})           # other text encoders
+    refused(file, {"pooled_projection_dim": 11})
+
+
+def test_unknown_configuration_entries_are_named(tmp_path):
+    (tmp_path / "c.json").write_text('{"rnak": 3}')
+    with pytest.raises(ValueError, match="rnak"):
+        weights.adapter_config("instructmole", tmp_path / "c.json")
+    assert "rank" in {entry.name for entry in fields(mole.AdapterConfig)}
+
+
+def test_kinds_of_adapter():
+    file = ROOT / "tiny/adapter.json"
+    whole = weights.adapter_config("instructmole", file)
+    assert whole == replace(mole.AdapterConfig(), **json.loads(file.read_text()))
+    assert not weights.adapter_config("lora", file).mole_targets
+    assert weights.adapter_config("instructmole", None) == mole.AdapterConfig()
+
+
+# ----------------------------------------------------------------------------- the paper's own form
 
 PUBLISHED = {
     "lora_config": {"r": 256, "lora_alpha": 256, "init_lora_weights": "gaussian",
@@ -34,14 +206,14 @@ LORA_ONLY = {"lora_config": PUBLISHED["lora_config"] | {
 OVERRIDES = {"igr": ([], []), "token": ("all", "all"), "mixed": ([1], [0, 2]), "pooled": ([], [])}
 
 
-def write(file: Path, folder: Path) -> None:
+def write_research(file: Path, folder: Path) -> None:
     """An adapter's file in the research code's form."""
     research.write(*adapters.read(file), file, folder)
 
 
 def research_folder(path: Path, name: str) -> Path:
     """A golden build's adapter in the four files of the research code."""
-    theirs = part(f"{name}.w.")
+    theirs = golden_part(f"{name}.w.")
     _, c = build_config(theirs)
     path.mkdir()
     double, single = OVERRIDES[name]
@@ -71,7 +243,7 @@ def research_folder(path: Path, name: str) -> Path:
 
 def bare_model(name: str) -> dit.FluxTransformer:
     """The golden build's transformer without its adapter."""
-    theirs = part(f"{name}.w.")
+    theirs = golden_part(f"{name}.w.")
     model = dit.FluxTransformer(build_config(theirs)[0])
     plain = {key.replace("base_layer.", "").replace("linear_layer.", ""): t
              for key, t in theirs.items()}
@@ -79,18 +251,19 @@ def bare_model(name: str) -> dit.FluxTransformer:
     return model
 
 
+@pytest.mark.usefixtures("research_frequencies")
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_research_folder_gives_the_golden_outputs_and_is_written_back_equal(tmp_path, name):
     folder = research_folder(tmp_path / "theirs", name)
     model = bare_model(name)
     adapter = weights.load_adapter(model, folder)
-    x = part("in.")
+    x = golden_part("in.")
     with torch.no_grad(), adapter.serve(x["txt"], x["pooled"]):
         for case in CASES:
             assert (forward(model, case) - golden()[0][f"{name}.{case}.out"]).abs().max() <= 1e-5
 
     adapters.write(adapter, tmp_path / "ours.safetensors")
-    write(tmp_path / "ours.safetensors", tmp_path / "back")
+    write_research(tmp_path / "ours.safetensors", tmp_path / "back")
     files = sorted(p.name for p in folder.iterdir())
     assert files == sorted(p.name for p in (tmp_path / "back").iterdir())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "ours.safetensors", "theirs"]
@@ -137,9 +310,9 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
     commands.run(weights.main)
     assert "research" in capsys.readouterr().out
     arguments = ("--instruction", "make the circle blue", "--image", PICTURE, "--steps", 2)
-    assert command(monkeypatch, capsys, *arguments, "--adapter", folder, "--out", out)[0] == 0
+    assert run_sample(monkeypatch, capsys, *arguments, "--adapter", folder, "--out", out)[0] == 0
     again = tmp_path / "b.png"
-    assert command(monkeypatch, capsys, *arguments, "--adapter", file, "--out", again)[0] == 0
+    assert run_sample(monkeypatch, capsys, *arguments, "--adapter", file, "--out", again)[0] == 0
     assert out.read_bytes() == again.read_bytes()
 
 
@@ -147,22 +320,13 @@ def test_a_plain_lora_needs_no_pickle(tmp_path):
     pipe = sample.load_pipeline(MODEL, None, "cpu", "float32")
     c = weights.adapter_config("lora", ROOT / "tiny/adapter.json")
     adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "lora.safetensors")
-    write(tmp_path / "lora.safetensors", tmp_path / "lora")
+    write_research(tmp_path / "lora.safetensors", tmp_path / "lora")
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
         "pytorch_lora_weights.safetensors", "train_config.json"]
     again = weights.load_adapter(sample.load_pipeline(MODEL).dit, tmp_path / "lora")
     stored = read_tensors([tmp_path / "lora.safetensors"])
     assert again.tensors().keys() == stored.keys()
     assert all(torch.equal(p, stored[name]) for name, p in again.tensors().items())
-
-
-class Bomb:
-    """Unpickled carelessly, it leaves a file behind."""
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch, capsys):
@@ -207,8 +371,8 @@ def test_broken_folders_are_named(tmp_path, monkeypatch, capsys, file, content, 
         (folder / file).write_bytes(content)
     elif content is not None:
         torch.save(content, folder / file)
-    code, _, err = command(monkeypatch, capsys, "--instruction", "a", "--adapter", folder,
-                           "--out", tmp_path / "out.png")
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--adapter", folder,
+                              "--out", tmp_path / "out.png")
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out.png").exists()
 
@@ -217,9 +381,9 @@ def test_what_cannot_be_written(tmp_path):
     file = ROOT / "tiny/adapter.safetensors"
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        write(file, tmp_path / "there")
+        write_research(file, tmp_path / "there")
     with pytest.raises(ValueError, match="is no adapter"):
-        write(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
+        write_research(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
     pipe = sample.load_pipeline(MODEL)
     c = weights.adapter_config("race", ROOT / "tiny/adapter.json")
     adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "race.st")
@@ -227,7 +391,7 @@ def test_what_cannot_be_written(tmp_path):
         with pytest.raises(ValueError, match="token_targets"):
             research.to_research(vars(mole.AdapterConfig(token_targets=(name,))), "p")
     with pytest.raises(ValueError, match="race"):
-        write(tmp_path / "race.st", tmp_path / "a")
+        write_research(tmp_path / "race.st", tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["race.st", "there"]
 
 
@@ -254,11 +418,3 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and len(err.splitlines()) == 1 and "written" in err
     assert not list(tmp_path.iterdir())
-
-
-def test_little_memory_is_one_line(capsys):
-    def greedy() -> None:
-        raise MemoryError
-    with pytest.raises(SystemExit) as stopped:
-        commands.run(greedy)
-    assert stopped.value.code == 2 and "not enough memory" in capsys.readouterr().err

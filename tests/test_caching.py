@@ -1,4 +1,4 @@
-"""What is encoded once: the same training, without the encoders."""
+"""support/caching.py, what is encoded once: the same training, without the encoders."""
 import json
 import sys
 from itertools import islice
@@ -9,18 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_public import write
 
 import data
 import sample
 import train
 import vae
+from helpers import MODEL, write_set
 from sample import load_pipeline
 from support import caching, commands
 from support.files import write_part
 from support.public_sets import PUBLIC
-
-MODEL = Path(__file__).resolve().parent.parent / "tiny/model"
 
 
 @pytest.fixture
@@ -150,7 +148,7 @@ def test_an_endless_source_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_draws_are_fixed(tmp_path, monkeypatch):
     """With --cache a row has so many wordings, conditions and boxes; all are encoded before."""
-    file = write(tmp_path, "subjectspatial")
+    file = write_set(tmp_path, "subjectspatial")
     for draws in (1, 3):
         source, _ = data.open_source(f"subjectspatial={file}", public=PUBLIC, draws=draws,
                                      size=(64, 64))

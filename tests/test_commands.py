@@ -1,0 +1,285 @@
+"""The command lines: how they read arguments and end; support/commands.py, options.py, jobs.py."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import weights
+from helpers import MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_sample, tensors_of, written
+from support import commands, jobs
+from support.describe import describe
+
+# ------------------------------------------------------------------------------ support/commands.py
+
+def test_run_prints_messages_of_many_lines_as_one(capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise ValueError("one\n  two")
+    with pytest.raises(SystemExit) as stop:
+        commands.run(fail)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: one two\n"
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "not enough memory"),
+    (KeyboardInterrupt(), 130, "stopped")])
+def test_run_says_why_it_ends(capsys: pytest.CaptureFixture, error: BaseException, code: int,
+                              words: str) -> None:
+    def fail() -> None:
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        commands.run(fail)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_run_leaves_our_own_mistakes_alone() -> None:
+    def fail() -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="shapes"):
+        commands.run(fail)
+
+
+def test_little_memory_is_one_line(capsys):
+    def greedy() -> None:
+        raise MemoryError
+    with pytest.raises(SystemExit) as stopped:
+        commands.run(greedy)
+    assert stopped.value.code == 2 and "not enough memory" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- python weights.py
+
+def weights_command(path: Path) -> subprocess.CompletedProcess:
+    call = [sys.executable, "weights.py", str(path)]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
+    for part in PARTS:
+        written(tmp_path / part, part)
+    done = weights_command(tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[4:] == [f"{tmp_path}: without tokenizer", f"{tmp_path}: without tokenizer_2",
+                         f"{tmp_path}: not whole"]
+    for part in ("tokenizer", "tokenizer_2"):
+        (tmp_path / part).mkdir()
+    assert describe(tmp_path, weights.load).endswith(": not whole")    # they are empty
+    for part in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(ROOT / "tiny/model" / part, tmp_path / part, dirs_exist_ok=True)
+    assert describe(tmp_path, weights.load).splitlines()[6:] == [
+        f"{tmp_path}: whole", f"python sample.py --instruction TEXT --model {tmp_path}"]
+    file = tmp_path / "vae" / next(iter((tmp_path / "vae").glob("*.safetensors"))).name
+    file.rename(file.with_suffix(".gone"))               # as a broken download leaves it
+    told = describe(tmp_path, weights.load).splitlines()
+    assert len(told) == 8 and "vae: expected one .safetensors" in told[6]
+    assert told[7] == f"{tmp_path}: not whole"
+    file.with_suffix(".gone").rename(file)
+    tensors = tensors_of("vae")
+    expected = (f"{len(tensors)} tensors, "
+                f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")
+    assert [line for line in lines if line.endswith(f"vae: vae, Hugging Face, {expected}")]
+    alone = describe(tmp_path / "vae", weights.load).splitlines()
+    assert alone[0].endswith(expected) and alone[1].endswith("vae: whole")
+    assert f"--model ... --vae {tmp_path / 'vae'} --clip ... --t5 ... --tokenizers" in alone[2]
+
+
+@pytest.mark.parametrize("kind", ["missing path", "truncated file"])
+def test_command_fails_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model.safetensors"
+    if kind == "truncated file":
+        raw_file(path, ONE, bytes(8))
+    done = weights_command(path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr
+
+
+# --------------------------------------------------------------------------------- python sample.py
+
+def wrong_model(path: Path, part: str, change) -> Path:
+    """A copy of the embedded model with one file changed."""
+    import shutil
+    shutil.copytree(MODEL, path / "model")
+    file = path / "model" / part
+    change(file)
+    return path / "model"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--instruction", ""], "empty"), (["--instruction", "  "], "empty"), ([], "--instruction"),
+    (["--instruction", "a", "--image", "gone.png"], "gone.png"),
+    (["--instruction", "a", "--image", __file__], "test_commands.py"),
+    (["--instruction", "a", "--cond", "gone.png"], "gone.png"),
+    (["--instruction", "a", "--size", "100x64"], "96x64"),
+    (["--instruction", "a", "--size", "big"], "WIDTHxHEIGHT"),
+    (["--instruction", "a", "--size", "0x64"], "--size"),
+    (["--instruction", "a", "--size", "1000000x1000000"], "8192x8192"),
+    (["--instruction", "a", "--steps", "1000000000000"], "--steps"),
+    (["--instruction", "a", "--num", "1000000000"], "--num"),
+    (["--instruction", "a", "--guidance", "1e38"], "--guidance"),
+    (["--instruction", "a\udcff"], "--instruction"),
+    (["--instruction", "a", "--device", "meta"], "--device"),
+    (["--instruction", "a", "--steps", "0"], "--steps"),
+    (["--instruction", "a", "--guidance", "nan"], "--guidance"),
+    (["--instruction", "a", "--seed", "-1"], "--seed"),
+    (["--instruction", "a", "--num", "0"], "--num"),
+    (["--instruction", "a", "--model", "gone"], "gone"),
+    (["--instruction", "a", "--model", str(MODEL.parent / "adapter.safetensors")],
+     "no FLUX Kontext transformer"),
+    (["--instruction", "a", "--export-lora", "a.bin"], ".safetensors"),
+    (["--instruction", "a", "--export-lora", str(MODEL.parent / "adapter.safetensors")], "exists"),
+    (["--instruction", "a", "--export-lora", "a.safetensors", "--adapter", "none"], "an adapter"),
+    (["--batch", "a.jsonl", "--export-lora", "a.safetensors"], "one --instruction"),
+    (["--instruction", "a", "--adapter", "gone"], "gone"),
+    (["--instruction", "a", "--adapter", str(PICTURE)], "before.png"),
+    (["--instruction", "a", "--device", "cuda:99"], "--device"),
+    (["--batch", "gone.jsonl"], "gone.jsonl"),
+    (["--batch", "gone.jsonl", "--image", str(PICTURE)], "--image")])
+def test_what_a_user_of_sample_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments,
+                                                      words):
+    out = tmp_path / "out.png"
+    out.write_bytes(b"was here")
+    code, printed, err = run_sample(monkeypatch, capsys, "--out", out, *arguments)
+    assert (code == 2 and words in err and len(err.splitlines()) == 1
+            and "Traceback" not in err and not printed)
+    assert out.read_bytes() == b"was here" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.parametrize("out, words", [
+    ("gone/out.png", "gone"), ("out", "picture file"), (".", "--out"), ("o.xbm", "picture file"),
+    ("o.h5", "picture file")])
+def test_bad_outputs_are_found_before_the_work(tmp_path, monkeypatch, capsys, out, words):
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--out", tmp_path / out)
+    assert code == 2 and words in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--out", "--routing"])
+@pytest.mark.parametrize("given", ["--image", "--cond"])
+def test_pictures_that_are_given_are_not_written_over(tmp_path, monkeypatch, capsys, option, given):
+    mine, way = tmp_path / "mine.png", tmp_path / "way.png"
+    mine.write_bytes(PICTURE.read_bytes())
+    way.symlink_to(mine)                                 # the same file by another name
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", given, mine, option, way)
+    assert code == 2 and "is a picture that is given" in err and len(err.splitlines()) == 1
+    assert mine.read_bytes() == PICTURE.read_bytes()
+
+
+def test_pictures_that_a_batch_names_are_not_written_over(tmp_path, monkeypatch, capsys):
+    mine, rows = tmp_path / "mine.png", tmp_path / "rows.jsonl"
+    mine.write_bytes(PICTURE.read_bytes())
+    rows.write_text(json.dumps({"instruction": "a", "conds": ["mine.png"]}))
+    code, _, err = run_sample(monkeypatch, capsys, "--batch", rows, "--routing", mine)
+    assert code == 2 and "is a picture that is given" in err
+    assert mine.read_bytes() == PICTURE.read_bytes()
+
+
+def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.png"
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--out", out,
+                              "--routing", out)
+    assert code == 2 and "makes that file too" in err and not out.exists()
+
+
+def test_folders_that_may_not_be_written_to_are_found_before_the_work(tmp_path, monkeypatch,
+                                                                      capsys):
+    monkeypatch.setattr(jobs.os, "access", lambda path, mode: Path(path) != tmp_path)
+    for arguments in (("--out", tmp_path / "a.png"), ("--routing", tmp_path / "a.png"),
+                      ("--export-lora", tmp_path / "a.safetensors")):
+        code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)
+        assert code == 2 and "may not be written to" in err and arguments[0] in err
+    (tmp_path / "jobs.jsonl").write_text('{"instruction": "a star"}')
+    code, _, err = run_sample(monkeypatch, capsys, "--batch", tmp_path / "jobs.jsonl", "--out",
+                              tmp_path)
+    assert code == 2 and "a folder to write to" in err
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("vae/config.json", lambda f: f.unlink(), "config.json"),
+    ("vae/diffusion_pytorch_model.safetensors", lambda f: f.unlink(), "vae"),
+    ("transformer/diffusion_pytorch_model.safetensors",
+     lambda f: f.write_bytes(f.read_bytes()[:-9]), "transformer"),
+    ("text_encoder/model.safetensors", lambda f: f.write_bytes(b"x" * 99), "text_encoder"),
+    ("text_encoder_2/model.safetensors",
+     lambda f: f.write_bytes((MODEL / "text_encoder/model.safetensors").read_bytes()), "missing"),
+    ("transformer/config.json", lambda f: f.write_text(
+        f.read_text().replace('"num_layers": 3', '"num_layers": 4')), "missing"),
+    ("tokenizer/merges.txt", lambda f: f.unlink(), "merges.txt"),
+    ("tokenizer_2/tokenizer.json", lambda f: f.write_text("{}"), "tokenizer.json")])
+def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, words):
+    folder = wrong_model(tmp_path, part, change)
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--model", folder,
+                              "--out", tmp_path / "out.png")
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("row, words", [
+    ("{", "JSON"), ("[]", "instruction"), ('{"instruction": ""}', "instruction"),
+    ('{"instruction": "a", "images": ["gone.png"]}', "gone.png"),
+    ('{"instruction": "a", "out": "../x.png"}', "out"),
+    ('{"instruction": "a", "images": 3}', "images"),
+    ('{"instruction": "a", "images": 0}', "images"),
+    ('{"instruction": "a", "imagse": "in.png"}', "imagse"),
+    ('{"instruction": "a\\ud800"}', "Unicode")])
+def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch, capsys, row,
+                                                          words):
+    (tmp_path / "jobs.jsonl").write_text('{"instruction": "a star"}\n' + row)
+    code, _, err = run_sample(monkeypatch, capsys, "--batch", tmp_path / "jobs.jsonl",
+                              "--out", tmp_path / "out")
+    assert code == 2 and words in err and "line 2" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_compiling_needs_a_compiler(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "make it red", "--compile")
+    assert code == 2 and "--compile" in err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--routing", "map.txt"], "picture"), (["--routing", "gone/map.png"], "folder"),
+    (["--routing", "map.png", "--adapter", "none"], "no layer")])
+def test_routing_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------- python train.py
+
+def test_what_options_need(monkeypatch):
+    for size in ("-1", "nan"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", size])
+        with pytest.raises(ValueError, match="from 0 up"):
+            train.main()
+    monkeypatch.setenv("CXX", sys.executable)
+    for given, words in ((["--shard"], "torchrun"), (["--compile", "--shard"], "not together"),
+                           (["--data-root", "/gone"], "no such folder")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", *given])
+        with pytest.raises(ValueError, match=words):
+            train.main()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--data", "gone"], "gone"), (["--data", "tiny:0"], "weight"),
+    (["--data", "tiny", "--steps", "0"], "--steps"),
+    (["--data", "tiny", "--model", "gone"], "gone"),
+    (["--data", "tiny", "--config", "gone.json"], "gone.json"),
+    (["--data", "tiny", "--lr", "nan"], "--lr"),
+    (["--data", "tiny", "--device", "cuda:99"], "--device")])
+def test_what_a_user_of_train_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypatch,
+                                                     capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        commands.run(train.main)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in printed and len(printed.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

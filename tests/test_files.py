@@ -1,0 +1,181 @@
+"""support/files.py: safetensors and their indices, config.json, whole or nothing written."""
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import (load, ONE, PARTS, raw_file, SMALL_DIT, SMALL_VAE, write_index, write_shards,
+                     written)
+from support.files import read_metadata, read_tensors, replacing
+
+
+def test_metadata(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"rank": "4"})
+    assert read_metadata(tmp_path / "a.safetensors") == {"rank": "4"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors")
+    assert read_metadata(tmp_path / "b.safetensors") == {}
+
+
+BROKEN = {
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(bytes(range(256)) * 8),
+    "text":
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "no JSON": lambda file: raw_file(file, b"{nope"),
+    "header longer than the file":
+        lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
+    "bytes missing": lambda file: raw_file(file, ONE, bytes(8)),
+    "bytes to spare": lambda file: raw_file(file, ONE, bytes(24)),
+    "shape larger than its bytes":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [5]}}, bytes(16)),
+    "negative shape": lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [-4]}}, bytes(16)),
+    "shape that overflows":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"shape": [2 ** 40, 2 ** 40]}}, bytes(16)),
+    "bytes before the first":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"data_offsets": [4, 20]}}, bytes(20)),
+    "bytes used twice": lambda file: raw_file(file, {"a": ONE["a"], "b": ONE["a"]}, bytes(16)),
+    "unknown dtype": lambda file: raw_file(file, {"a": ONE["a"] | {"dtype": "Q4"}}, bytes(16)),
+    "unreadable dtype":
+        lambda file: raw_file(file, {"a": ONE["a"] | {"dtype": "F6_E2M3", "shape": [16]}},
+                              bytes(12)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "model.safetensors"
+    BROKEN[kind](file)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        read_tensors([file])
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.9999])
+def test_truncated_files_are_named(tmp_path: Path, share: float) -> None:
+    file = written(tmp_path, "vae") / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:int(share * len(data))])
+    for read in (lambda: load(tmp_path, "vae"), lambda: read_metadata(file)):
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+            read()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """By the name that was asked for, not by the one that it is written to first."""
+    file = tmp_path / "gone" / "a.txt"
+    with pytest.raises(OSError, match="a.txt: cannot be written .No such file or directory"):
+        with replacing(file) as aside:
+            aside.write_text("a")
+    with pytest.raises(OSError, match="^[^:]*b.txt: cannot be written .No space left on device.$"):
+        with replacing(tmp_path / "a.txt"), replacing(tmp_path / "b.txt"):
+            raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------- folders of several files
+
+def test_two_files_without_an_index_are_refused(tmp_path: Path) -> None:
+    folder = written(tmp_path, "vae")
+    (folder / "model.fp16.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(FileNotFoundError, match="found 2 files"):
+        load(folder, "vae")
+
+
+@pytest.mark.parametrize("outside", ["../other.safetensors", "/other.safetensors",
+                                     "sub/other.safetensors", "..", "", "config.json"])
+def test_index_that_names_other_files_is_refused(tmp_path: Path, outside: str) -> None:
+    weight_map = write_shards(tmp_path / "vae")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    write_index(tmp_path / "vae", weight_map | {"decoder.conv_in.bias": outside})
+    with pytest.raises(ValueError, match="files of the same folder"):
+        load(tmp_path / "vae", "vae")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "model.safetensors", {"a": 3}, {"a": None}])
+def test_index_without_a_map_is_refused(tmp_path: Path, weight_map: object) -> None:
+    write_shards(tmp_path)
+    write_index(tmp_path, weight_map)
+    with pytest.raises(ValueError, match=r"index\.json: weight_map"):
+        load(tmp_path, "vae")
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors: no such file"):
+        load(tmp_path, "vae")
+
+
+def test_index_that_forgets_a_shard_leaves_tensors_missing(tmp_path: Path) -> None:
+    weight_map = write_shards(tmp_path)
+    write_index(tmp_path, {name: file for name, file in weight_map.items() if "00001" in file})
+    with pytest.raises(ValueError, match="missing"):
+        load(tmp_path, "vae")
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    save_file(load_file(second) | {"decoder.conv_in.bias": torch.zeros(16)}, second)
+    with pytest.raises(ValueError, match=r"00002.*decoder\.conv_in\.bias occurs in another shard"):
+        load(tmp_path, "vae")
+
+
+# -------------------------------------------------------------------------------------- config.json
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_config_entries_are_named(tmp_path: Path, part: str) -> None:
+    folder = written(tmp_path, part)
+    needed = [name for name in PARTS[part][0] if name != "guidance_embeds"]
+    for name in needed:
+        (folder / "config.json").write_text(json.dumps(
+            {k: v for k, v in PARTS[part][0].items() if k != name}))
+        with pytest.raises(ValueError, match=rf"config\.json: has no entry '{name}'"):
+            load(folder, part)
+
+
+@pytest.mark.parametrize("entry, value", [
+    ("layers_per_block", "1"), ("layers_per_block", 1.5), ("layers_per_block", None),
+    ("layers_per_block", True), ("block_out_channels", 8), ("block_out_channels", "8"),
+    ("block_out_channels", ["8", "16"]), ("block_out_channels", []),
+    ("block_out_channels", [8.0, 16.0]), ("block_out_channels", [8, 0]),
+    ("scaling_factor", "0.3611"), ("scaling_factor", []), ("latent_channels", -4)])
+def test_config_entries_of_another_kind_are_named(tmp_path: Path, entry: str,
+                                                  value: object) -> None:
+    folder = written(tmp_path, "vae")
+    (folder / "config.json").write_text(json.dumps(SMALL_VAE | {entry: value}))
+    with pytest.raises(ValueError, match=rf"config\.json: {entry} should be"):
+        load(folder, "vae")
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_groups_must_divide_the_widths(tmp_path: Path, groups: int) -> None:
+    folder = written(tmp_path, "vae")
+    (folder / "config.json").write_text(json.dumps(SMALL_VAE | {"norm_num_groups": groups}))
+    with pytest.raises(ValueError, match=f"norm_num_groups {groups}"):
+        load(folder, "vae")
+
+
+def test_guidance_must_be_true_or_false(tmp_path: Path) -> None:
+    folder = written(tmp_path, "transformer")
+    (folder / "config.json").write_text(json.dumps(SMALL_DIT | {"guidance_embeds": 1}))
+    with pytest.raises(ValueError, match="guidance_embeds should be bool, found 1"):
+        load(folder, "transformer")
+
+
+def test_config_may_hold_whole_numbers_for_floats_and_other_entries(tmp_path: Path) -> None:
+    folder = written(tmp_path, "vae")
+    (folder / "config.json").write_text(json.dumps(
+        SMALL_VAE | {"scaling_factor": 1, "_class_name": "AutoencoderKL"}))
+    assert load(folder, "vae").config.scaling_factor == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe{}", b"{'a': 1}",
+                                     b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
+def test_config_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = written(tmp_path, "vae")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
+        load(folder, "vae")

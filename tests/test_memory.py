@@ -1,0 +1,249 @@
+"""Less memory: weights that visit a device, types, recomputing, a base in fp8, counting before."""
+import json
+import re
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dit
+import train
+from helpers import (adapted, FIRST, gradients, inputs, made, make_pipeline, MODEL, ROOT, same,
+                     samples, step)
+from sample import condition, generate, load_pipeline, seeded_noise
+from support import commands, devices, dry_run, export, layouts, offload, routing_maps
+from support.files import files_of
+from support.fp8 import NarrowLinear
+
+# -------------------------------------------------------------------- weights that visit the device
+
+def test_parts_visit_the_device_and_come_back(bare):
+    """Within the `with` all weights are there; then the very same memory is in its place again."""
+    before = {name: t.data_ptr() for name, t in bare.vae.state_dict().items()}
+    with offload.on_device(bare.vae, torch.float64):       # a type in place of a device
+        assert {t.dtype for t in bare.vae.state_dict().values()} == {torch.float64}
+    assert {name: t.data_ptr() for name, t in bare.vae.state_dict().items()} == before
+
+
+def test_blocks_are_streamed_one_ahead(bare, monkeypatch):
+    """A stand-in for the device counts who is there: the block at work and the next, never more."""
+    model, here, most, order = bare.dit, [], [], []
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    real = offload.on_device
+
+    @contextmanager
+    def counted(part, where):
+        here.append(part)
+        most.append(sum(b in here for b in blocks))
+        with real(part, torch.float64):                  # a type in place of a device
+            yield
+        here.remove(part)
+    monkeypatch.setattr(offload, "on_device", counted)
+    with offload.stream(model, torch.device("cpu")) as run:
+        assert {id(part) for part in here} == {id(part) for name, part in model.named_children()
+                                               if "blocks" not in name}
+        for block in blocks:
+            def work():
+                order.append(block)
+                assert {t.dtype for t in block.parameters()} == {torch.float64}
+            monkeypatch.setattr(block, "forward", work)
+            run(block)
+    assert order == blocks and max(most) == 2 and not here
+
+
+def test_a_streamed_model_makes_the_same_picture(trained, monkeypatch):
+    """The whole of generate(), where a device is said to lack room for the transformer."""
+    given, noise = condition(trained, ["make it red"], [], []), seeded_noise([0], (64, 64))
+    monkeypatch.setattr(export, "mergeable", lambda *_: False)               # streamed is unmerged
+    plain, _ = generate(trained, given, noise, steps=2)
+    real, calls = offload.stream, []
+    monkeypatch.setattr(offload, "stream", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(offload, "fits", lambda model, device: model is not trained.dit)
+    streamed, _ = generate(trained, given, noise, steps=2)
+    assert calls and np.array_equal(plain, streamed)
+
+
+def test_what_has_room_on_a_device(bare, monkeypatch):
+    size = sum(t.nbytes for t in bare.vae.state_dict().values())
+    for room, answer in ((2 * size, True), (size, False)):
+        monkeypatch.setattr(devices, "memory", lambda device: room)
+        assert offload.fits(bare.vae, torch.device("meta")) == answer
+        assert offload.fits(bare.vae, torch.device("cpu"))                    # it is there already
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("room", [0, 10 ** 9])
+def test_visits_on_a_gpu(room, monkeypatch):
+    """Blocks one by one, or parts in turn: the picture of a pipeline that stays on the device."""
+    stays = load_pipeline(MODEL, None, "cuda", "float32")
+    real = devices.memory
+    monkeypatch.setattr(devices, "memory", lambda device: room if room else 1)
+    visits = load_pipeline(MODEL, None, "cuda", "float32")
+    if room:
+        visits.dit.cpu()
+    noise = seeded_noise([0], (64, 64))
+    one, two = (made(pipe, ["a red star"], [], [], noise, 3)[0] for pipe in (stays, visits))
+    assert real(torch.device("cuda")) > 0 and np.abs(one.astype(int) - two).max() <= 1
+    assert next(visits.dit.parameters()).device.type == "cpu"
+
+
+# -------------------------------------------------------------------------------------------- types
+
+@pytest.mark.parametrize("able", ["avx2", "amx_bf16", "avx512_bf16", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_type_to_compute_in(able, device, monkeypatch):
+    """auto: bf16 where it is fast and the model large; what is asked for is given."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "avx": True})
+    monkeypatch.setattr(devices, "FAST_BF16", devices.fast_bf16())           # as at the start
+    monkeypatch.setattr(devices, "memory", lambda device: 400)
+    large, small = (devices.choose_dtype("auto", torch.device(device), size) for size in (100, 99))
+    wide, narrow = torch.float32, torch.bfloat16
+    assert large == (wide if device == "cpu" and able == "avx2" else narrow)
+    assert small == (wide if device == "cpu" else narrow)
+    assert devices.choose_dtype("float16", torch.device(device), 10) == torch.float16
+
+
+def test_a_model_too_large_to_widen_is_widened_layer_by_layer(trained, monkeypatch):
+    """The same numbers multiplied in the same type, unmerged: within 1/255 of the whole in fp32."""
+    files = [file for part in layouts.SIGNS for file in files_of(MODEL / part)]
+    needed = 2 * sum(file.stat().st_size for file in files)
+    given, noise = condition(trained, ["make it red"], [], []), seeded_noise([0], (64, 64))
+    wanted, _ = generate(trained, given, noise, steps=3)
+    for room, number in ((2 * needed + 2, 0), (2 * needed, 100)):
+        monkeypatch.setattr(devices, "memory", lambda device: room)
+        pipe = load_pipeline(MODEL, ROOT / "tiny/adapter.safetensors", "cpu", "float32")
+        kept = [layer for part in (pipe.dit, pipe.t5) for layer in part.modules()
+                if isinstance(layer, NarrowLinear)]
+        assert len(kept) >= number and (number or not kept)
+        assert all(layer.weight.dtype == torch.bfloat16 for layer in kept)
+        assert export.mergeable(pipe.adapter, 1, pipe.device) == (not kept)
+        made, _ = generate(pipe, condition(pipe, ["make it red"], [], []), noise, steps=3)
+        assert np.abs(made.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attention_in_training_is_one_graph_and_of_its_own_type(fast, dtype, monkeypatch):
+    """On processors slow at bf16 it passes through fp32, which float64 must not."""
+    monkeypatch.setattr(devices, "FAST_BF16", fast)
+    model = dit.FluxTransformer(dit.DiTConfig(16, 1, 1, 16, 2, 8, 8, (4, 6, 6)))
+    devices.ready(model, nn.Identity(), torch.device("cpu"), dtype)
+    q, k, v = (torch.randn(1, 2, 5, 16).to(dtype).requires_grad_() for _ in range(3))
+    pe = dit.rope(torch.zeros(5, 3), (4, 6, 6))          # turns nothing
+    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-12   # its rounding of values about 2
+    plain = [model.transformer_blocks[0].attend, model.single_transformer_blocks[0].attend]
+    compiled = [torch.compile(one, backend="aot_eager", fullgraph=True) for one in plain]
+    for attend in plain + compiled:
+        out = attend(q, k, v, pe)
+        assert out.dtype == dtype and torch.allclose(out, wanted, atol=limit, rtol=0)
+
+
+def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
+    """It trains, says so in the run, and its results are not those of the base as stored."""
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--adapter",
+              "lora", "--out"]
+    flows = []
+    for name, rest in (("fp8", ["--base-dtype", "fp8"]), ("plain", [])):
+        monkeypatch.setattr(sys, "argv", [*common, str(tmp_path / name), *rest])
+        train.main()
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        flows.append([json.loads(line)["flow"] for line in log])
+    assert flows[0] != flows[1] and flows[0] == pytest.approx(flows[1], rel=0.1)
+    monkeypatch.setattr(sys, "argv", [*common, str(tmp_path / "fp8"), "--resume"])
+    with pytest.raises(SystemExit):
+        commands.run(train.main)
+    assert "base_dtype" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- recomputing
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("clean", [False, True])
+def test_checkpointing_changes_nothing(clean, training):
+    model, adapter = adapted(token_targets=("single_transformer_blocks.1.proj_out",))
+    adapter.train(training)
+    calls, x = [], inputs(clean=clean)
+    model.get_submodule(FIRST).register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(5)
+    out, routing, gradients = step(model, adapter, x)
+    gradients = {name: g.clone() for name, g in gradients.items()}
+    plain, last = len(calls), routing_maps.last_weights(adapter)
+    torch.manual_seed(5)
+    out2, routing2, gradients2 = step(model, adapter, x, checkpointed=True)
+    assert len(calls) == 3 * plain                       # it did compute again
+    assert torch.equal(out, out2) and same(last, routing_maps.last_weights(adapter))
+    assert (routing.balance == routing2.balance > 0
+            and routing.orthogonality == routing2.orthogonality > 0)
+    assert same(gradients, gradients2)
+
+
+def test_checkpointing_leaves_losses_and_gradients_exact():
+    pipe, batch = make_pipeline(), [(5, samples("mixed"))]
+    plain = train.accumulate(pipe, batch, 1.0), gradients(pipe)
+    again = train.accumulate(pipe, batch, 1.0, recompute=True), gradients(pipe)
+    assert plain[0] == again[0] and plain[1].keys() == again[1].keys()
+    assert all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
+
+
+# ---------------------------------------------------------------------------------------- --dry-run
+
+def told_by_dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", *arguments])
+    train.main()
+    found = re.findall(r"^  (.+?) +([\d.]+) GB$", capsys.readouterr().out, re.M)
+    return {name: float(value) for name, value in found}
+
+
+def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
+    """Played with shapes alone, a step takes what it takes with numbers; parts add up."""
+    pipe = make_pipeline()
+    monkeypatch.setattr(dry_run, "GB", 1)                  # bytes: the tiny model has few
+    told = told_by_dry_run(monkeypatch, capsys, "--batch-size", "2")
+    own = 4 * sum(p.numel() for p in pipe.adapter.tensors().values())
+    assert told["adapter, fp32"] == told["gradients"] == own
+    assert 0 <= told["optimizer"] - 2 * own < 4000       # each tensor's count of steps
+    assert told["transformer, frozen"] == sum(
+        t.nbytes for name, t in pipe.dit.named_parameters() if t.dtype == torch.float32
+        and (".base." in name or name.replace(".base", "") not in pipe.adapter.tensors())
+        and not name.endswith(("_A", "_B", "router.weight")))
+    assert told["together"] == pytest.approx(
+        sum(told.values()) - told["together"], rel=1e-6)
+    optimizers = train.make_optimizers(pipe.adapter, 1e-3, 1e-3)
+    sample = max((samples("multi", 1) + samples("mixed", 1)), key=lambda s: len(s.conds))
+    with dry_run.LiveBytes() as live:
+        for _ in range(2):                               # the second has the optimizer's states
+            before = live.now
+            passes, _ = dry_run.step_bytes(
+                lambda batch: train.empty_loss(pipe, sample, batch, False), 2, pipe.adapter,
+                optimizers, 1, live)
+    real = passes - before                               # beyond weights, adapter and states
+    assert told["activations"] + told["gradients"] == pytest.approx(real, rel=0.02)
+    other = told_by_dry_run(monkeypatch, capsys, "--batch-size", "4", "--recompute", "--base-dtype",
+                            "fp8", "--method", "lora")
+    assert other["activations"] < told["activations"]    # though the batch is twice as large
+    assert other["transformer, frozen"] < 0.4 * told["transformer, frozen"]
+
+
+def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
+    """Of three processes each has a third of the blocks, but for two that are whole; one speaks."""
+    monkeypatch.setattr(dry_run, "GB", 1)
+    monkeypatch.setattr(dry_run, "step_bytes",
+                        lambda loss_of, batch, *_: (batch * 10 ** 8, 10 ** 8))
+    whole = told_by_dry_run(monkeypatch, capsys)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shared = told_by_dry_run(monkeypatch, capsys, "--shard")
+    bare = load_pipeline(MODEL, None, "cpu", "float32").dit
+    blocks = [sum(t.nbytes for t in block.parameters()) for block in (
+        *bare.transformer_blocks, *bare.single_transformer_blocks)]
+    away = (sum(blocks) - 2 * max(blocks)) * 2 / 3
+    for name, size in whole.items():
+        less = away if name in ("transformer, frozen", "together") else 0
+        assert size - shared[name] == pytest.approx(less, abs=2), name
+    monkeypatch.setenv("RANK", "1")
+    assert told_by_dry_run(monkeypatch, capsys, "--shard") == {}

@@ -1,0 +1,344 @@
+"""Runs of train.py: stopped and resumed, recorded, by several processes; Muon."""
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from helpers import make_pipeline, MODEL, ROOT, run_train
+from support import commands, resume
+from support.muon import Muon, orthogonal
+
+# ----------------------------------------------------------------------------------------- resuming
+
+@pytest.mark.parametrize("kind", ["instructmole", "token"])
+def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
+    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2",
+              "--lr", "1e-3", "--schedule", "cosine", "--adapter", kind,
+              "--optimizer", "muon" if kind == "instructmole" else "adamw"]
+    def command(*rest: object) -> None:
+        monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
+        train.main()
+    if kind == "token":                                  # once is enough, and it takes long
+        monkeypatch.setattr(train, "previews", lambda *_: {})
+    command("--steps", 4, "--save-every", 4, "--out", tmp_path / "whole")
+    monkeypatch.setattr(train, "previews", lambda *_: stop())
+    calls = iter([True, False, False])
+    def stop() -> dict:
+        if next(calls):
+            raise KeyboardInterrupt                      # killed right after step 2's checkpoint
+        return {}
+    with pytest.raises(KeyboardInterrupt):
+        command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken")
+    command("--steps", 4, "--save-every", 2, "--out", tmp_path / "broken", "--resume")
+    assert len({(tmp_path / name / "adapter.safetensors").read_bytes()
+                for name in ("whole", "broken")}) == 1
+    steps = [json.loads(line)["step"]
+             for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3]
+    (tmp_path / "broken/checkpoint.pt").write_bytes(b"torn")                 # step 2's is left
+    (tmp_path / "broken/adapter.safetensors").unlink()
+    calls = iter([False, False])
+    command("--steps", 4, "--save-every", 4, "--out", tmp_path / "broken", "--resume")
+    assert len({(tmp_path / name / "adapter.safetensors").read_bytes()
+                for name in ("whole", "broken")}) == 1
+    assert "going on from the one before it" in capsys.readouterr().err
+
+
+def test_killed_at_any_moment_nothing_is_lost():
+    """Three kills here; python tests/kills.py --kills 30 for more."""
+    done = subprocess.run([sys.executable, ROOT / "tests/kills.py", "--kills", "3", "--steps", "6",
+                           "--longest", "1.2"], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0 and done.stdout.startswith("3 kills"), done.stdout + done.stderr
+
+
+def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
+    """Two micro-batches a step by one process, then one: it goes on where the data stopped."""
+    seen, real = [], train.accumulate
+    monkeypatch.setattr(train, "accumulate", lambda pipe, micro, *rest: seen.extend(
+        seed for seed, _ in micro) or real(pipe, micro, *rest))
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
+              "5", "--out", str(tmp_path / "run"), "--resume", "--save-every", "2"]
+    monkeypatch.setattr(sys, "argv", [*common, "--accumulate", "2"])
+    monkeypatch.setattr(train, "previews", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.main()                                     # stopped after two steps
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", common)
+    train.main()
+    assert seen == list(range(7)) and "micro_batches = 2, not 1" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stands for the disk; one line, and the run goes on later."""
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
+              "3", "--save-every", "1", "--out", str(tmp_path / "run")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def full(*_: object) -> dict:                        # after the first checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        return {}
+    monkeypatch.setattr(train, "previews", full)
+    monkeypatch.setattr(sys, "argv", common)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            commands.run(train.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and printed.startswith("error") and "run" in printed
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "adapter.safetensors", "checkpoint.pt", "log.jsonl", "run.json"}
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", [*common, "--resume"])
+    train.main()
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 3
+
+
+def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
+    before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    with resume.stop_signals() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+    with resume.stop_signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path):
+    """The step is finished and saved, with all that resuming starts from (tested above)."""
+    common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "600",
+              "--adapter", "lora", "--out"]
+    quiet = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "env":
+             os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen([*common, str(tmp_path / "stopped")], **quiet)
+    told = ""
+    while not re.search(r"[1-9]\d*/600", told):          # training has begun
+        letter = process.stderr.read(1)
+        assert letter, told
+        told += letter
+    process.send_signal(signal.SIGTERM)
+    told += process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in told, told
+    done = int(re.search(r"stopped after (\d+) steps; --resume goes on", told)[1])
+    lines = (tmp_path / "stopped/log.jsonl").read_text().splitlines()
+    assert 0 < done < 600 and len(lines) == done
+    state = torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)
+    assert state["step"] == state["number"] == done
+
+
+def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
+    """Another configuration in the same file, a checkpoint that is none: one line, nothing lost."""
+    config, out = tmp_path / "config.json", tmp_path / "run"
+    config.write_text((ROOT / "tiny/adapter.json").read_text())
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--steps", "1", "--batch-size",
+                                      "1", "--config", str(config), "--out", str(out), "--resume"])
+    train.main()                                         # --resume starts where nothing is there
+    log = (out / "log.jsonl").read_bytes()
+
+    def refused(words: str) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            commands.run(train.main)
+        printed = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and printed.startswith("error") and words in printed
+        assert (out / "log.jsonl").read_bytes() == log
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"top_k": 3}))
+    refused("config")
+    config.write_text((ROOT / "tiny/adapter.json").read_text())
+    whole = torch.load(out / "checkpoint.pt", weights_only=True)
+    for content in (b"", b"no checkpoint", (out / "checkpoint.pt").read_bytes()[:999],
+                    {name: value for name, value in whole.items() if name != "optimizers"},
+                    whole | {"settings": "[]"}, [1]):
+        if isinstance(content, bytes):
+            (out / "checkpoint.pt").write_bytes(content)
+        else:
+            torch.save(content, out / "checkpoint.pt")
+        refused("checkpoint.pt")
+
+
+# -------------------------------------------------------------------------------- what a run writes
+
+def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
+    """run.json; other data under the same names are noticed by a resumed run."""
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    folder, rows = tmp_path / "own", []
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"target": f"{i}.png", "instruction": "red"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    common = ["train.py", "--data", str(folder), "tiny", "--batch-size", "1", "--out",
+              str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [*common, "--steps", "1"])
+    train.main()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["arguments"]["data"] == [str(folder), "tiny"]
+    assert record["settings"]["config"]["experts"] and record["versions"]["torch"]
+    own, endless = record["settings"]["fingerprints"]
+    assert len(own) == 16 and endless is None
+    (folder / "metadata.jsonl").write_text("".join(rows).replace("red", "dark"))
+    monkeypatch.setattr(sys, "argv", [*common, "--steps", "1", "--resume"])
+    capsys.readouterr()
+    train.main()
+    assert "fingerprints" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["fingerprints"][0] != own
+
+
+def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+
+    def refused(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--out", str(out),
+                                          *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            commands.run(train.main)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(printed.splitlines()) == 1
+        return printed
+    code, _, err = run_train(monkeypatch, capsys, "--data", "tiny", "--steps", 2, "--batch-size", 2,
+                             "--save-every", 2, "--out", out, "--adapter", "lora")
+    assert code == 0, err
+    assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "log.jsonl",
+                                               "loss.png", "run.json", "samples_000002.png"}
+    entry = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert {"step", "loss", "flow", "balance", "orthogonality", "tasks", "seconds"} <= entry.keys()
+    before = (out / "adapter.safetensors").read_bytes()
+    assert "--resume" in refused("--steps", 2)
+    (out / "log.jsonl").rename(tmp_path / "log.jsonl")
+    assert "--resume" in refused("--steps", 2)           # results are there yet
+    (tmp_path / "log.jsonl").rename(out / "log.jsonl")
+    record = (out / "run.json").read_bytes()
+    assert "steps" in refused("--steps", 3, "--batch-size", 2, "--adapter", "lora", "--resume")
+    shutil.copytree(MODEL, tmp_path / "model")           # the same names, other weights
+    changed = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    changed.write_bytes(changed.read_bytes()[:-2] + b"\0\0")
+    assert "model = " in refused("--steps", 2, "--batch-size", 2, "--adapter", "lora", "--resume",
+                                 "--model", tmp_path / "model", "--config",
+                                 ROOT / "tiny/adapter.json")
+    assert (out / "run.json").read_bytes() == record
+    assert (out / "adapter.safetensors").read_bytes() == before
+
+
+# -------------------------------------------------------------------------------- several processes
+
+def test_two_processes_have_one_s_gradients():
+    """In fp32 to 1e-6 of a norm, adapters after steps in float64 to 1e-8; --shard as well."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           ROOT / "tests/processes.py", "--steps", "2"], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and done.stdout.count("split True") == 4, done.stdout + done.stderr
+
+
+def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch):
+    common = ["--data", "tiny", "--batch-size", "1", "--steps", "4", "--adapter", "lora",
+              "--save-every", "1", "--out", str(tmp_path / "run")]
+    script = tmp_path / "train.py"
+    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
+                      "from support import commands\n"
+                      "train.previews = lambda *_: {}\nupdate = train.update\n"
+                      "def dies(*args):\n"
+                      "    if args[3] == 2 and os.environ['RANK'] == '1':\n"
+                      "        os.kill(os.getpid(), 9)\n"
+                      "    return update(*args)\n"
+                      "train.update = dies\ncommands.run(train.main)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           str(script), *common], cwd=ROOT, timeout=120, capture_output=True)
+    assert done.returncode != 0
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--resume"])
+    train.main()
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and state["number"] == 8
+
+
+def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
+    """Each takes its own samples; their gradients' mean is that of one process's accumulation.
+
+    Expert Race, because it also has thresholds, which follow the batches without a gradient.
+    """
+    common = ["--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
+              "--adapter", "race"]
+    script = tmp_path / "train.py"                       # without its sheet of samples, for speed
+    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
+                      "from support import commands\n"
+                      "train.previews = lambda *_: {}\ncommands.run(train.main)\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    str(script), *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--out",
+                                      str(tmp_path / "one")])
+    train.main()
+    two, one = (load_file(tmp_path / name / "adapter.safetensors") for name in ("two", "one"))
+    assert two.keys() == one.keys()
+    for name in two:                                     # AdamW enlarges tiny gradients' rounding
+        near = (two[name] - one[name]).norm() <= 1e-3 * (one[name].norm() + 1e-3)
+        assert near or name.endswith("threshold"), name  # it moves once a step, not once a batch
+    logs = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
+            for name in ("two", "one")]
+    for name in ("flow", "norm"):                        # AdamW would not see a forgotten division
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-3)
+    moved = [float(t) for name, t in two.items() if name.endswith("threshold")]
+    assert all(moved) and len(moved) == 9
+
+
+# --------------------------------------------------------------------------------------------- Muon
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_orthogonal_keeps_the_directions(shape):
+    """The polynomial brings singular values near 1, not to it: 0.7 to 1.2."""
+    torch.manual_seed(0)
+    W = torch.randn(3, *shape, dtype=torch.float64)
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    made = U.mT @ orthogonal(W) @ V.mT                   # diagonal, if the directions are kept
+    values = made.diagonal(dim1=1, dim2=2)
+    assert (made - torch.diag_embed(values)).abs().max() < 1e-9
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert torch.allclose(orthogonal(-7 * W), -orthogonal(W), atol=1e-6)
+
+
+def test_two_steps_are_the_peers(monkeypatch):
+    """torch.optim.Muon computes in bf16, three digits; ours in the weights' type."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(16, 24)), torch.nn.Parameter(torch.randn(24, 16))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    peer = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, momentum=0.95, nesterov=True,
+                            adjust_lr_fn="match_rms_adamw")
+    own = Muon(ours, 0.1, 0.01)
+    for _ in range(2):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        own.step(), peer.step()
+    for p, q, before in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (p - before).norm()
+
+
+def test_what_it_takes():
+    """The matrices A and B, at twice the rate; the routers keep theirs; all else has the first."""
+    pipe = make_pipeline()
+    rest, matrices = train.make_optimizers(pipe.adapter, 1e-3, 5e-4, "muon")
+    rates = {id(p): (type(optimizer).__name__, group["lr"]) for optimizer in (rest, matrices)
+             for group in optimizer.param_groups for p in group["params"]}
+    names = pipe.adapter.tensors()
+    assert rates.keys() == {id(p) for p in names.values()}
+    for name, p in names.items():
+        assert rates[id(p)] == (("Muon", 2e-3) if name.endswith(("_A", "_B")) else
+                                ("AdamW", 5e-4 if name.endswith("router.weight") else 1e-3))
+    lora = train.make_optimizers(make_pipeline("lora").adapter, 1e-3, 5e-4, "muon")
+    assert [type(optimizer).__name__ for optimizer in lora] == ["Muon"]

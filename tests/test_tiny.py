@@ -1,0 +1,148 @@
+"""tiny/: the drawn world, and that the embedded model is made from nothing."""
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from data import Sample
+from sample import condition, generate, load_pipeline, seeded_noise
+from tiny import pretrain, world
+from tiny.world import BASE_TASKS, BIG, EDITS, NEW_TASKS, SMALL, Scene, Thing
+
+ALL = BASE_TASKS + NEW_TASKS
+
+
+def draws(task: str, number: int, held_out: bool) -> list[Sample]:
+    rng = np.random.default_rng(5)
+    return [world.tiny_sample(rng, task, held_out) for _ in range(number)]
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_samples_are_given_what_their_task_says(task):
+    natives = 1 if task in EDITS else 0
+    cleans = {"multi": 2, "mixed": 2}.get(task, 1 if task in NEW_TASKS else 0)
+    for sample in draws(task, 20, False):
+        assert (len(sample.images), len(sample.conds), sample.task) == (natives, cleans, task)
+        assert np.array_equal(sample.target, world.draw(sample.scene))
+        assert (sample.instruction.strip() and "{" not in sample.instruction
+                and "a orange" not in sample.instruction)
+        assert all(p.shape == (64, 64, 3) and p.dtype == np.uint8
+                   for p in [sample.target, *sample.images, *sample.conds])
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_held_out_scenes_and_wordings_never_occur_in_training(task):
+    assert not any(sample.scene.held_out() for sample in draws(task, 60, False))
+    assert all(sample.scene.held_out() for sample in draws(task, 10, True))
+    kept = world.WORDINGS[task][-2:]
+    starts = [wording.split("{")[0].strip() for wording in kept]
+    seen = [sample.instruction.lower() for sample in draws(task, 60, False)]
+    assert not any(text.startswith("please") for text in seen)       # every last wording begins so
+    assert starts[-1].startswith("please")
+
+
+def test_edits_hold_out_the_scene_before_too():
+    rng, found = np.random.default_rng(1), []
+    for _ in range(400):
+        before, after, _ = world.edited(rng, "recolour")
+        sample = world.edit_sample(np.random.default_rng(1), "recolour", False)
+        found.append(before.held_out())
+        assert sample is None or not sample.scene.held_out()
+    assert any(found)                                    # such scenes are drawn, and then refused
+    pictures = {world.draw(b).tobytes()
+                for b, _, _ in (world.edited(rng, "recolour") for _ in range(300)) if b.held_out()}
+    assert not any(s.images[0].tobytes() in pictures for s in draws("recolour", 300, False))
+
+
+def test_one_scene_in_ten_is_held_out_and_the_hash_is_stable():
+    rng = np.random.default_rng(0)
+    share = np.mean([world.random_scene(rng, 2).held_out() for _ in range(4000)])
+    assert 0.08 < share < 0.12
+    first, second = Thing("circle", "red", 0), Thing("star", "blue", 5)
+    assert Scene("white", (first, second)).held_out() == Scene("white", (second, first)).held_out()
+    assert [Scene(c, (first,)).held_out() for c in (
+        "green", "blue", "yellow", "purple", "orange", "white", "black")] == HELD_OUT
+
+
+HELD_OUT = [False, False, True, False, False, False, False]          # written down once, for ever
+
+
+def test_test_samples_are_fixed():
+    once, again = world.tiny_test("move", 5), world.tiny_test("move", 5)
+    assert [s.instruction for s in once] == [s.instruction for s in again]
+    assert all(np.array_equal(a.target, b.target) for a, b in zip(once, again))
+    assert [s.instruction for s in world.tiny_test("move", 5, seed=1)] != [
+        s.instruction for s in once]
+
+
+def test_a_batch_is_given_the_same_number_of_pictures_and_every_task_occurs():
+    source, seen = world.TinyWorld(), Counter()
+    for i in range(60):
+        batch = source.draw(np.random.default_rng(i), 4)
+        assert len({(len(s.images), len(s.conds)) for s in batch}) == 1
+        seen.update(s.task for s in batch)
+    assert set(seen) == set(ALL)
+    assert {s.task for i in range(30) for s in
+            world.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
+
+
+def test_an_edit_counts_half_and_a_pair_twice():
+    assert np.allclose(world.TinyWorld().chances, np.array([1, 3, 5, 4]) / 13)
+    assert np.allclose(world.TinyWorld(BASE_TASKS).chances, [1 / 4, 3 / 4])
+
+
+@pytest.mark.parametrize("task", BASE_TASKS)
+def test_a_base_sees_big_things_that_its_tests_do_not_hold(task):
+    """A quarter of 200 samples: 50, standard deviation 6; held-out scenes move it little."""
+    rng = np.random.default_rng(0)
+    seen = [world.tiny_sample(rng, task) for _ in range(200)]
+    big = [sample for sample in seen if sample.scene.things[0].radius == BIG]
+    assert 25 <= len(big) <= 75
+    if task == "t2i":                                    # an edit shows the size; here words say it
+        assert all(("big" in s.instruction) == (s.scene.things[0].radius == BIG) for s in seen)
+    if task == "move":                                   # which of two were in front is not said
+        assert all(len(sample.scene.things) == 1 for sample in big)
+    assert all(thing.radius == SMALL for sample in world.tiny_test(task, 50)
+               for thing in sample.scene.things)
+
+
+# --------------------------------------------------------------------------------- tiny/pretrain.py
+
+STAGES = ["--vae-steps", "2", "--samples", "300", "--no-compile"]
+
+
+@pytest.fixture
+def all_threads():
+    """Its batches are large, unlike other tests'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch, all_threads):
+    def run(*arguments: str) -> None:
+        paths = ["--out", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *STAGES, *paths, *arguments])
+        pretrain.main()
+    run("--steps", "1")
+    (tmp_path / "model/model_index.json").unlink()       # as if it had been stopped there
+    run("--steps", "2")
+    written = (tmp_path / "model/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    run("--steps", "2")                                  # finished stages are skipped
+    file = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    assert file.read_bytes() == written
+    pipe = load_pipeline(tmp_path / "model", None, "cpu", "float32")
+    given = condition(pipe, ["a star"], [], [])
+    picture, _ = generate(pipe, given, seeded_noise([0], (64, 64)), steps=1)
+    assert picture.shape == (1, 64, 64, 3)
+
+
+def test_a_finished_model_is_not_overwritten(tmp_path, monkeypatch):
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path),
+                                      "--work", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="--out"):
+        pretrain.main()
