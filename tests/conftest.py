@@ -12,11 +12,11 @@ os.environ["OMP_NUM_THREADS"] = "1"                      # before torch is impor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pytest                                            # noqa: E402
-import torch                                             # noqa: E402
+import pytest
+import torch
 
-from helpers import MODEL, ROOT                          # noqa: E402
-from sample import Pipeline, load_pipeline               # noqa: E402
+from helpers import MODEL, ROOT
+from sample import Pipeline, load_pipeline
 
 
 @pytest.fixture(scope="session")

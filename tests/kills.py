@@ -18,11 +18,11 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch                                             # noqa: E402
-from PIL import Image                                    # noqa: E402
+import torch
+from PIL import Image
 
-import train                                             # noqa: E402
-from support import caching                              # noqa: E402
+import train
+from support import caching
 
 
 def life(arguments: list[str], seconds: float, log: Path) -> bool:

@@ -1,4 +1,9 @@
-"""The README is true: line counts, options, files, and the house's rules."""
+"""README.md is true: line counts, options, files. And the house keeps its rules.
+
+The rules: which file stands at the top and how long it may be; which way imports go; functions that
+fit on a page; rooms of support that say who calls them.
+"""
+import ast
 import re
 import subprocess
 import sys
@@ -7,20 +12,65 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-FILES = ["mole.py", "dit.py", "vae.py", "text_encoder.py", "weights.py", "data.py", "train.py",
-         "sample.py", "evaluate.py", "baselines.py"]
+from helpers import ROOT
 
+README = (ROOT / "README.md").read_text()
+LINES = {"mole": 270, "dit": 340, "vae": 200, "text_encoder": 310, "weights": 270, "sample": 330,
+         "data": 240, "train": 340, "baselines": 130, "evaluate": 270}       # at most
+IDEA = list(LINES)[:8]
+TOP = {*(f"{name}.py" for name in LINES), "support", "tiny", "tests", "bench", "README.md",
+       "requirements.txt", "LICENSE", ".ci", ".gitignore", "pytest.ini", "ruff.toml"}
+SUPPORT = sorted((ROOT / "support").glob("*.py"))
+TINY = sorted((ROOT / "tiny").glob("*.py"))
+PRODUCT = [*(ROOT / f"{name}.py" for name in LINES), *SUPPORT, *TINY]
+
+
+def name_of(file: Path) -> str:
+    """As it is imported."""
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
+
+
+MODULES = {name_of(file) for file in PRODUCT}
+
+
+def number_of_lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+# ----------------------------------------------------------------------------- what the README says
 
 def blocks(language: str = "sh") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("file", FILES)
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+@pytest.mark.parametrize("file", [f"{name}.py" for name in LINES])
 def test_line_counts(file):
-    stated = re.search(rf"\| `{re.escape(file)}` \| (\d+) \|", README)
-    assert stated and int(stated[1]) == len((ROOT / file).read_text().splitlines())
+    """In a row of a table, | `file.py` | lines | ..., or in a sentence, `file.py` (lines ...)."""
+    stated = re.findall(rf"`{re.escape(file)}` (?:\| |\()([\d,]+)\b", README)
+    assert stated and {number(text) for text in stated} == {number_of_lines(ROOT / file)}
+
+
+def test_line_counts_of_the_whole():
+    """Those of support/, its number of rooms, and those of the eight files."""
+    lines, rooms = re.search(r"`support/` \(([\d,]+) lines in (\d+) rooms", README).groups()
+    assert number(lines) == sum(map(number_of_lines, SUPPORT)) and int(rooms) == len(SUPPORT)
+    idea = re.search(r"([\d,]+) lines in eight files", README)[1]
+    assert number(idea) == sum(number_of_lines(ROOT / f"{name}.py") for name in IDEA)
+
+
+def test_every_row_of_a_table_that_counts_lines_is_right():
+    """Whatever file it names."""
+    for file, lines in re.findall(r"^\| `([\w/]+\.py)` \| ([\d,]+) \|", README, re.M):
+        assert number(lines) == number_of_lines(ROOT / file), file
 
 
 def test_quick_start_has_two_commands_that_install_what_they_need():
@@ -57,11 +107,98 @@ def test_committed_weights_stay_small():
     assert 0 < size <= 16_000_000
 
 
-def test_no_imports_against_the_arrows():
-    """Models know weights alone; mole and data know no other file of the project."""
-    allowed = {"weights.py": set(), "mole.py": set(), "data.py": set(), "dit.py": {"weights"},
-               "vae.py": {"weights"}, "text_encoder.py": {"weights"}, "baselines.py": {"mole"}}
-    ours = {Path(file).stem for file in FILES}
-    for file, may in allowed.items():
-        found = set(re.findall(r"^(?:from|import) (\w+)", (ROOT / file).read_text(), re.M)) & ours
-        assert found <= may, f"{file} imports {found - may}"
+# -------------------------------------------------------------------------------------------- files
+
+def test_the_top_level_holds_nothing_else():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no repository")
+    assert {file.split("/")[0] for file in listed.stdout.splitlines()} == TOP
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_files_at_the_top_stay_short(name):
+    assert number_of_lines(ROOT / f"{name}.py") <= LINES[name]
+
+
+def test_the_idea_is_read_in_an_afternoon():
+    assert sum(number_of_lines(ROOT / f"{name}.py") for name in IDEA) <= 2300
+
+
+@pytest.mark.parametrize("file", SUPPORT, ids=lambda file: file.stem)
+def test_rooms_are_short_and_say_who_calls_them(file):
+    """In the lines below the first, naming a file, a function or an option."""
+    assert number_of_lines(file) < 230
+    first, *rest = ast.get_docstring(parsed(file)).splitlines()
+    assert first.endswith(".") and re.search(r"\.py\b|\w\(\)|--\w|[a-z]\.\w", " ".join(rest))
+
+
+@pytest.mark.parametrize("file", PRODUCT, ids=name_of)
+def test_functions_fit_on_a_page(file):
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 62, node.name
+
+
+def test_ruff_has_nothing_to_say():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------- arrows
+
+def targets(node: ast.AST, package: str) -> set[str]:
+    """Modules of the project that an import statement names, or those in all below a node."""
+    found = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            base = ".".join(filter(None, (package * (child.level > 0), child.module)))
+            found |= {base} | {f"{base}.{alias.name}" for alias in child.names}
+    return found & MODULES
+
+
+@cache
+def arrows() -> dict[str, set[str]]:
+    """What each module imports of the project, wherever in it the import stands."""
+    return {name_of(file): targets(parsed(file), name_of(file).rpartition(".")[0])
+            for file in PRODUCT}
+
+
+def allowed(name: str) -> set[str]:
+    """Where a module's arrows may go."""
+    models, commands = {"mole", "dit", "vae", "text_encoder"}, {"train", "evaluate"}
+    below = {module for module in MODULES if module.startswith("support.")} | models
+    own = {"mole": set(), "dit": set(), "vae": set(), "text_encoder": {"support.files"},
+           "baselines": {"mole"}, "weights": below | {"baselines"}, "data": below - models,
+           "sample": below | {"weights"}, "support.public_sets": below | {"data"},
+           "tiny.world": below | {"data"}, "tiny.pretrain": MODULES - commands,
+           "tiny.experiment": MODULES}
+    if name in commands:
+        return MODULES - commands - {"tiny.experiment", "tiny.pretrain"}
+    return own.get(name, below if name.startswith("support.") else set())
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_arrows_go_one_way(name):
+    wrong = arrows()[name] - allowed(name) - {name}
+    assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+def test_there_are_no_circles():
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        for other in arrows()[name]:
+            visit(other, (*path, name))
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("file", PRODUCT, ids=name_of)
+def test_imports_stand_at_the_top(file):
+    """But for a heavy room that most runs of a command do without."""
+    functions = [node for node in ast.walk(parsed(file)) if isinstance(node, ast.FunctionDef)]
+    inside = set().union(*(targets(node, name_of(file).rpartition(".")[0]) for node in functions))
+    assert inside <= ({"support.dry_run"} if file.name == "train.py" else set())
