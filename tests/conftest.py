@@ -5,6 +5,8 @@ inherits that.
 """
 import math
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,8 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 
+from forks import Forks
 from helpers import MODEL, ROOT
 from sample import Pipeline, load_pipeline
+from support.files import read_json, read_tensors, write_part
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +46,29 @@ def research_frequencies(monkeypatch):
     made[13] = torch.nextafter(made[13], torch.ones(()))
     exp = torch.exp
     monkeypatch.setattr(torch, "exp", lambda x: made if x.shape == made.shape else exp(x))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Runs the project's scripts in processes of their own, without importing torch in each."""
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def short_model(tmp_path_factory) -> Path:
+    """A copy of the embedded model with one block of each kind, and its adapter.json beside it.
+
+    Where what is asked does not depend on the model, it takes a third of the time.
+    """
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(MODEL, folder)
+    shutil.copyfile(ROOT / "tiny/adapter.json", folder.parent / "adapter.json")
+    file, config = (folder / "transformer" / name for name in (
+        "diffusion_pytorch_model.safetensors", "config.json"))
+    values = read_json(config) | {"num_layers": 1, "num_single_layers": 1}
+    kept = {name: t for name, t in read_tensors([file]).items()
+            if not re.search(r"blocks\.[1-9]", name)}
+    write_part(kept, values, folder / "transformer", file.name, torch.bfloat16)
+    return folder

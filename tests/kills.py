@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--longest", type=float, default=3.0, help="seconds of a life")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default=str(Path(train.__file__).parent / "tiny/model"))
     parser.add_argument("--cache", action="store_true", help="encode a folder's pictures first")
     args, kills, at = parser.parse_args(), 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +85,7 @@ def main() -> None:
             write(Path(folder))
         common = ["--data", folder if args.cache else "tiny", "--batch-size", "1", "--steps",
                   str(args.steps), "--lr", "1e-3", "--schedule", "cosine", "--save-every", "1",
-                  "--seed", str(args.seed), "--resume", "--out"]
+                  "--seed", str(args.seed), "--model", args.model, "--resume", "--out"]
         log = Path(folder) / "log"
 
         def train_in(out: Path, seconds: float = float("inf")) -> bool:

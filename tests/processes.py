@@ -23,11 +23,11 @@ from support import distributed                          # noqa: E402
 from tiny.world import TinyWorld                         # noqa: E402
 
 
-def run(dtype: str, steps: int, mine: list[int], together: bool, split: bool = False
+def run(model: Path, dtype: str, steps: int, mine: list[int], together: bool, split: bool = False
         ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """-> the first step's gradients, and the adapter in the end."""
     torch.manual_seed(0)
-    pipe = sample.load_pipeline(ROOT / "tiny/model", device="cpu", dtype=dtype)
+    pipe = sample.load_pipeline(model, device="cpu", dtype=dtype)
     pipe.adapter = weights.new_adapter(
         pipe.dit, weights.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
     pipe.adapter.to(getattr(torch, dtype)).train()
@@ -62,13 +62,14 @@ def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--model", type=Path, default=ROOT / "tiny/model")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for dtype, steps, which, limit in (("float32", 1, 0, 1e-6), ("float64", args.steps, 1, 1e-8)):
-        alone = run(dtype, steps, [0, 1], together=False)[which]
+        alone = run(args.model, dtype, steps, [0, 1], together=False)[which]
         for split in (False, True):
-            found = run(dtype, steps, [rank], together=True, split=split)[which]
+            found = run(args.model, dtype, steps, [rank], together=True, split=split)[which]
             error = farthest(found, alone)
             print(f"{dtype}, {steps} steps, split {split}: {error:.1e}", flush=True)
             assert error <= limit

@@ -5,12 +5,10 @@ import json
 import re
 import resource
 import struct
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,8 @@ from PIL import Image
 from pyarrow import parquet
 
 import data
-from helpers import ROOT, SETS
+from forks import Forks
+from helpers import SETS
 from support.conditions import pick
 from support.parquet import shapes_of
 from support.public_sets import PUBLIC
@@ -361,7 +360,7 @@ def test_there_are_a_thousand() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
+def test_the_command_says_so_in_one_line(tmp_path: Path, forks: Forks) -> None:
     """Ten kinds, each broken in the first way that a first batch notices."""
     commands: dict[Path, str] = {}
     for kind in list(BROKEN)[:10]:
@@ -376,13 +375,7 @@ def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
                 commands[folder] = text
                 break
     assert len(commands) == 10
-
-    def run(folder: Path) -> subprocess.CompletedProcess:
-        out = tmp_path / "out" / folder.name             # two trainings into one are not served
-        return subprocess.run([sys.executable, "train.py", "--data", commands[folder], "--steps",
-                               "1", "--out", str(out)], cwd=ROOT, timeout=120,
-                              capture_output=True, text=True)
-    with ThreadPoolExecutor(2) as pool:
-        for folder, done in zip(commands, pool.map(run, commands)):
-            assert done.returncode == 2, done
-            assert re.fullmatch(r"error: [^\n]+\n", done.stderr) and str(folder) in done.stderr
+    for folder, text in commands.items():
+        done = forks.run("train.py", "--data", text, "--steps", 1, "--out", tmp_path / "out")
+        assert done.returncode == 2, done
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr) and str(folder) in done.stderr

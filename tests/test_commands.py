@@ -1,7 +1,6 @@
 """The command lines: how they read arguments and end; support/commands.py, options.py, jobs.py."""
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 import train
 import weights
+from forks import Forks
 from helpers import MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_sample, tensors_of, written
 from support import commands, jobs
 from support.describe import describe
@@ -55,15 +55,10 @@ def test_little_memory_is_one_line(capsys):
 
 # -------------------------------------------------------------------------------- python weights.py
 
-def weights_command(path: Path) -> subprocess.CompletedProcess:
-    call = [sys.executable, "weights.py", str(path)]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
+def test_command_describes_a_folder_and_a_file(tmp_path: Path, forks: Forks) -> None:
     for part in PARTS:
         written(tmp_path / part, part)
-    done = weights_command(tmp_path)
+    done = forks.run("weights.py", tmp_path)
     assert done.returncode == 1 and done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[4:] == [f"{tmp_path}: without tokenizer", f"{tmp_path}: without tokenizer_2",
@@ -91,11 +86,11 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing path", "truncated file"])
-def test_command_fails_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_command_fails_in_one_line(tmp_path: Path, kind: str, forks: Forks) -> None:
     path = tmp_path / "model.safetensors"
     if kind == "truncated file":
         raw_file(path, ONE, bytes(8))
-    done = weights_command(path)
+    done = forks.run("weights.py", path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr

@@ -146,7 +146,7 @@ def test_attention_in_training_is_one_graph_and_of_its_own_type(fast, dtype, mon
 def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
     """It trains, says so in the run, and its results are not those of the base as stored."""
     monkeypatch.setattr(train, "previews", lambda *_: {})
-    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--adapter",
+    common = ["train.py", "--data", "tiny", "--batch-size", "2", "--steps", "2", "--method",
               "lora", "--out"]
     flows = []
     for name, rest in (("fp8", ["--base-dtype", "fp8"]), ("plain", [])):

@@ -3,7 +3,6 @@ import json
 import pickle
 import resource
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import assert_equal, Bomb, load, ROOT, write_shards
+from forks import Forks
+from helpers import assert_equal, Bomb, load, write_shards
 from support.conditions import pick
 
 PART = "text_encoder_2"
@@ -154,11 +154,10 @@ def test_there_are_five_hundred() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MUTATIONS if kind != "flip"])
-def test_the_command_says_so_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_the_command_says_so_in_one_line(tmp_path: Path, kind: str, forks: Forks) -> None:
     folder = mutated(tmp_path / "model", kind, 0)
-    done = subprocess.run([sys.executable, "sample.py", "--instruction", "a star", "--t5",
-                           str(folder), "--out", str(tmp_path / "out.png")], cwd=ROOT, timeout=60,
-                          capture_output=True, text=True)
+    done = forks.run("sample.py", "--instruction", "a star", "--t5", folder, "--out",
+                     tmp_path / "out.png", seconds=60)
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr and not (tmp_path / "out.png").exists()

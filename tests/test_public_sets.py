@@ -330,7 +330,7 @@ def test_canny_is_what_books_tell():
 def test_training_on_each_set(tmp_path, name, monkeypatch):
     write_set(tmp_path, name)
     monkeypatch.setattr(train, "previews", lambda *_: {})
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", f"{name}={tmp_path}:2", "--adapter",
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", f"{name}={tmp_path}:2", "--method",
                                       "lora", "--steps", "2", "--batch-size", "2", "--out",
                                       str(tmp_path / "run")])
     train.main()

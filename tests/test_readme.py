@@ -20,6 +20,7 @@ LINES = {"mole": 270, "dit": 340, "vae": 200, "text_encoder": 310, "weights": 27
 IDEA = list(LINES)[:8]
 TOP = {*(f"{name}.py" for name in LINES), "support", "tiny", "tests", "bench", "README.md",
        "requirements.txt", "LICENSE", ".ci", ".gitignore", "pytest.ini", "ruff.toml"}
+COMMANDS = ["sample.py", "train.py", "evaluate.py", "weights.py"]
 SUPPORT = sorted((ROOT / "support").glob("*.py"))
 TINY = sorted((ROOT / "tiny").glob("*.py"))
 PRODUCT = [*(ROOT / f"{name}.py" for name in LINES), *SUPPORT, *TINY]
@@ -81,19 +82,19 @@ def test_quick_start_has_two_commands_that_install_what_they_need():
     assert "-r tests/requirements.txt" in found[1] and "pytest" in found[1]
 
 
-@cache
-def known_options(script: str) -> str:
-    return subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True,
-                          text=True, check=True).stdout
+@pytest.fixture(scope="module")
+def known_options(forks):
+    """What --help of each command says."""
+    return {script: forks.run(script, "--help").stdout for script in COMMANDS}
 
 
 @pytest.mark.parametrize("line", sorted({
     line for block in blocks() for line in block.splitlines()
     if re.search(r"python (sample|train|evaluate|weights)\.py", line)}))
-def test_commands_in_the_readme_use_options_that_exist(line):
+def test_commands_in_the_readme_use_options_that_exist(line, known_options):
     script = re.search(r"python (\w+\.py)", line)[1]
     for option in re.findall(r"(--[a-z-]+)", line):
-        assert option in known_options(script), f"{script} has no {option}"
+        assert option in known_options[script], f"{script} has no {option}"
 
 
 def test_files_that_the_readme_shows_exist():

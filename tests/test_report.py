@@ -46,19 +46,20 @@ def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch,
         assert {p.name for p in tmp_path.iterdir()} == {"jobs.jsonl", "map.png"}
 
 
-def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys):
+def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys, short_model):
     """Losses, routing and likeness are drawn where matplotlib is, else it is said once."""
     monkeypatch.setattr(train, "sample_sheet", lambda *_: np.zeros((8, 8, 3), np.uint8))
     def files(*rest: str) -> set[str]:
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--batch-size", "1",
-                                          "--steps", "2", "--save-every", "1", *rest])
+                                          "--steps", "2", "--save-every", "1", "--model",
+                                          str(short_model), *rest])
         train.main()
         return {file.name for file in Path(rest[-1]).iterdir()}
     always = {"adapter.safetensors", "checkpoint.pt", "checkpoint_before.pt", "log.jsonl",
               "run.json", "samples_000001.png", "samples_000002.png"}
     assert files("--out", str(tmp_path / "all")) == always | {"loss.png", "routing.png",
                                                               "experts.png"}
-    assert files("--adapter", "lora", "--out", str(tmp_path / "lora")) == always | {"loss.png"}
+    assert files("--method", "lora", "--out", str(tmp_path / "lora")) == always | {"loss.png"}
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     capsys.readouterr()
     assert files("--out", str(tmp_path / "none")) == always

@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -14,16 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from helpers import make_pipeline, MODEL, ROOT, run_train
+from helpers import make_pipeline, ROOT, run_train
 from support import commands, resume
 from support.muon import Muon, orthogonal
 
 # ----------------------------------------------------------------------------------------- resuming
 
 @pytest.mark.parametrize("kind", ["instructmole", "token"])
-def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
+def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys, short_model):
     common = ["train.py", "--data", "tiny", "--batch-size", "2", "--accumulate", "2",
-              "--lr", "1e-3", "--schedule", "cosine", "--adapter", kind,
+              "--lr", "1e-3", "--schedule", "cosine", "--method", kind, "--model", str(short_model),
               "--optimizer", "muon" if kind == "instructmole" else "adamw"]
     def command(*rest: object) -> None:
         monkeypatch.setattr(sys, "argv", [*common, *map(str, rest)])
@@ -54,20 +55,21 @@ def test_resuming_gives_the_same_file(tmp_path, kind, monkeypatch, capsys):
     assert "going on from the one before it" in capsys.readouterr().err
 
 
-def test_killed_at_any_moment_nothing_is_lost():
+def test_killed_at_any_moment_nothing_is_lost(forks, short_model):
     """Three kills here; python tests/kills.py --kills 30 for more."""
-    done = subprocess.run([sys.executable, ROOT / "tests/kills.py", "--kills", "3", "--steps", "6",
-                           "--longest", "1.2"], capture_output=True, text=True, timeout=250)
+    done = forks.run("tests/kills.py", "--kills", 3, "--steps", 6, "--longest", 1.2, "--model",
+                     short_model, seconds=250)
     assert done.returncode == 0 and done.stdout.startswith("3 kills"), done.stdout + done.stderr
 
 
-def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
+def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys, short_model):
     """Two micro-batches a step by one process, then one: it goes on where the data stopped."""
     seen, real = [], train.accumulate
     monkeypatch.setattr(train, "accumulate", lambda pipe, micro, *rest: seen.extend(
         seed for seed, _ in micro) or real(pipe, micro, *rest))
-    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
-              "5", "--out", str(tmp_path / "run"), "--resume", "--save-every", "2"]
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--method", "lora", "--steps",
+              "5", "--out", str(tmp_path / "run"), "--resume", "--save-every", "2", "--model",
+              str(short_model)]
     monkeypatch.setattr(sys, "argv", [*common, "--accumulate", "2"])
     monkeypatch.setattr(train, "previews", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -80,7 +82,7 @@ def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     """A limit on the size of files stands for the disk; one line, and the run goes on later."""
-    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--adapter", "lora", "--steps",
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--method", "lora", "--steps",
               "3", "--save-every", "1", "--out", str(tmp_path / "run")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     def full(*_: object) -> dict:                        # after the first checkpoint
@@ -117,10 +119,10 @@ def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
     assert before == [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path):
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, short_model):
     """The step is finished and saved, with all that resuming starts from (tested above)."""
     common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "600",
-              "--adapter", "lora", "--out"]
+              "--method", "lora", "--model", str(short_model), "--out"]
     quiet = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "env":
              os.environ | {"OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen([*common, str(tmp_path / "stopped")], **quiet)
@@ -139,13 +141,14 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path):
     assert state["step"] == state["number"] == done
 
 
-def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
+def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys, short_model):
     """Another configuration in the same file, a checkpoint that is none: one line, nothing lost."""
     config, out = tmp_path / "config.json", tmp_path / "run"
     config.write_text((ROOT / "tiny/adapter.json").read_text())
     monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--steps", "1", "--batch-size",
-                                      "1", "--config", str(config), "--out", str(out), "--resume"])
+                                      "1", "--config", str(config), "--out", str(out), "--resume",
+                                      "--model", str(short_model)])
     train.main()                                         # --resume starts where nothing is there
     log = (out / "log.jsonl").read_bytes()
 
@@ -171,7 +174,7 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------- what a run writes
 
-def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
+def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys, short_model):
     """run.json; other data under the same names are noticed by a resumed run."""
     monkeypatch.setattr(train, "previews", lambda *_: {})
     folder, rows = tmp_path / "own", []
@@ -180,8 +183,8 @@ def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
         Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(folder / f"{i}.png")
         rows.append(json.dumps({"target": f"{i}.png", "instruction": "red"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows))
-    common = ["train.py", "--data", str(folder), "tiny", "--batch-size", "1", "--out",
-              str(tmp_path / "run")]
+    common = ["train.py", "--data", str(folder), "tiny", "--batch-size", "1", "--model",
+              str(short_model), "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", [*common, "--steps", "1"])
     train.main()
     record = json.loads((tmp_path / "run/run.json").read_text())
@@ -197,19 +200,20 @@ def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["fingerprints"][0] != own
 
 
-def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, capsys, short_model):
     out = tmp_path / "run"
 
     def refused(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--out", str(out),
-                                          *map(str, arguments)])
+                                          "--model", str(short_model), *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             commands.run(train.main)
         printed = capsys.readouterr().err
         assert stopped.value.code == 2 and len(printed.splitlines()) == 1
         return printed
     code, _, err = run_train(monkeypatch, capsys, "--data", "tiny", "--steps", 2, "--batch-size", 2,
-                             "--save-every", 2, "--out", out, "--adapter", "lora")
+                             "--save-every", 2, "--out", out, "--method", "lora", "--model",
+                             short_model)
     assert code == 0, err
     assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "log.jsonl",
                                                "loss.png", "run.json", "samples_000002.png"}
@@ -221,11 +225,11 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
     assert "--resume" in refused("--steps", 2)           # results are there yet
     (tmp_path / "log.jsonl").rename(out / "log.jsonl")
     record = (out / "run.json").read_bytes()
-    assert "steps" in refused("--steps", 3, "--batch-size", 2, "--adapter", "lora", "--resume")
-    shutil.copytree(MODEL, tmp_path / "model")           # the same names, other weights
+    assert "steps" in refused("--steps", 3, "--batch-size", 2, "--method", "lora", "--resume")
+    shutil.copytree(short_model, tmp_path / "model")           # the same names, other weights
     changed = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
     changed.write_bytes(changed.read_bytes()[:-2] + b"\0\0")
-    assert "model = " in refused("--steps", 2, "--batch-size", 2, "--adapter", "lora", "--resume",
+    assert "model = " in refused("--steps", 2, "--batch-size", 2, "--method", "lora", "--resume",
                                  "--model", tmp_path / "model", "--config",
                                  ROOT / "tiny/adapter.json")
     assert (out / "run.json").read_bytes() == record
@@ -234,29 +238,40 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
 
 # -------------------------------------------------------------------------------- several processes
 
-def test_two_processes_have_one_s_gradients():
+def together(forks, script: object, *arguments: object) -> list[subprocess.CompletedProcess]:
+    """What torchrun does: two processes that find each other by the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = [{"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)} for i in range(2)]
+    return forks.run_together([(script, *arguments)] * 2, env=env)
+
+
+def test_two_processes_have_one_s_gradients(forks, short_model):
     """In fp32 to 1e-6 of a norm, adapters after steps in float64 to 1e-8; --shard as well."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           ROOT / "tests/processes.py", "--steps", "2"], capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and done.stdout.count("split True") == 4, done.stdout + done.stderr
+    both = together(forks, "tests/processes.py", "--steps", 2, "--model", short_model)
+    told = "".join(done.stdout for done in both)
+    assert all(done.returncode == 0 for done in both) and told.count("split True") == 4, both
 
 
-def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch):
-    common = ["--data", "tiny", "--batch-size", "1", "--steps", "4", "--adapter", "lora",
-              "--save-every", "1", "--out", str(tmp_path / "run")]
+def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch, short_model):
+    common = ["--data", "tiny", "--batch-size", "1", "--steps", "4", "--method", "lora",
+              "--save-every", "1", "--model", str(short_model), "--out", str(tmp_path / "run")]
     script = tmp_path / "train.py"
     script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
                       "from support import commands\n"
-                      "train.previews = lambda *_: {}\nupdate = train.update\n"
-                      "def dies(*args):\n"
-                      "    if args[3] == 2 and os.environ['RANK'] == '1':\n"
+                      "train.previews = lambda *_: {}\naccumulate = train.accumulate\n"
+                      "def dies(pipe, micro_batches, *rest):\n"         # the second, in step 2
+                      "    if micro_batches[0][0] == 5:\n"
                       "        os.kill(os.getpid(), 9)\n"
-                      "    return update(*args)\n"
-                      "train.update = dies\ncommands.run(train.main)\n")
+                      "    return accumulate(pipe, micro_batches, *rest)\n"
+                      "train.accumulate = dies\ncommands.run(train.main)\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           str(script), *common], cwd=ROOT, timeout=120, capture_output=True)
-    assert done.returncode != 0
+                           str(script), *common], cwd=ROOT, timeout=120, capture_output=True,
+                          text=True)
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
     monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--resume"])
     train.main()
@@ -266,19 +281,19 @@ def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch)
     assert state["step"] == 4 and state["number"] == 8
 
 
-def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch):
+def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch, forks):
     """Each takes its own samples; their gradients' mean is that of one process's accumulation.
 
     Expert Race, because it also has thresholds, which follow the batches without a gradient.
     """
     common = ["--data", "tiny", "--batch-size", "2", "--steps", "2", "--lr", "1e-3",
-              "--adapter", "race"]
+              "--method", "race"]
     script = tmp_path / "train.py"                       # without its sheet of samples, for speed
     script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
                       "from support import commands\n"
                       "train.previews = lambda *_: {}\ncommands.run(train.main)\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    str(script), *common, "--out", str(tmp_path / "two")], cwd=ROOT, check=True)
+    both = together(forks, script, *common, "--out", tmp_path / "two")
+    assert all(done.returncode == 0 for done in both), both
     monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", ["train.py", *common, "--accumulate", "2", "--out",
                                       str(tmp_path / "one")])
