@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import safe_open, save_file
 
+import baselines
 import dit
 import mole
 import sample
@@ -77,6 +78,68 @@ def test_token_targets():
         model(**x)
     last = routing_maps.last_weights(adapter)
     assert last[name].shape == (2, 4, 4) and last[FIRST].shape == (2, 4)
+
+
+def test_layers_have_the_first_class_that_names_them():
+    """Of a layer that several lists name: token_targets, then mole_targets, then lora_targets."""
+    model, one, two = dit.FluxTransformer(DIT), "transformer_blocks.0.ff.net.2", "x_embedder"
+    config = replace(SMALL, lora_targets=("ff.net.2", two), mole_targets=("ff.net.2",),
+                     token_targets=(one,))
+    found = targets.layers_of(model, config, baselines.KINDS)
+    assert list(found) == [name for name, _ in model.named_modules() if name in found]
+    assert {name: kind for name, (_, kind) in found.items()} == {
+        one: baselines.KINDS["token"], two: mole.LoRALinear,
+        "transformer_blocks.1.ff.net.2": baselines.KINDS["instruction"]}
+    assert all(linear is model.get_submodule(name) for name, (linear, _) in found.items())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"lora_targets": (), "mole_targets": ()}, "needs a target"),
+    ({"routing": "chance"}, "routing 'chance'.*instruction"),
+    ({"lora_targets": ("nowhere",)}, "'nowhere' names no linear layer")])
+def test_targets_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=words):
+        targets.layers_of(dit.FluxTransformer(DIT), replace(SMALL, **changes), baselines.KINDS)
+    with pytest.raises(ValueError, match="routed by instruction$"):          # what is offered
+        targets.layers_of(dit.FluxTransformer(DIT), replace(SMALL, token_targets=(FIRST,)),
+                          {"instruction": mole.MoLELinear})
+
+
+@pytest.mark.parametrize("name", ["rank", "lora_rank", "resampler_width", "resampler_heads",
+                                  "resampler_head_dim"])
+def test_sizes_are_at_least_one(name):
+    targets.check_sizes(replace(SMALL, **{name: 1}))
+    with pytest.raises(ValueError, match="at least 1"):
+        targets.check_sizes(replace(SMALL, **{name: 0}))
+
+
+def test_a_model_is_untouched_until_an_adapter_is_inserted(tmp_path):
+    """Building one changes nothing of it, nor does loading one that fails at its last step."""
+    model = dit.FluxTransformer(DIT)
+    modules = dict(model.named_modules())
+    state = {name: p.clone() for name, p in model.state_dict().items()}
+    def untouched() -> bool:
+        return (dict(model.named_modules()) == modules and same(model.state_dict(), state)
+                and all(p.requires_grad for p in model.parameters()))
+    adapter = weights.build_adapter(model, SMALL)
+    assert untouched() and adapter.layers
+    adapters.write(adapter, tmp_path / "whole.safetensors")
+    tensors = read_tensors([tmp_path / "whole.safetensors"])
+    with safe_open(tmp_path / "whole.safetensors", framework="pt") as opened:
+        about = opened.metadata()
+    last = max(tensors)
+    for name, broken in (("missing", {k: t for k, t in tensors.items() if k != last}),
+                         ("shape", tensors | {last: torch.zeros(1, 2, 3)})):
+        save_file(broken, tmp_path / f"{name}.safetensors", about)
+        with pytest.raises(ValueError, match=f"{name}.safetensors.*{re.escape(last)}"):
+            load_adapter(model, tmp_path / f"{name}.safetensors")
+        assert untouched()
+    assert adapter.insert(model) is adapter and not untouched()
+    for name, layer in adapter.layers.items():
+        path = name.replace("/", ".")
+        assert model.get_submodule(path) is layer and layer.base is modules[path]
+    trained = {id(p) for p in adapter.tensors().values()}
+    assert all(p.requires_grad == (id(p) in trained) for p in model.parameters())
 
 
 def test_bad_configurations_are_refused_and_leave_the_model_alone():

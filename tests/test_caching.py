@@ -113,6 +113,39 @@ def test_a_value_does_not_depend_on_what_is_encoded_with_it(tmp_path):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_what_is_known_is_not_computed(tmp_path):
+    """By texts or pictures; several tensors with a row for each; without a cache all at once."""
+    asked, device = [], torch.device("cpu")
+    def lengths(items):
+        asked.append(list(items))
+        rows = torch.tensor([[float(len(item)), 1.0] for item in items])
+        return rows, rows[:, 0]
+    plain = caching.cached(None, ["a", "bb", "a"], lengths, device)
+    assert asked.pop() == ["a", "bb", "a"] and not asked
+    cache = caching.Cache(tmp_path, {"model": "one"})
+    for texts, new in ((["a", "bb", "a"], [["a"], ["bb"]]), (["bb", "ccc"], [["ccc"]])):
+        found = caching.cached(cache, texts, lengths, device)
+        assert asked == new and found[1].tolist() == [len(text) for text in texts]
+        assert found[0].tolist() == [[len(text), 1] for text in texts]
+        asked.clear()
+    assert all(torch.equal(a, b) for a, b in zip(
+        plain, caching.cached(cache, ["a", "bb", "a"], lengths, device), strict=True))
+    cache.save()
+    again = caching.Cache(tmp_path, {"model": "one"})
+    assert caching.cached(again, ["ccc"], lengths, device)[1].tolist() == [3] and not asked
+    pictures = torch.arange(24.0).reshape(2, 3, 2, 2)
+    def means(items):
+        asked.append(len(items))
+        return (items.mean((1, 2, 3)),)
+    first = caching.cached(again, pictures, means, device)
+    assert asked == [1, 1] and first[0].tolist() == [5.5, 17.5]
+    assert caching.cached(again, pictures.flip(0), means, device)[0].tolist() == [17.5, 5.5]
+    assert asked == [1, 1]
+    assert caching.key_of(pictures[0]) != caching.key_of(pictures[0].reshape(3, 1, 4))
+    with pytest.raises(ValueError, match="made with model one, not two"):
+        caching.Cache(tmp_path, {"model": "two"})
+
+
 def test_changed_pictures_are_encoded_anew(folder, tmp_path, monkeypatch):
     command(monkeypatch, tmp_path / "a", folder, "--cache", tmp_path / "cache")
     Image.new("RGB", (64, 64), "red").save(folder / "5.png")

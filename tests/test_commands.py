@@ -1,4 +1,5 @@
 """The command lines: how they read arguments and end; support/commands.py, options.py, jobs.py."""
+import argparse
 import json
 import shutil
 import sys
@@ -7,14 +8,60 @@ from pathlib import Path
 import pytest
 import torch
 
+import baselines
 import train
 import weights
 from forks import Forks
-from helpers import MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_sample, tensors_of, written
+from helpers import (MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_command, run_sample,
+                     tensors_of, written)
 from support import commands, jobs
 from support.describe import describe
+from support.options import train_options
+from support.public_sets import PUBLIC
 
 # ------------------------------------------------------------------------------ support/commands.py
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--steps", "x"], "error: --steps invalid int value: 'x'\n"),
+    (["--steps", "0"], "error: --steps 0: must be from 1 to 10,000\n"),
+    (["--kind", "c"], "error: --kind invalid choice: 'c' (choose from 'a', 'b')\n"),
+    (["--gone"], "error: unrecognized arguments: --gone\n")])
+def test_a_parser_says_what_is_wrong_in_one_line(monkeypatch, capsys, arguments, told):
+    """It raises a ValueError, which run() prints, with exit code 2."""
+    parser = commands.Parser()
+    parser.add_argument("--steps", type=commands.STEPS)
+    parser.add_argument("--kind", choices=["a", "b"])
+    with pytest.raises(ValueError):
+        parser.parse_args(arguments)
+    code, out, err = run_command(monkeypatch, capsys, "x.py", parser.parse_args, *arguments)
+    assert (code, out, err) == (2, "", told)
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (commands.STEPS, {"1": 1, "10000": 10_000}, ["0", "10001", "1.5", ""]),
+    (commands.GUIDANCE, {"0": 0.0, "2.5": 2.5, "100": 100.0}, ["-1", "101", "nan", "x"]),
+    (commands.COUNT, {"1": 1, "1000000": 1_000_000}, ["0", "-1", "1.5"]),
+    (commands.POSITIVE, {"1e-4": 1e-4}, ["0", "-1", "inf", "nan"]),
+    (commands.NOT_NEGATIVE, {"0": 0.0, "0.5": 0.5}, ["-1", "inf", "nan"]),
+    (commands.size, {"1024x768": (1024, 768), "16X8192": (16, 8192)},
+     ["", "16", "8x16", "100x64", "16x8208", "16x16x16", "-16x16"])])
+def test_types_of_options(kind, good, bad):
+    assert {text: kind(text) for text in good} == good
+    for text in bad:
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            kind(text)
+
+
+def test_folders_as_options(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert commands.FOLDER(str(tmp_path)) == commands.NEW_FOLDER(str(tmp_path)) == tmp_path
+    assert commands.NEW_FOLDER(str(tmp_path / "new")) == tmp_path / "new"
+    for kind, name, words in ((commands.FOLDER, "new", "no such folder"),
+                              (commands.FOLDER, "file", "no such folder"),
+                              (commands.NEW_FOLDER, "file", "is a file, not a folder")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{name}: {words}"):
+            kind(str(tmp_path / name))
+
 
 def test_run_prints_messages_of_many_lines_as_one(capsys: pytest.CaptureFixture) -> None:
     def fail() -> None:
@@ -278,3 +325,20 @@ def test_what_a_user_of_train_gets_wrong_is_one_line(tmp_path, arguments, words,
     printed = capsys.readouterr().err
     assert stopped.value.code == 2 and words in printed and len(printed.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_older_names_of_options_mean_the_same_and_are_not_told(monkeypatch, capsys):
+    """--adapter KIND and --checkpoint of train.py are --method and --recompute by now."""
+    def options(*arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", *arguments])
+        return vars(train_options(baselines.METHODS, PUBLIC))
+    assert options("--adapter", "lora") == options("--method", "lora") != options()
+    assert options("--checkpoint") == options("--recompute") != options()
+    assert options()["method"] == "instructmole" and options()["recompute"] is False
+    with pytest.raises(ValueError, match="--adapter.*'gone'"):
+        options("--adapter", "gone")
+    with pytest.raises(SystemExit):
+        options("--help")
+    told = capsys.readouterr().out
+    assert "--method" in told and "--recompute" in told
+    assert "--adapter" not in told and "--checkpoint" not in told

@@ -12,7 +12,7 @@ from torch import nn
 
 import dit
 import train
-from helpers import (adapted, FIRST, gradients, inputs, made, make_pipeline, MODEL, ROOT, same,
+from helpers import (adapted, DIT, FIRST, gradients, inputs, made, make_pipeline, MODEL, ROOT, same,
                      samples, step)
 from sample import condition, generate, load_pipeline, seeded_noise
 from support import commands, devices, dry_run, export, layouts, offload, routing_maps
@@ -123,6 +123,21 @@ def test_a_model_too_large_to_widen_is_widened_layer_by_layer(trained, monkeypat
         assert export.mergeable(pipe.adapter, 1, pipe.device) == (not kept)
         made, _ = generate(pipe, condition(pipe, ["make it red"], [], []), noise, steps=3)
         assert np.abs(made.astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("device, dtype, fast, layout, wide", [
+    ("cpu", torch.float32, False, True, False), ("cpu", torch.bfloat16, False, True, True),
+    ("cpu", torch.bfloat16, True, True, False), ("meta", torch.bfloat16, False, False, False)])
+def test_models_are_made_ready_for_their_device(device, dtype, fast, layout, wide, monkeypatch):
+    """Channels last, and attention's backward in fp32, on the CPU only; weights keep values."""
+    monkeypatch.setattr(devices, "FAST_BF16", fast)
+    model, vae = dit.FluxTransformer(DIT), nn.Conv2d(4, 8, 3)
+    weight = vae.weight.clone()
+    devices.ready(model, vae, torch.device(device), dtype)
+    assert vae.weight.is_contiguous(memory_format=torch.channels_last) == layout
+    assert torch.equal(vae.weight, weight)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        assert (block.attend is devices.attend_in_fp32) == wide
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -56,5 +56,32 @@ def test_a_grid_aligns_rows_and_writes_below_them():
         assert len(np.unique(sheet[top:top + height - 64])) > 1
 
 
+def test_a_grid_has_rows_side_by_side_with_gaps_and_frames():
+    """Two rows across, of which the second failed; a third one below, and longer texts."""
+    red, blue, green = (np.full((32, 32, 3), colour, np.uint8)
+                        for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0)))
+    rows = [[red, blue, green], [blue, green], [green, blue]]
+    sheet = grid(rows, ["a", "b " * 99, "c"], 2, lines=2, gap=4, failed=[False, True, False])
+    width, height = 3 * (32 + 4) + 4, 32 + 2 * 14        # of a row
+    assert sheet.shape == (2 * height, 2 * width, 3) and sheet.dtype == np.uint8
+    def picture(left: int, top: int, column: int) -> np.ndarray:
+        edge = left + 36 * column
+        return sheet[top:top + 32, edge:edge + 32]
+    assert all((picture(0, 0, i) == rows[0][i]).all() for i in range(3))
+    assert (picture(width, 0, 0) == 128).all() and (picture(width, 0, 2) == green).all()
+    assert (picture(0, height, 1) == green).all() and (picture(0, height, 2) == blue).all()
+    result = picture(width, 0, 1)                        # the last but one, with its frame
+    assert (result[3:-3, 3:-3] == blue[0, 0]).all()
+    frame = np.ones((32, 32), bool)
+    frame[3:-3, 3:-3] = False
+    assert (result[frame] == red[0, 0]).all()
+    assert (sheet[:32, 32:36] == 128).all()              # a gap beside a picture, two beside a row
+    assert (sheet[:32, width - 4:width + 36] == 128).all() and (sheet[height:, width:] == 128).all()
+    for line in range(2):                                # the long text has two lines, others one
+        top = 32 + 14 * line
+        assert len(np.unique(sheet[top + 2:top + 13, width:])) > 1
+    assert len(np.unique(sheet[32 + 15:32 + 28, :width])) == 1
+
+
 def test_fitted_keeps_aspect_and_never_enlarges():
     assert fitted((1000, 500)) == (512, 256) and fitted((100, 60)) == (96, 64)

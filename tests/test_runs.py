@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 import train
 from helpers import make_pipeline, ROOT, run_train
-from support import commands, resume
+from support import commands, record, resume
 from support.muon import Muon, orthogonal
+from tiny import world
 
 # ----------------------------------------------------------------------------------------- resuming
 
@@ -60,6 +61,47 @@ def test_killed_at_any_moment_nothing_is_lost(forks, short_model):
     done = forks.run("tests/kills.py", "--kills", 3, "--steps", 6, "--longest", 1.2, "--model",
                      short_model, seconds=250)
     assert done.returncode == 0 and done.stdout.startswith("3 kills"), done.stdout + done.stderr
+
+
+def test_a_run_begun_under_older_names_goes_on_under_the_new(tmp_path, monkeypatch, short_model):
+    """What identifies it, in the checkpoint and in run.json, says "adapter" as it always did."""
+    monkeypatch.setattr(train, "previews", lambda *_: stop())
+    def stop() -> dict:
+        raise KeyboardInterrupt
+    common = ["train.py", "--data", "tiny", "--batch-size", "1", "--steps", "2", "--save-every",
+              "1", "--model", str(short_model), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*common, "--adapter", "pooled", "--checkpoint"])
+    with pytest.raises(KeyboardInterrupt):
+        train.main()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 1 and json.loads(state["settings"])["adapter"] == "pooled"
+    begun = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert begun["adapter"] == "pooled" and "method" not in begun
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", [*common, "--method", "pooled", "--recompute", "--resume"])
+    train.main()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+    assert json.loads((tmp_path / "run.json").read_text())["settings"] == begun
+
+
+def test_a_log_forgets_what_a_resumed_run_does_anew(tmp_path):
+    """Only the first process writes; of each task the last eight instructions are known."""
+    some = world.tiny_test("move", 9)
+    log = record.Log(tmp_path, 0, 0)
+    for step in range(4):
+        log.write(step, {"loss": step + 1 / 3}, 0.123456, some, 0.5)
+    assert log.steps() == [{"step": step, "loss": round(step + 1 / 3, 6), "norm": 0.1235,
+                            "tasks": ["move"], "seconds": 0.5} for step in range(4)]
+    assert list(log.instructions["move"]) == [s.instruction for s in some[1:]]
+    other = record.Log(tmp_path, 2, 1)                   # another process leaves the file alone
+    other.write(2, {"loss": 9.0}, 0.0, some[:1], 0.0)
+    assert len(log.steps()) == 4 and list(other.instructions["move"]) == [some[0].instruction]
+    again = record.Log(tmp_path, 2, 0)
+    assert [entry["step"] for entry in again.steps()] == [0, 1] and not again.instructions
+    again.write(2, {"loss": 7.0}, 0.0, some[:1], 0.0)
+    assert [entry["loss"] for entry in again.steps()][2:] == [7.0]
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_another_number_of_processes_goes_on(tmp_path, monkeypatch, capsys, short_model):

@@ -27,6 +27,27 @@ def test_round_trip(tmp_path: Path, part: str) -> None:
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
 
 
+def test_there_are_four_parts_and_no_other():
+    assert weights.PARTS.keys() == PARTS.keys()
+    for name, (_, config, model, _) in PARTS.items():
+        assert weights.PARTS[name][:2] == (model, config)
+    with pytest.raises(KeyError, match="unet"):
+        weights.load("unet", "anywhere")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_is_loaded_from_a_file_too_and_as_asked(tmp_path: Path, part: str) -> None:
+    """Beside its config.json; in the type that is named, on the device that is named."""
+    file = written(tmp_path, part) / "model.safetensors"
+    assert_equal(weights.load(part, file), part)
+    assert_equal(weights.load(part, str(tmp_path)), part)
+    narrow = weights.load(part, file, dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    away = weights.load(part, file, device="meta")
+    assert {p.device.type for p in away.parameters()} == {"meta"}
+    assert not away.training and not any(p.requires_grad for p in away.parameters())
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_round_trip_of_shards(tmp_path: Path, part: str) -> None:
     write_shards(tmp_path, part)
