@@ -20,6 +20,7 @@ import torch
 from forks import Forks
 from helpers import MODEL, ROOT
 from sample import Pipeline, load_pipeline
+from support import options
 from support.files import read_json, read_tensors, write_part
 
 
@@ -72,3 +73,9 @@ def short_model(tmp_path_factory) -> Path:
             if not re.search(r"blocks\.[1-9]", name)}
     write_part(kept, values, folder / "transformer", file.name, torch.bfloat16)
     return folder
+
+
+@pytest.fixture
+def short_by_default(monkeypatch, short_model) -> None:
+    """Commands that name no --model take the short one."""
+    monkeypatch.setattr(options, "EMBEDDED", short_model)

@@ -360,7 +360,7 @@ def test_there_are_a_thousand() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_command_says_so_in_one_line(tmp_path: Path, forks: Forks) -> None:
+def test_the_command_says_so_in_one_line(tmp_path: Path, forks: Forks, short_model: Path) -> None:
     """Ten kinds, each broken in the first way that a first batch notices."""
     commands: dict[Path, str] = {}
     for kind in list(BROKEN)[:10]:
@@ -376,6 +376,7 @@ def test_the_command_says_so_in_one_line(tmp_path: Path, forks: Forks) -> None:
                 break
     assert len(commands) == 10
     for folder, text in commands.items():
-        done = forks.run("train.py", "--data", text, "--steps", 1, "--out", tmp_path / "out")
+        done = forks.run("train.py", "--data", text, "--steps", 1, "--out", tmp_path / "out",
+                         "--model", short_model)
         assert done.returncode == 2, done
         assert re.fullmatch(r"error: [^\n]+\n", done.stderr) and str(folder) in done.stderr

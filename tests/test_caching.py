@@ -20,6 +20,8 @@ from support import caching, commands
 from support.files import write_part
 from support.public_sets import PUBLIC
 
+pytestmark = pytest.mark.usefixtures("short_by_default")
+
 
 @pytest.fixture
 def folder(tmp_path):

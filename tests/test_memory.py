@@ -158,6 +158,7 @@ def test_attention_in_training_is_one_graph_and_of_its_own_type(fast, dtype, mon
         assert out.dtype == dtype and torch.allclose(out, wanted, atol=limit, rtol=0)
 
 
+@pytest.mark.usefixtures("short_by_default")
 def test_a_base_in_fp8(tmp_path, monkeypatch, capsys):
     """It trains, says so in the run, and its results are not those of the base as stored."""
     monkeypatch.setattr(train, "previews", lambda *_: {})

@@ -326,6 +326,7 @@ def test_canny_is_what_books_tell():
     assert not canny(np.full((5, 1, 3), 7, np.uint8), 1, 2).any()
 
 
+@pytest.mark.usefixtures("short_by_default")
 @pytest.mark.parametrize("name", SETS)
 def test_training_on_each_set(tmp_path, name, monkeypatch):
     write_set(tmp_path, name)

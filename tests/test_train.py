@@ -117,6 +117,7 @@ def test_instructions_are_dropped_with_their_chance(monkeypatch):
     assert 0 < sum(not texts[0] for texts in seen) < 12
 
 
+@pytest.mark.usefixtures("short_by_default")
 def test_training_on_a_folder(tmp_path, monkeypatch, capsys):
     for i in range(2):
         Image.fromarray(np.full((70, 50, 3), 100 * i, np.uint8)).save(tmp_path / f"{i}.png")
