@@ -1,7 +1,5 @@
 """tiny/: the drawn world, and that the embedded model is made from nothing."""
-import runpy
 import sys
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -10,7 +8,6 @@ import torch
 
 from data import Sample
 from sample import condition, generate, load_pipeline, seeded_noise
-from support.pictures import load_image
 from tiny import pretrain, world
 from tiny.world import BASE_TASKS, BIG, EDITS, NEW_TASKS, SMALL, Scene, Thing
 
@@ -57,18 +54,6 @@ def test_edits_hold_out_the_scene_before_too():
     pictures = {world.draw(b).tobytes()
                 for b, _, _ in (world.edited(rng, "recolour") for _ in range(300)) if b.held_out()}
     assert not any(s.images[0].tobytes() in pictures for s in draws("recolour", 300, False))
-
-
-def test_its_command_draws_one_sample_of_each_task(tmp_path, monkeypatch, capsys):
-    """python -m tiny.world"""
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                  # that the module is imported already
-        runpy.run_module("tiny.world", run_name="__main__")
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told] == list(world.WORDINGS)
-    assert [file.name for file in tmp_path.iterdir()] == ["tiny_world.png"]
-    assert load_image(tmp_path / "tiny_world.png").width == 3 * world.SIZE
 
 
 def test_one_scene_in_ten_is_held_out_and_the_hash_is_stable():
