@@ -2,12 +2,12 @@
 
     token     w = softmax(G x_n) on its k largest entries: every token asks the router for itself
     soft      w = softmax(G z / temperature): all experts, by the instruction; no auxiliary loss
-    race      w = G x_n where it is among the N k largest of all tokens' and experts' logits
+    race      w = G x_n where it is among the B N k largest of a call: all samples, tokens, experts
     choice    w = softmax(G x_n) where x_n is among the N k / E best tokens of that expert
 
 Plain LoRA, and instruction routing by the pooled text alone, need no class: mole.py has them.
 
-Key: B batch; N tokens; E experts; k kept on average; z instruction vector.
+Key: B batch; N tokens of a sample; E experts; k kept on average; z instruction vector.
 Source: arXiv 2512.21788 and its public code; Expert Race: 2503.16057; Expert Choice: 2410.02098.
 """
 import math
@@ -60,29 +60,30 @@ def similarity_loss(p: Tensor, kept: Tensor) -> Tensor:
 class RaceLinear(MoLELinear):
     """Expert Race: all pairs of token and expert compete; the winners' weight is their raw logit.
 
-    Training keeps the N k largest logits of a call, and follows the smallest of them with a moving
+    Training keeps the B N k largest logits of a call and follows the smallest of them with a moving
     threshold, which stands in for it afterwards.
     """
     by_token, noisy = True, False
 
     def __init__(self, *args: object):
         super().__init__(*args)
-        self.threshold = nn.Parameter(torch.zeros((), device=self.router.weight.device), False)
+        self.threshold = nn.Parameter(torch.zeros((), device=self.router.weight.device),
+                                      requires_grad=False)         # a parameter: it is saved
 
     def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         logits = self.logits(x)                                              # (..., E)
-        bar = self.threshold
+        threshold = self.threshold
         if self.training:
             tokens = logits.numel() // logits.shape[-1]
-            bar = logits.detach().flatten().topk(tokens * self.config.top_k).values[-1]
+            threshold = logits.detach().flatten().topk(tokens * self.config.top_k).values[-1]
             if not routing.recomputing:                  # it computes twice, and learns once
-                self.threshold.lerp_(bar, 0.01)
-        kept = (logits >= bar).to(logits.dtype)
+                self.threshold.lerp_(threshold, 0.01)
+        kept = (logits >= threshold).to(logits.dtype)
         return logits * kept, SIMILARITY_WEIGHT * similarity_loss(logits.softmax(dim=-1), kept)
 
 
 class ChoiceLinear(MoLELinear):
-    """Expert Choice: in each sample every expert takes as many tokens, those it likes best."""
+    """Expert Choice: in each sample all experts take equally many tokens, their best ones."""
     by_token, noisy, orthogonal = True, False, False
 
     def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -99,14 +100,14 @@ KINDS: dict[str, type[MoLELinear]] = {
     "choice": ChoiceLinear}
 
 
-METHODS = ["instructmole", "pooled", "lora", *list(KINDS)[1:]]   # what train.py may train
+METHODS = ["instructmole", "pooled", "lora", "token", "soft", "race", "choice"]  # for train.py
 
 
 def configure(method: str, c: AdapterConfig) -> AdapterConfig:
     """The same sizes with the routing of one of METHODS. Raises: ValueError."""
     if c.routing not in ("instruction", method):
         raise ValueError(f"the configuration says routing {c.routing!r}; choose that --method")
-    if method == "lora":                                   # plain LoRA everywhere
+    if method == "lora":                                 # plain LoRA everywhere
         return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
                        mole_targets=(), token_targets=())
     if method == "pooled":

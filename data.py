@@ -9,7 +9,7 @@ support/public_sets.py, the embedded world in tiny/world.py.
 Key: B batch; H, W pixels; all pictures are uint8 (H, W, 3) arrays until to_tensor() maps them to
 [-1, 1], (3, H, W).
 """
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from support.pictures import fitted, load_image, pictures_in, resize, to_tensor
-from support.tables import (check_few, checked_text, located, read_rows, read_text, row_paths,
+from support.tables import (check_few, checked_text, located, read_pairs, read_rows, row_paths,
                             row_text, skipping)
 
 NEIGHBOURS = 16                                          # batches for which a source may read ahead
@@ -50,7 +50,8 @@ class Source(Protocol):
     def draw(self, rng: Random, size: int, nearby: Random) -> list[Sample]:
         """Up to `size` samples that are given the same number of pictures, of the same sizes.
 
-        nearby: in the same state for NEIGHBOURS batches in a row, to choose what they all read.
+        nearby: a second generator, the same for NEIGHBOURS batches in a row: a source that reads
+        large blocks chooses the block by it.
         """
 
 
@@ -59,39 +60,15 @@ def stack(given: Iterable[list[np.ndarray]]) -> list[Tensor]:
     return [to_tensor(list(pictures)) for pictures in zip(*given, strict=True)]
 
 
-def read_pairs(folder: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """Rows, like read_rows', of a folder without metadata, as other trainers take it.
-
-    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
-    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
-    """
-    targets, given = pictures_in(folder), defaultdict(list)
-    stems = {target.stem for target in targets}
-    for path in pictures_in(folder / "control"):
-        stem, _, number = path.stem.rpartition("_")
-        if path.stem in stems or not number.isdecimal():
-            stem, number = path.stem, -1
-        given[stem].append((int(number), f"control/{path.name}"))
-    for target in targets:
-        with skipping(bad):
-            text, references = target.with_suffix(".txt"), sorted(given.get(target.stem, ()))
-            if not text.is_file():
-                raise FileNotFoundError(f"{target}: its instruction is missing, {text.name}")
-            if given and not references:
-                raise FileNotFoundError(f"{target}: its reference is missing in control/")
-            yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
-                                "images": [path for _, path in references]}
-
-
 @dataclass(frozen=True)
 class Row:
     """A checked line of a user's folder; its pictures are read when they are drawn."""
     instruction: str
     paths: list[Path]                                    # target, native references, clean ones
     sizes: list[tuple[int, int]]                         # (W, H) that each of them will take
-    references: int                                      # how many are native
+    natives: int                                         # how many are native references
     task: str
-    where: str
+    where: str                                           # words for where the line stands
 
 
 class Folder:
@@ -108,7 +85,7 @@ class Folder:
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
                  root: Path | None = None, bad: list[str] | None = None):
-        path, self.size, worse = Path(path), size, None if bad is None else []
+        path, self.size = Path(path), size
         folder = path if path.is_dir() else path.parent
         files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
         file = next(filter(Path.is_file, files), None)
@@ -116,30 +93,34 @@ class Folder:
             raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
                                     "a data folder needs metadata.jsonl, metadata.csv, or pictures "
                                     "with .txt files")
+        own_bad = None if bad is None else []            # counted before it joins the others'
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
-        for where, row in read_rows(file, worse) if file else read_pairs(folder, worse):
-            with skipping(worse):
-                instruction, target = (row_text(row, name, where)
-                                       for name in ("instruction", "target"))
-                images, conds = (row_paths(row, name, where) for name in ("images", "conds"))
-                paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
-                found = [load_image(path, where).size for path in paths]     # finds broken ones
-                sizes = [self.size or fitted(size) for size in found]
-                if images:
-                    sizes[1] = sizes[0]                  # the picture to edit takes the target's
-                task = checked_text(str(row.get("task") or ""), where)
-                self.groups.setdefault((len(images), *sizes), []).append(
-                    Row(instruction, paths, sizes, len(images), task, where))
-        if worse:
-            check_few(worse, len(worse) + sum(map(len, self.groups.values())))
-            bad.extend(worse)
+        for where, line in read_rows(file, own_bad) if file else read_pairs(folder, own_bad):
+            with skipping(own_bad):
+                row = self.checked(line, folder, root, where)
+                self.groups.setdefault((row.natives, *row.sizes), []).append(row)
+        if own_bad:
+            check_few(own_bad, len(own_bad) + sum(map(len, self.groups.values())))
+            bad.extend(own_bad)
         if not self.groups:
             raise ValueError(f"{file or path}: holds no rows")
+
+    def checked(self, line: dict, folder: Path, root: Path | None, where: str) -> Row:
+        """A line as a row. Raises: ValueError, FileNotFoundError for what cannot be trained on."""
+        instruction, target = (row_text(line, name, where) for name in ("instruction", "target"))
+        images, conds = (row_paths(line, name, where) for name in ("images", "conds"))
+        paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
+        found = [load_image(path, where).size for path in paths]             # finds broken ones
+        sizes = [self.size or fitted(size) for size in found]
+        if images:
+            sizes[1] = sizes[0]                          # the picture to edit takes the target's
+        task = checked_text(str(line.get("task") or ""), where)
+        return Row(instruction, paths, sizes, len(images), task, where)
 
     def read(self, row: Row) -> Sample:
         pictures = [resize(load_image(path, row.where), size)
                     for path, size in zip(row.paths, row.sizes)]
-        images, conds = pictures[1:1 + row.references], pictures[1 + row.references:]
+        images, conds = pictures[1:1 + row.natives], pictures[1 + row.natives:]
         return Sample(row.instruction, pictures[0], images, conds, row.task)
 
     def draw(self, rng: Random, size: int, nearby: Random | None = None) -> list[Sample]:
@@ -168,6 +149,7 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
 
     SOURCE: a name | FOLDER | FILE.jsonl or .csv | a public set's name=PATH. named, public: the
     sources that are known so; size, root, bad: as Folder takes them; draws: as public sets do.
+    Raises: ValueError, FileNotFoundError.
     """
     name, colon, weight = text.rpartition(":")
     try:

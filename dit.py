@@ -43,14 +43,14 @@ class DiTConfig:
 # ------------------------------------------------------------------- tokens, positions, time steps
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents to tokens of 2x2 patches. (B, C, h, w) -> (B, (h/2)(w/2), 4C), channels slowest."""
+    """2x2 patches as tokens: (B, C, h, w) -> (B, hw/4, 4C). Raises: ValueError for odd sides."""
     if latents.shape[-1] % 2 or latents.shape[-2] % 2:
         raise ValueError(f"latents of {latents.shape[-2]}x{latents.shape[-1]}: sides must be even")
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    """Tokens to latents, the inverse of pack. (B, (h/2)(w/2), 4C) -> (B, C, h, w)."""
+    """Tokens to latents, the inverse of pack: (B, hw/4, 4C) -> (B, C, h, w)."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (h // 2, w // 2)), 2)
 
 
@@ -66,9 +66,11 @@ def reference_ids(sizes: list[tuple[int, int]]) -> list[Tensor]:
 
     Reference i has index i + 1; its columns start where those of the references before it end.
     """
-    shifts = [sum(w // 2 for _, w in sizes[:i]) for i in range(len(sizes))]
-    return [position_ids(h, w, i + 1, shift)
-            for i, ((h, w), shift) in enumerate(zip(sizes, shifts))]
+    ids, shift = [], 0
+    for i, (h, w) in enumerate(sizes, start=1):
+        ids.append(position_ids(h, w, i, shift))         # (hw/4, 3)
+        shift += w // 2
+    return ids
 
 
 def schedule(steps: int, tokens: int) -> Tensor:
@@ -87,9 +89,9 @@ def schedule(steps: int, tokens: int) -> Tensor:
 def rope(ids: Tensor, axes: tuple[int, ...], theta: float = 10000.0) -> Tensor:
     """Rotation table for position ids (S, 3) -> (S, d/2) complex: cos + i sin of the angles."""
     places = ids.cpu().double()                          # some devices have no fp64
-    angles = [places[:, i, None] * theta ** -(torch.arange(0, dim, 2, device="cpu").double() / dim)
-              for i, dim in enumerate(axes)]
-    angle = torch.cat(angles, dim=1)                     # (S, d/2)
+    by_axis = [places[:, i, None] * theta ** -(torch.arange(0, dim, 2, device="cpu").double() / dim)
+               for i, dim in enumerate(axes)]            # each (S, dim/2)
+    angle = torch.cat(by_axis, dim=1)                    # (S, d/2)
     return torch.complex(angle.cos().float(), angle.sin().float()).to(ids.device)
 
 
@@ -142,19 +144,19 @@ class ConditioningVector(nn.Module):
 class ModulationOut(NamedTuple):
     shift: Tensor                                        # each (B, 1, D)
     scale: Tensor
-    gate: Tensor
+    gate: Tensor | None = None                           # on what a sublayer adds
 
 
 class Modulation(nn.Module):
-    """vec -> one (shift, scale, gate) per sublayer."""
+    """vec -> one (shift, scale, gate) per sublayer. The checkpoint calls these layers norms."""
 
     def __init__(self, width: int, sublayers: int):
         super().__init__()
-        self.parts = 3 * sublayers
-        self.linear = nn.Linear(width, self.parts * width)
+        self.sublayers = sublayers
+        self.linear = nn.Linear(width, 3 * sublayers * width)
 
     def forward(self, vec: Tensor) -> list[ModulationOut]:
-        parts = self.linear(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
+        parts = self.linear(F.silu(vec))[:, None].chunk(3 * self.sublayers, dim=-1)      # (B, 1, D)
         return [ModulationOut(*parts[i:i + 3]) for i in range(0, len(parts), 3)]
 
 
@@ -171,12 +173,12 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(width, 4 * width)}),
                                   nn.Identity(), nn.Linear(4 * width, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:              # (B, S, D) -> (B, S, D)
         return self.net[2](F.gelu(self.net[0]["proj"](x), approximate="tanh"))
 
 
 class Attention(nn.Module):
-    """Projections of one or two kinds of tokens (image, and text under names with `add`)."""
+    """Projections of the stream's tokens; in double blocks also of text, under names with `add`."""
 
     def __init__(self, c: DiTConfig, double: bool):
         super().__init__()
@@ -190,17 +192,17 @@ class Attention(nn.Module):
                 nn.RMSNorm(c.attention_head_dim, 1e-6) for _ in range(2))
             self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
 
-    def split(self, x: Tensor) -> Tensor:                # (B, S, D) -> (B, N, S, d)
+    def by_head(self, x: Tensor) -> Tensor:              # (B, S, D) -> (B, N, S, d)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def image(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self.split(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self.by_head(layer(x)) for layer in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v         # each (B, N, S, d)
 
-    def text(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (self.split(layer(x))
+    def added_qkv(self, txt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (self.by_head(layer(txt))
                    for layer in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
-        return self.norm_added_q(q), self.norm_added_k(k), v
+        return self.norm_added_q(q), self.norm_added_k(k), v                 # each (B, N, T, d)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
@@ -225,25 +227,25 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm1_context = Modulation(c.width, 2), Modulation(c.width, 2)
         self.attn = Attention(c, double=True)
-        self.attend = attend                             # a device may be quicker at another form
+        self.attend = attend                             # devices.ready() may put another form here
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
     def forward(self, txt: Tensor, streams: list[Tensor], vecs: list[Tensor],
                 pe: Tensor) -> tuple[Tensor, list[Tensor]]:
         """txt (B, T, D); streams img (B, I+R, D) and perhaps cond (B, Q, D), each with its vec."""
         txt_mod, mods = self.norm1_context(vecs[0]), [self.norm1(vec) for vec in vecs]
-        qkv = [self.attn.text(modulate(txt, txt_mod[0])),
-               *(self.attn.image(modulate(x, mod[0])) for x, mod in zip(streams, mods))]
+        qkv = [self.attn.added_qkv(modulate(txt, txt_mod[0])),
+               *(self.attn.qkv(modulate(x, mod[0])) for x, mod in zip(streams, mods))]
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*qkv))           # (B, N, S, d)
         sizes = [part[0].shape[2] for part in qkv]       # T, I+R and perhaps Q
-        out, *outs = self.attend(q, k, v, pe).split(sizes, dim=1)                 # each (B, ., D)
+        txt_out, *outs = self.attend(q, k, v, pe).split(sizes, dim=1)        # each (B, ., D)
 
-        txt = txt + txt_mod[0].gate * self.attn.to_add_out(out)              # (B, T, D)
+        txt = txt + txt_mod[0].gate * self.attn.to_add_out(txt_out)          # (B, T, D)
         txt = txt + txt_mod[1].gate * self.ff_context(modulate(txt, txt_mod[1]))
         streams = [x + mod[0].gate * self.attn.to_out[0](out)
                    for x, mod, out in zip(streams, mods, outs)]
-        return limit(txt), [x + mod[1].gate * self.ff(modulate(x, mod[1]))
-                            for x, mod in zip(streams, mods)]
+        streams = [x + mod[1].gate * self.ff(modulate(x, mod[1])) for x, mod in zip(streams, mods)]
+        return limit(txt), streams                       # the text's are those that overflow
 
 
 class SingleBlock(nn.Module):
@@ -259,17 +261,19 @@ class SingleBlock(nn.Module):
 
     def forward(self, streams: list[Tensor], vecs: list[Tensor], pe: Tensor,
                 last: bool) -> list[Tensor]:
-        """streams: text and img (B, T+I+R, D), and perhaps cond (B, Q, D), each with its vec."""
+        """streams: text with img (B, T+I+R, D), perhaps cond (B, Q, D), each with its vec.
+
+        last: nothing reads cond any more, and none is returned."""
         mods = [self.norm(vec)[0] for vec in vecs]
         inputs = [modulate(x, mod) for x, mod in zip(streams, mods)]
-        q, k, v = zip(*(self.attn.image(x) for x in inputs))     # of each stream (B, N, ., d)
-        q = q[:1] if last else q                         # nothing reads the conditions after it
+        q, k, v = zip(*(self.attn.qkv(x) for x in inputs))       # of each stream (B, N, ., d)
+        q = q[:1] if last else q                         # as many outputs as queries, below
         out = self.attend(torch.cat(q, dim=2), torch.cat(k, dim=2), torch.cat(v, dim=2), pe)
         outs = out.split([part.shape[2] for part in q], dim=1)   # T+I+R and perhaps Q tokens
-        return [limit(x + mod.gate * self.rest(x_in, out))
+        return [limit(x + mod.gate * self.combine(x_in, out))
                 for x, mod, x_in, out in zip(streams, mods, inputs, outs)]
 
-    def rest(self, x_in: Tensor, out: Tensor) -> Tensor:
+    def combine(self, x_in: Tensor, out: Tensor) -> Tensor:
         mlp = F.gelu(self.proj_mlp(x_in), approximate="tanh")                # (B, ., 4D)
         return self.proj_out(torch.cat([out, mlp], dim=-1))                  # (B, ., D)
 
@@ -284,7 +288,7 @@ class FinalModulation(nn.Module):
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         # Quirk: scale comes before shift here, the other way round than in every block.
         scale, shift = self.linear(F.silu(vec))[:, None].chunk(2, dim=-1)
-        return modulate(x, ModulationOut(shift, scale, scale))
+        return modulate(x, ModulationOut(shift, scale))  # (B, ., D)
 
 
 class FluxTransformer(nn.Module):
@@ -314,10 +318,11 @@ class FluxTransformer(nn.Module):
         Shapes: img (B, I+R, P), txt (B, T, T5 width), pooled (B, CLIP width), t and guidance (B,),
         img_ids (I+R, 3), cond (B, Q, P), cond_ids (Q, 3) -> (B, I+R, P).
         Units: t in [0, 1], 1 = pure noise; guidance is the scale itself, 2.5 by custom.
-        run(block, *args) calls one block: the place for checkpointing, or for moving weights about.
+        run(block, *args) calls one block, by default just so: the place for recomputing, or for
+        moving weights about.
         Reference: arXiv 2506.15742; clean conditions: arXiv 2512.21788.
         """
-        txt_ids = img_ids.new_zeros(txt.shape[1], 3)
+        txt_ids = img_ids.new_zeros(txt.shape[1], 3)     # words have no place
         ids, streams = [txt_ids, img_ids], [self.x_embedder(img)]            # (B, I+R, D)
         vecs = [self.time_text_embed(t, guidance, pooled)]                   # (B, D)
         if cond is not None:                             # a second stream, as at t = 0

@@ -8,7 +8,6 @@ the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
 """
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,6 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
 
 
-@lru_cache(maxsize=2)
 def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Drawings of neighbouring scenes in [-1, 1], (n, H W 3) float32, and squared norms (n,)."""
     truth = world.draw(scene)
@@ -69,17 +67,17 @@ def psnr(picture: np.ndarray, target: np.ndarray) -> float:
 
 def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Score:
     """Score pictures against their samples."""
-    given = [[*s.images, *s.conds][:1] for s in samples]
-    copies = [(first[0], s) for first, s in zip(given, samples) if first]
-    return Score(task, len(samples),
-                 float(np.mean([success(p, s) for p, s in zip(pictures, samples)])),
-                 float(np.mean([psnr(p, s.target) for p, s in zip(pictures, samples)])),
-                 float(np.mean([success(p, s) for p, s in copies])) if copies else None,
-                 float(np.mean([psnr(p, s.target) for p, s in copies])) if copies else None)
+    def means(pairs: list[tuple[np.ndarray, Sample]]) -> tuple[float | None, float | None]:
+        if not pairs:
+            return None, None
+        return (float(np.mean([success(p, s) for p, s in pairs])),
+                float(np.mean([psnr(p, s.target) for p, s in pairs])))
+    copies = [([*s.images, *s.conds][0], s) for s in samples if s.images or s.conds]
+    return Score(task, len(samples), *means(list(zip(pictures, samples))), *means(copies))
 
 
-def make(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
-         batch_size: int = 64) -> list[np.ndarray]:
+def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
+                  batch_size: int = 64) -> list[np.ndarray]:
     """The model's pictures for samples of one task; sample number i starts from seed i."""
     pictures = []
     for start in range(0, len(samples), batch_size):
@@ -129,7 +127,7 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
     results, scores = {}, []
     for task in tasks:
         samples = world.tiny_test(task, number)
-        results[task] = samples, make(pipe, samples, steps, guidance)
+        results[task] = samples, make_pictures(pipe, samples, steps, guidance)
         scores.append(measure(task, results[task][1], samples))
         print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
     write_json(out / "scores.json", [vars(score) for score in scores])

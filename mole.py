@@ -2,7 +2,7 @@
 
     z = instruction vector                                              one per image
     p = softmax(G z + noise),   noise ~ N(0, 1/E^2) in training         one router G per layer
-    y = W x + b + sum over e in top-k(p) of  p_e * s * (x A_e) B_e      W, b frozen; s = alpha / r
+    y = x W^T + b + sum over e in top-k(p) of p_e * s * (x A_e) B_e     W, b frozen; s = alpha / r
 
     L_balance       = E * sum_e f_e P_e                                 f: share kept, P: mean p
     L_orthogonality = sum_{i != j} cos(Y_i, Y_j)^2 / (E (E - 1)),       Y_e = s X A_e B_e
@@ -11,8 +11,8 @@ All of it happens in rank space: H = X A holds every expert's r inner channels a
 is (H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
 
 Key: B batch, or a low-rank layer's second matrix; N tokens; E experts; k kept; r rank; s scale;
-T text tokens; D width of the instruction vector.
-Source: arXiv 2512.21788 and its public code. This file knows nn.Linear and module names, no model.
+T text tokens; D width of z, the pooled CLIP vector's.
+Source: arXiv 2512.21788 and its public code. But for its defaults this file knows no model.
 """
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is put on the model. The defaults are the published full-size configuration."""
+    """What is put on the model; the paper's by default. Targets: ends of names, * any number."""
     lora_targets: tuple[str, ...] = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v",
                                      "attn.to_out.0", "norm1.linear", "norm.linear",
                                      "ff.net.0.proj", "single_transformer_blocks.*.proj_mlp")
@@ -68,8 +68,7 @@ def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Te
     """<Y_i, Y_j> of the outputs of any two experts, kept or not, on all tokens, (E, E).
 
     Shapes: H = X A (..., E r), B (E r, out). Exactly those of the E flattened outputs, because
-    <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab.
-    The Gram matrices are in fp32 or wider.
+    <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab; fp32 or wider.
     """
     wide, r = torch.promote_types(H.dtype, torch.float32), len(B) // experts
     H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
@@ -81,15 +80,13 @@ def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Te
 def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
     """Mean squared cosine of two different experts' outputs; as inner_products() takes them."""
     inner = inner_products(H, B, experts, scale)
-    share = inner / inner.diagonal().clamp(min=1e-24)    # <Y_i, Y_j> / |Y_j|^2; without a root,
-    square = share * share.T                             # which at 0 is too steep: cos_ij^2
+    ratio = inner / inner.diagonal().clamp(min=1e-24)    # <Y_i, Y_j> / |Y_j|^2
+    square = ratio * ratio.T                             # cos_ij^2; a root is too steep at 0
     return 2 * square.triu(1).sum() / max(1, experts * (experts - 1))
 
 
-# -------------------------------------------------------------------------- the instruction vector
-
 class PerceiverAttention(nn.Module):
-    """The query looks at the text and at itself."""
+    """The query attends to the text and to itself."""
 
     def __init__(self, width: int, heads: int, head_dim: int):
         super().__init__()
@@ -99,12 +96,14 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
-        x, latents = self.norm1(x), self.norm2(latents)  # (B, T, width), (B, 1, width)
-        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)   # (B, T+1, inner)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # (B, heads, ., d)
-                   for part in (self.to_q(latents), k, v))
-        out = F.scaled_dot_product_attention(q, k, v)    # (B, heads, 1, d)
+    def by_head(self, x: Tensor) -> Tensor:              # (B, S, inner) -> (B, heads, S, d)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, txt: Tensor, query: Tensor) -> Tensor:
+        txt, query = self.norm1(txt), self.norm2(query)  # (B, T, width), (B, 1, width)
+        k, v = self.to_kv(torch.cat([txt, query], dim=1)).chunk(2, dim=-1)   # (B, T+1, inner)
+        out = F.scaled_dot_product_attention(
+            self.by_head(self.to_q(query)), self.by_head(k), self.by_head(v))
         return self.to_out(out.transpose(1, 2).flatten(2))                   # (B, 1, width)
 
 
@@ -114,7 +113,7 @@ class InstructionVector(nn.Module):
     def __init__(self, c: AdapterConfig, text_width: int, pooled_width: int):
         super().__init__()
         width = c.resampler_width
-        self.latents = nn.Parameter(torch.randn(1, 1, width) / width ** 0.5)
+        self.latents = nn.Parameter(torch.randn(1, 1, width) / width ** 0.5)     # the first query
         self.proj_in = nn.Linear(text_width, width)
         self.proj_out = nn.Linear(width, pooled_width)
         self.norm_out = nn.LayerNorm(pooled_width)
@@ -128,24 +127,24 @@ class InstructionVector(nn.Module):
     def forward(self, txt: Tensor, pooled: Tensor) -> Tensor:
         """txt (B, T, text width), pooled (B, D) -> (B, D), in the resampler's own type."""
         txt, pooled = txt.to(self.latents.dtype), pooled.to(self.latents.dtype)
-        x = self.proj_in(txt)                            # (B, T, width)
-        latents = self.latents.expand(len(x), -1, -1)    # (B, 1, width): one learned query
+        txt = self.proj_in(txt)                          # (B, T, width)
+        query = self.latents.expand(len(txt), -1, -1)    # (B, 1, width)
         for attention, feed_forward in self.layers:
-            latents = attention(x, latents) + latents    # (B, 1, width)
-            latents = feed_forward(latents) + latents    # (B, 1, width)
-        return self.dropout(self.norm_out(self.proj_out(latents)))[:, 0] + pooled        # (B, D)
+            query = attention(txt, query) + query        # (B, 1, width)
+            query = feed_forward(query) + query          # (B, 1, width)
+        return self.dropout(self.norm_out(self.proj_out(query)))[:, 0] + pooled          # (B, D)
 
 
 # --------------------------------------------------------------------------------- adapted layers
 
 @dataclass
 class Routing:
-    """What all layers are told while the model serves some instructions, and what they add up."""
+    """The instructions that all layers follow now, and the losses that they add up."""
     z: Tensor                                            # (B, D) instruction vectors
     losses: bool                                         # whether layers should add theirs
-    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted, over all
-    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # calls: sums, no means
-    recomputing: bool = False                            # in backward: the same once more
+    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted, the sum
+    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # over all calls
+    recomputing: bool = False                            # repeats a pass, for its gradients
 
 
 def add_product(y: Tensor, x: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -155,7 +154,7 @@ def add_product(y: Tensor, x: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + s B (A x). The matrices lie as LoRA files have them: A (r, in), B (out, r)."""
+    """y = x W^T + b + s (x A^T) B^T, stored as LoRA files are: A (r, in), B (out, r)."""
 
     def __init__(self, base: nn.Linear, c: AdapterConfig):
         super().__init__()
@@ -170,9 +169,9 @@ class LoRALinear(nn.Module):
 
 
 class MoLELinear(nn.Module):
-    """y = W x + b + the mixture of the kept experts. Other routings override routing_weights().
+    """y = x W^T + b + the mixture of the kept experts. Other routings override routing_weights().
 
-    The experts stand side by side, as the equations have them: A (in, E r), B (E r, out).
+    The experts stand side by side, as in the equations: A (in, E r), B (E r, out).
     """
     by_token = False                                     # what the router sees: x, not z
     noisy = True                                         # whether training disturbs the logits
@@ -193,8 +192,9 @@ class MoLELinear(nn.Module):
 
     def logits(self, seen: Tensor) -> Tensor:            # (..., width) -> (..., E)
         logits = self.router(seen.to(self.router.weight.dtype))
-        noise = self.training and self.noisy
-        return logits + torch.randn_like(logits) / self.config.experts if noise else logits
+        if self.training and self.noisy:
+            logits = logits + torch.randn_like(logits) / self.config.experts
+        return logits
 
     def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """x (..., in) -> w (B, E), or by token (..., E), and the router's own weighted loss."""
@@ -211,9 +211,9 @@ class MoLELinear(nn.Module):
         H = x @ self.experts_A.to(x.dtype)               # (..., E r)
         if routing.losses:
             routing.balance = routing.balance + loss
-        if routing.losses and self.orthogonal:
-            routing.orthogonality = routing.orthogonality + c.orthogonality_weight * (
-                orthogonality_loss(H, self.experts_B, c.experts, scale))
+            if self.orthogonal:
+                alike = orthogonality_loss(H, self.experts_B, c.experts, scale)
+                routing.orthogonality = routing.orthogonality + c.orthogonality_weight * alike
         mixed = H * w.repeat_interleave(c.rank, dim=-1).to(x.dtype)          # (..., E r)
         return add_product(self.base(x), mixed, self.experts_B, scale)       # (..., out)
 
@@ -235,7 +235,7 @@ class Adapter(nn.Module):
             self.layers[name.replace(".", "/")] = kind(base, config, *routed)
         self.instruction = None
         if config.resampler and any(isinstance(m, MoLELinear) for m in self.layers.values()):
-            with base.weight.device:                     # any layer's
+            with base.weight.device:                     # of the last layer, as of all
                 self.instruction = InstructionVector(config, text_width, pooled_width)
 
     def insert(self, model: nn.Module) -> "Adapter":
@@ -247,8 +247,8 @@ class Adapter(nn.Module):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, by name; the frozen model's own weights are not in it."""
-        return {name.removeprefix("layers.").replace("/", "."): p
-                for name, p in self.named_parameters() if ".base." not in name}
+        return {name.removeprefix("layers.").replace("/", "."): tensor
+                for name, tensor in self.named_parameters() if ".base." not in name}
 
     def serve(self, txt: Tensor, pooled: Tensor,
               losses: bool = False) -> AbstractContextManager[Routing]:

@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import call
 from pathlib import Path
@@ -75,33 +75,34 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
                   **others: Path | None) -> Pipeline:
     """Read a model and any adapter given. others: as layouts.model_paths() takes them.
 
-    A model that would fill the device stays where it is mapped; its parts visit the device in turn.
-    So do text encoders and autoencoder if they are asked to stay. weightless: on "meta".
-    Raises: FileNotFoundError, ValueError.
+    A model too large for the device stays in the computer's memory, mapped from disk; its parts
+    visit the device in turn. With encoders_stay the text encoders and the autoencoder always do.
+    weightless: on "meta". Raises: FileNotFoundError, ValueError.
     """
     paths = layouts.model_paths(Path(model), **others)
     tokenizers = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
-    where = devices.choose_device(device)
+    device = devices.choose_device(device)
     files = {file for part in weights.PARTS for file in files_of(paths[part])}
     stored = sum(file.stat().st_size for file in files)
-    kind = devices.choose_dtype(dtype, where, stored)
-    needed, room = stored * kind.itemsize / 2, devices.memory(where)         # files: 2 bytes or 1
-    home = where if needed < devices.ROOM * room else torch.device("cpu")
+    dtype = devices.choose_dtype(dtype, device, stored)
+    memory, needed = devices.memory(device), stored * dtype.itemsize / 2     # of 2 bytes a weight
+    home = device if needed < devices.ROOM * memory else torch.device("cpu")
     home = torch.device("meta") if weightless else home
-    near = torch.device("cpu") if encoders_stay else home
-    keep = where.type == "cpu" and needed >= room / 2    # narrow weights, widened in use
-    pipe = Pipeline(weights.load("transformer", paths["transformer"], home, kind, keep),
-                    weights.load("vae", paths["vae"], near, kind),
-                    weights.load("text_encoder_2", paths["text_encoder_2"], near, kind, keep),
-                    weights.load("text_encoder", paths["text_encoder"], near, kind),
-                    *tokenizers, None, where, kind, paths)
-    for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):
-        check_device({t.dtype for t in offload.weights_of(part)}, where, model)
-    devices.ready(pipe.dit, pipe.vae, where, kind)
+    encoders_home = torch.device("cpu") if encoders_stay else home
+    narrow = device.type == "cpu" and needed >= memory / 2       # where wide ones would not fit
+    pipe = Pipeline(
+        weights.load("transformer", paths["transformer"], home, dtype, narrow),
+        weights.load("vae", paths["vae"], encoders_home, dtype),
+        weights.load("text_encoder_2", paths["text_encoder_2"], encoders_home, dtype, narrow),
+        weights.load("text_encoder", paths["text_encoder"], encoders_home, dtype),
+        *tokenizers, None, device, dtype, paths)
+    for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
+        check_device({t.dtype for t in offload.weights_of(part)}, device, model)
+    devices.ready(pipe.dit, pipe.vae, device, dtype)
     if adapter is not None:
         pipe.adapter = weights.load_adapter(pipe.dit, Path(adapter))
-        for p in pipe.adapter.tensors().values():        # and not the model's weights in its layers
-            p.data = p.data.to(where)
+        for p in pipe.adapter.tensors().values():        # its own alone; the model's stay home
+            p.data = p.data.to(device)
     return pipe
 
 
@@ -140,8 +141,9 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
 
 def as_tokens(txt: Tensor, pooled: Tensor, latents: list[Tensor], natives: int) -> Conditioning:
     """Latents (B, C, h, w) as tokens with their positions; the first ones are native references."""
-    ids = [i.to(txt.device) for i in dit.reference_ids([z.shape[-2:] for z in latents])]
-    tokens = [dit.pack(z) for z in latents]              # each (B, hw/4, P)
+    sizes = [one.shape[-2:] for one in latents]          # (h, w)
+    ids = [own.to(txt.device) for own in dit.reference_ids(sizes)]           # each (hw/4, 3)
+    tokens = [dit.pack(one) for one in latents]          # each (B, hw/4, P)
 
     def joined(parts: list[Tensor], dim: int) -> Tensor | None:
         return torch.cat(parts, dim) if parts else None
@@ -171,12 +173,12 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)
-    scale = torch.full((len(x),), guidance, device=pipe.device)              # (B,)
+    guidances = torch.full((len(x),), guidance, device=pipe.device)          # (B,)
     times = dit.schedule(steps, x.shape[1]).tolist()     # 1 = pure noise, ..., 0
     for t, t_next in zip(times, times[1:]):
-        now = torch.full((len(x),), t, device=pipe.device)                   # (B,)
+        t_now = torch.full((len(x),), t, device=pipe.device)                 # (B,)
         with torch.no_grad():
-            v = velocity(pipe.dit, x.to(pipe.dtype), now, scale, given, h, w, run)   # (B, I, P)
+            v = velocity(pipe.dit, x.to(pipe.dtype), t_now, guidances, given, h, w, run)
         x = x + (t_next - t) * v.float()
         yield dit.unpack(x, h, w)                        # (B, C, h, w)
 
@@ -190,25 +192,21 @@ def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) ->
 
 def generate(pipe: Pipeline, given: Conditioning, noise: Tensor, steps: int = 28,
              guidance: float = 2.5, bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Pictures for what condition() encoded, and the routing weights of each adapted layer.
+    """Pictures for what condition() encoded, and the routing weights of each layer with experts.
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E), by token (..., E).
     """
-    whole = offload.fits(pipe.dit, pipe.device)
-    with torch.no_grad(), ExitStack() as stack:
-        run = stack.enter_context(
-            (offload.on_device if whole else offload.stream)(pipe.dit, pipe.device))
-        stack.enter_context(served(pipe, given))
-        for latents in tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
-                            total=steps, disable=not bar, leave=False):
-            pass
+    visit = offload.on_device if offload.fits(pipe.dit, pipe.device) else offload.stream
+    with torch.no_grad(), visit(pipe.dit, pipe.device) as run, merged_or_served(pipe, given):
+        *_, latents = tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
+                           total=steps, disable=not bar, leave=False)        # (B, C, h, w)
     with torch.no_grad(), offload.on_device(pipe.vae, pipe.device):
-        img = pipe.vae.decode(latents.to(pipe.dtype)).float()                # (B, 3, H, W)
-    img = ((img.clamp(-1, 1) + 1) * 127.5).round().byte()                    # in 0..255, rounded
-    return img.permute(0, 2, 3, 1).cpu().numpy(), routing_maps.last_weights(pipe.adapter)
+        pixels = pipe.vae.decode(latents.to(pipe.dtype)).float()             # (B, 3, H, W)
+    pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()              # in 0..255, rounded
+    return pixels.permute(0, 2, 3, 1).cpu().numpy(), routing_maps.last_weights(pipe.adapter)
 
 
-def served(pipe: Pipeline, given: Conditioning) -> AbstractContextManager:
+def merged_or_served(pipe: Pipeline, given: Conditioning) -> AbstractContextManager:
     """A `with` in which the adapter does its work: merged into the weights where it can be."""
     if pipe.adapter is None:
         return nullcontext()

@@ -1,9 +1,9 @@
 """FLUX's two text encoders and their tokenizers: T5 for the tokens, CLIP for the pooled vector.
 
-    txt    = T5(instruction)          # (B, T, D) one vector per token, padding included
-    pooled = CLIP(instruction)        # (B, D')   one vector per instruction
+    txt    = T5(instruction)          # (B, T, T5's D)   one vector per token, padding included
+    pooled = CLIP(instruction)        # (B, CLIP's D)    one vector per instruction
 
-Key: B batch; T tokens; D width; N heads; d head size.
+Key: B batch; T tokens; D width of the encoder at hand; N heads; d head size.
 Parameter names are keys of the Hugging Face folder's text_encoder/ (CLIP) and text_encoder_2/ (T5).
 Source: T5 1.1 (Raffel et al. 2020, arXiv 1910.10683), CLIP (Radford et al. 2021, arXiv 2103.00020).
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from support.files import read_json
@@ -24,20 +24,22 @@ from support.files import read_json
 
 
 class Tokenizer:
-    """Texts to token ids, cut and padded to the length that tokenizer_config.json names."""
+    """Texts to token ids, cut and padded to the length that tokenizer_config.json names.
+
+    Raises: ValueError when it names none.
+    """
 
     def __init__(self, model: tokenizers.Tokenizer, settings: dict, folder: Path, pad: str):
         self.model, self.length = model, settings.get("model_max_length")
         if not isinstance(self.length, int) or not 2 < self.length < 100_000:
             raise ValueError(f"{folder / 'tokenizer_config.json'}: "
                              f"model_max_length should be a small number, found {self.length!r}")
-        model.no_padding()
         model.enable_truncation(self.length)
         model.enable_padding(length=self.length, pad_id=model.token_to_id(pad) or 0, pad_token=pad)
 
     def __call__(self, texts: list[str]) -> Tensor:
         """-> (B, length) int64. Raises: ValueError for lone surrogates, which are no UTF-8."""
-        for text in texts:
+        for text in texts:                               # the library would not say which
             text.encode()
         return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
 
@@ -55,7 +57,7 @@ class T5Tokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        model = read_tokenizer(folder / "tokenizer.json", tokenizers.Tokenizer.from_str)
+        model = read_tokenizer(folder / "tokenizer.json", tokenizers.Tokenizer.from_file)
         super().__init__(model, settings, folder, "<pad>")
 
 
@@ -73,9 +75,9 @@ class CLIPTokenizer(Tokenizer):
                            for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
-        model = read_tokenizer(folder / "merges.txt", lambda _: clip_bpe(
-            *models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt")),
-            start, end))
+        model = read_tokenizer(folder / "merges.txt", lambda merges: clip_bpe(
+            *models.BPE.read_file(str(folder / "vocab.json"), merges), start, end))
+        # A start or end that a user types counts as one before, or after, letters are made small.
         normalized = {entry["content"]: entry.get("normalized", False)
                       for entry in settings.get("added_tokens_decoder", {}).values()}
         model.add_special_tokens([
@@ -85,6 +87,7 @@ class CLIPTokenizer(Tokenizer):
 
 
 def token_text(settings: dict, name: str, folder: Path) -> str:
+    """How a special token is written. Raises: ValueError when the settings do not say."""
     token = settings.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str):
@@ -94,18 +97,18 @@ def token_text(settings: dict, name: str, folder: Path) -> str:
 
 def read_tokenizer(file: Path,
                    build: Callable[[str], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
-    """Build a tokenizer from a file's text. Raises: FileNotFoundError, ValueError."""
+    """Build a tokenizer from a file. Raises: FileNotFoundError, ValueError."""
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
     try:
-        return build(file.read_text(encoding="utf-8"))
+        return build(str(file))
     except Exception as error:                           # the library raises no narrower type
         raise ValueError(f"{file}: not a tokenizer ({error})") from None
 
 
 def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str,
              end: str) -> tokenizers.Tokenizer:
-    """CLIP's: NFC, one space for many, lower case, its own split pattern, bytes, BPE with </w>."""
+    """CLIP's tokenizer: NFC, one space for many, lower case, its own splits, bytes, BPE, </w>."""
     model = tokenizers.Tokenizer(
         models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>", fuse_unk=False))
     model.normalizer = normalizers.Sequence(
@@ -115,8 +118,7 @@ def clip_bpe(vocab: dict[str, int], merges: list[tuple[str, str]], start: str,
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    model.decoder = decoders.ByteLevel()
-    model.post_processor = processors.RobertaProcessing(
+    model.post_processor = processors.RobertaProcessing(  # start, text, end
         (end, vocab[end]), (start, vocab[start]), trim_offsets=False, add_prefix_space=False)
     return model
 
@@ -138,7 +140,10 @@ class T5Config:
 
 
 def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
-    """Relative positions (key - query) to bias rows: exact near, logarithmic far, both ways."""
+    """Relative positions (key - query) to rows of the bias table, (T, T) int64 -> (T, T).
+
+    Exact near, logarithmic far; the first half of the rows looks back, the second ahead.
+    """
     half = buckets // 2
     exact = half // 2
     size = distance.abs()
@@ -148,6 +153,8 @@ def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
 
 
 class T5Attention(nn.Module):
+    """Every token attends to all, with a bias by distance."""
+
     # Quirk: scores are not divided by sqrt(d); T5 folds that into its initialisation.
     def __init__(self, c: T5Config, has_bias: bool):
         super().__init__()
@@ -177,20 +184,19 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        wide = wide.float() if x.dtype == torch.float16 else wide            # it overflows
+        wide = wide.float() if x.dtype == torch.float16 else wide            # as wo is then
         return self.wo(wide).to(x.dtype)
 
 
 class T5Block(nn.Module):
-    """Attention and feed-forward, each after a norm and with a residual. The checkpoint's names."""
+    """Attention and feed-forward, each after a norm and with a residual; names as in the file."""
 
     def __init__(self, c: T5Config, has_bias: bool):
         super().__init__()
-        def norm() -> nn.RMSNorm:                        # no mean, no bias; the variance in fp32
-            return nn.RMSNorm(c.d_model, c.layer_norm_epsilon)
+        norms = [nn.RMSNorm(c.d_model, c.layer_norm_epsilon) for _ in range(2)]
         self.layer = nn.ModuleList([
-            nn.ModuleDict({"SelfAttention": T5Attention(c, has_bias), "layer_norm": norm()}),
-            nn.ModuleDict({"DenseReluDense": T5FeedForward(c), "layer_norm": norm()})])
+            nn.ModuleDict({"SelfAttention": T5Attention(c, has_bias), "layer_norm": norms[0]}),
+            nn.ModuleDict({"DenseReluDense": T5FeedForward(c), "layer_norm": norms[1]})])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attention, feed_forward = self.layer
@@ -199,7 +205,7 @@ class T5Block(nn.Module):
 
 
 def limit(x: Tensor) -> Tensor:
-    """Keep fp16 finite, where T5's activations overflow; other types pass."""
+    """Keep fp16 finite, 1000 below its largest as transformers does; other types pass."""
     return x.clamp(-64504, 64504) if x.dtype == torch.float16 else x
 
 
@@ -217,9 +223,9 @@ class T5Encoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, D). Without a mask: padding attends and is attended to."""
         # Quirk: FLUX was trained so; masking the padding changes every picture.
-        c, steps = self.config, torch.arange(ids.shape[1], device=ids.device)
-        buckets = bucket(steps[None] - steps[:, None], c.relative_attention_num_buckets,
-                         c.relative_attention_max_distance)
+        c, places = self.config, torch.arange(ids.shape[1], device=ids.device)           # (T,)
+        buckets = bucket(places[None] - places[:, None], c.relative_attention_num_buckets,
+                         c.relative_attention_max_distance)                  # (T, T)
         table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
         bias = table(buckets).permute(2, 0, 1)[None]     # (1, N, T, T), shared by all blocks
         x = self.shared(ids)                             # (B, T, D)
@@ -244,12 +250,14 @@ class CLIPConfig:
 
 
 class CLIPAttention(nn.Module):
+    """Every token attends to itself and those before it."""
+
     def __init__(self, c: CLIPConfig):
         super().__init__()
         self.heads, D = c.num_attention_heads, c.hidden_size
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:              # (B, T, D): a token sees those before it
+    def forward(self, x: Tensor) -> Tensor:              # (B, T, D) -> (B, T, D)
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)        # (B, N, T, d)
@@ -257,6 +265,8 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPLayer(nn.Module):
+    """Attention and MLP, each after a norm and with a residual."""
+
     def __init__(self, c: CLIPConfig):
         super().__init__()
         self.self_attn = CLIPAttention(c)
@@ -267,7 +277,7 @@ class CLIPLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        wide = self.mlp["fc1"](self.layer_norm2(x))      # (B, T, 4D)
+        wide = self.mlp["fc1"](self.layer_norm2(x))      # (B, T, intermediate_size)
         return x + self.mlp["fc2"](wide * torch.sigmoid(1.702 * wide))       # quick GELU
 
 

@@ -3,9 +3,8 @@
     xt   = (1 - t) x0 + t noise
     loss = mean((velocity - (noise - x0))^2) + c(step) * sum(balance + orthogonality losses)
 
-c falls from 1 to 1e-5 along a cosine over the run. Read flow_loss() -> matching_loss() ->
-accumulate() -> train(): samples become latents and xt, the loss of a micro-batch, the gradients of
-a step, the loop.
+c falls from 1 to 1e-5 along a cosine over the run. Read flow_loss() (samples become x0, noise and
+t), matching_loss() (xt, velocity, losses), accumulate() (a step's gradients), train() (the loop).
 
 Everything random in a micro-batch (samples, noise, times, dropout, router noise) is a function of
 the seed and the micro-batch's number alone: the same command gives the same file, and a resumed run
@@ -61,20 +60,22 @@ def flow_loss(pipe: Pipeline, samples: list[Sample], seed: int, recompute: bool 
     -> {"flow", "balance", "orthogonality"}, scalars with gradients to the adapter.
     """
     torch.manual_seed(seed)
-    drop = torch.rand(1 + len(samples[0].conds))
-    instructions = ["" if drop[0] < INSTRUCTION_DROPOUT else s.instruction for s in samples]
+    instructions = [s.instruction for s in samples]
     images = stack(s.images for s in samples)            # each (B, 3, H, W) in [-1, 1]
-    # Deviation: a dropped condition's tokens go, not only its ids, as in the research code.
-    conds = [cond for cond, chance in zip(stack(s.conds for s in samples), drop[1:])
-             if chance >= CONDITION_DROPOUT]
+    conds = stack(s.conds for s in samples)              # each (B, 3, H, W)
+    drawn = torch.rand(1 + len(conds))                   # uniform, for the dropouts
+    if drawn[0] < INSTRUCTION_DROPOUT:
+        instructions = [""] * len(samples)
+    # Deviation: a dropped condition's tokens go too; the research code drops its ids alone.
+    conds = [cond for cond, u in zip(conds, drawn[1:]) if u >= CONDITION_DROPOUT]
     given = condition(pipe, instructions, images, conds)
-    mean, logvar = encode_picture(pipe, to_tensor([s.target for s in samples]))    # (B, C, h, w)
-    x0 = pipe.vae.latents(mean, logvar, torch.randn(mean.shape).to(mean))          # (B, C, h, w)
-    x0 = dit.pack(x0.float())                            # (B, I, P)
+    mean, logvar = encode_picture(pipe, to_tensor([s.target for s in samples]))
+    latents = pipe.vae.latents(mean, logvar, torch.randn(mean.shape).to(mean))     # (B, C, h, w)
+    x0 = dit.pack(latents.float())                       # (B, I, P)
     noise = torch.randn(x0.shape).to(pipe.device)        # drawn on the CPU: the same everywhere
     t = torch.rand(len(x0)).to(pipe.device)              # (B,), 1 = pure noise
     t = shift * t / (1 + (shift - 1) * t)                # shift > 1: more of them near 1
-    return matching_loss(pipe, given, x0, noise, t, mean.shape[-2:], recompute)
+    return matching_loss(pipe, given, x0, noise, t, latents.shape[-2:], recompute)
 
 
 def matching_loss(pipe: Pipeline, given: Conditioning, x0: Tensor, noise: Tensor, t: Tensor,
@@ -124,25 +125,26 @@ def make_optimizers(adapter: Adapter, lr: float, router_lr: float,
     kind "muon": Muon at twice the rate for the matrices A and B, AdamW for the rest. A group's
     "initial_lr" is what its "lr" is counted from.
     """
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "routers": [], "others": []}
+    groups: dict[str, list[nn.Parameter]] = {"others": [], "routers": [], "matrices": []}
     for name, p in adapter.tensors().items():
-        groups["routers" if name.endswith("router.weight") else
-               "matrices" if name.endswith(("_A", "_B")) and kind == "muon" else "others"].append(p)
-    adamw = [{"params": groups[name], "lr": rate}
+        if name.endswith("router.weight"):
+            groups["routers"].append(p)
+        elif name.endswith(("_A", "_B")) and kind == "muon":
+            groups["matrices"].append(p)
+        else:
+            groups["others"].append(p)
+    adamw = [{"params": groups[name], "lr": rate, "initial_lr": rate}
              for name, rate in (("others", lr), ("routers", router_lr)) if groups[name]]
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4,
                                     fused=True)] if adamw else []
-    optimizers += [Muon(groups["matrices"], 2 * lr, 1e-4)] if groups["matrices"] else []
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]
-    return optimizers
+    return optimizers + ([Muon(groups["matrices"], 2 * lr, 1e-4)] if groups["matrices"] else [])
 
 
 def update(args: argparse.Namespace, adapter: Adapter, optimizers: Optimizers, step: int,
            loss: float) -> float:
     """Follow the gradients, clipped to a norm of 1; -> their norm. Raises: ValueError."""
     norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
-    if not math.isfinite(loss + norm):
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(f"step {step}: the loss is no number any more; the last checkpoint, if "
                          f"any, is in {args.out}. Try a smaller --lr")
     decay = cosine(step, args.steps) if args.schedule == "cosine" else 1.0
@@ -175,7 +177,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
     with resume.stop_signals() as asked:
         for step in bar:
             began, first = time.time(), number
-            number += args.accumulate * workers          # of the next step's first micro-batch
+            number = first + args.accumulate * workers   # of the next step's first micro-batch
             micro_batches = [(args.seed * 2 ** 32 + i, next(batches))
                              for i in range(first + rank, number, workers)]
             losses = accumulate(pipe, micro_batches, auxiliary_factor(step, args.steps),
@@ -192,8 +194,9 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
                 resume.save_checkpoint(args.out, adapter, optimizers, step + 1, number, settings)
             if due and watching:
                 pictures = previews(pipe, shown, log if plots else None, step + 1)
-                for name, picture in pictures.items() if rank == 0 else ():
-                    save_picture(picture, args.out / f"{name}.png")
+                if rank == 0:
+                    for name, picture in pictures.items():
+                        save_picture(picture, args.out / f"{name}.png")
             if stop and not last:
                 bar.close()
                 resume.leave(step + 1, rank)
@@ -201,9 +204,12 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
 
 def samples_to_show(sources: Sources, seed: int) -> list[Sample]:
     """Eight samples of the sources in turn, each target once, for pictures of how it goes."""
-    rngs = (np.random.default_rng([seed, 2 ** 32 + i]) for i in range(8))
-    drawn = [source.draw(rng, 1, rng)[0] for rng, (source, _) in zip(rngs, sources * 8)]
-    return list({s.target.tobytes(): s for s in drawn}.values())
+    samples = {}
+    for i, (source, _) in enumerate((sources * 8)[:8]):
+        rng = np.random.default_rng([seed, 2 ** 32 + i])
+        sample, = source.draw(rng, 1, rng)
+        samples.setdefault(sample.target.tobytes(), sample)
+    return list(samples.values())
 
 
 def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
@@ -259,12 +265,12 @@ def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Ten
     txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
     pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
     given = as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))
-    tokens, t = dit.pack(x0), torch.empty(batch)
+    tokens, t = dit.pack(x0), torch.empty(batch)         # as x0 and as noise: nothing is in them
     return sum(matching_loss(pipe, given, tokens, tokens, t, x0.shape[-2:], recompute).values())
 
 
 def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
-    """What --data names; bad: takes what is wrong with rows. Raises: ValueError and others."""
+    """What --data names; bad takes what is wrong with rows. Raises: as data.open_source() does."""
     size = layouts.only_size(args.vae or args.model / "vae")
     sources = [data.open_source(text, {"tiny": TinyWorld}, PUBLIC, size, args.data_root, bad,
                                 args.cache_draws) for text in args.data]
@@ -274,11 +280,11 @@ def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     return sources
 
 
-def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, about: dict, rank: int,
-               workers: int) -> None:
+def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, identity: dict,
+               rank: int, workers: int) -> None:
     """Open the folder of --cache, and encode all that can be drawn, unless a run is resumed."""
-    about = {part: value for part, value in about.items() if part != "transformer"}
-    pipe.cache = caching.open_cache(args.cache, about, rank, workers)
+    encoders = {part: value for part, value in identity.items() if part != "transformer"}
+    pipe.cache = caching.open_cache(args.cache, encoders, rank, workers)
 
     def encode(some: list[Sample]) -> None:
         encode_text(pipe, [s.instruction for s in some] + [""])
@@ -286,8 +292,8 @@ def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, about
             encode_picture(pipe, to_tensor([picture]))
     if not (args.resume and resume.holds_checkpoint(args.out)):
         samples = (sample for source, _ in sources for sample in source.all(rank, workers))
-        encoders = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae))
-        caching.encode_all(pipe.cache, samples, encode, encoders, pipe.device, rank, workers)
+        models = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae))
+        caching.encode_all(pipe.cache, samples, encode, models, pipe.device, rank, workers)
 
 
 def main() -> None:
@@ -305,9 +311,9 @@ def main() -> None:
     if args.base_dtype == "fp8":
         check_device([torch.float8_e4m3fn], devices.choose_device(args.device), "--base-dtype fp8")
     pipe = load_pipeline(encoders_stay=args.cache is not None, **options.model_of(args))
-    model = record.identity(pipe.paths, pipe.dtype)
+    identity = record.identity(pipe.paths, pipe.dtype)
     if args.cache:
-        fill_cache(args, pipe, sources, model, rank, workers)
+        fill_cache(args, pipe, sources, identity, rank, workers)
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
@@ -320,8 +326,8 @@ def main() -> None:
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        train(args, pipe, sources, record.settings_of(args, config, model, sources, workers), rank,
-              workers)
+        settings = record.settings_of(args, config, identity, sources, workers)
+        train(args, pipe, sources, settings, rank, workers)
     finally:
         tell_skipped(bad)
     if rank == 0:

@@ -1,9 +1,10 @@
 """The autoencoder of FLUX: pictures <-> latents, eight times smaller on a side.
 
-    z = scaling_factor * (mean(encoder(img)) - shift_factor)          # what the transformer sees
-    img = decoder(z / scaling_factor + shift_factor)
+    latents = scaling_factor * (mean(encoder(pixels)) - shift_factor)         # what the DiT sees
+    pixels = decoder(latents / scaling_factor + shift_factor)
 
-Key: B batch; H, W pixels; h, w latent grid (H / 8, W / 8); C = 16 latent channels.
+Key: B batch; H, W pixels; h, w latent grid (H / 8, W / 8), in a layer its own level's grid;
+C = 16 latent channels.
 Module names are the keys of the Hugging Face folder's vae/.
 Source: Rombach et al. 2022, arXiv 2112.10752; sizes, weights: black-forest-labs/FLUX.1-Kontext-dev.
 """
@@ -22,8 +23,6 @@ class VAEConfig:
     norm_num_groups: int                                 # of every GroupNorm
     scaling_factor: float                                # brings latents to about unit variance
     shift_factor: float                                  # and to about zero mean
-    in_channels: int = 3                                 # RGB
-    out_channels: int = 3
     sample_size: int = 1024                              # the picture size it was made for
 
     @property
@@ -71,7 +70,8 @@ class Level(nn.Module):
 
     def __init__(self, width_in: int, width: int, blocks: int, groups: int, resize: str | None):
         super().__init__()
-        self.resize, self.resnets = resize, nn.ModuleList(
+        self.resize = resize
+        self.resnets = nn.ModuleList(
             ResnetBlock(width_in if i == 0 else width, width, groups) for i in range(blocks))
         if resize == "down":
             conv = nn.Conv2d(width, width, 3, stride=2)
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
         widths, groups = c.block_out_channels, c.norm_num_groups
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block, groups,
                   "down" if i + 1 < len(widths) else None)
@@ -119,11 +119,11 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
-    def forward(self, img: Tensor) -> Tensor:
-        x = self.conv_in(img)                            # (B, width 0, H, W)
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)                         # (B, widths[0], H, W)
         for level in self.down_blocks:
-            x = level(x)                                 # (B, width i, ...) to (B, width, h, w)
-        x = self.mid_block(x)                            # (B, width, h, w)
+            x = level(x)                                 # at last (B, widths[-1], h, w)
+        x = self.mid_block(x)                            # (B, widths[-1], h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))   # (B, 2C, h, w): mean, log-variance
 
 
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: VAEConfig):
         super().__init__()
-        widths, groups = c.block_out_channels[::-1], c.norm_num_groups
+        widths, groups = c.block_out_channels[::-1], c.norm_num_groups       # coarsest first
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList(
             Level(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, groups,
@@ -140,17 +140,20 @@ class Decoder(nn.Module):
             for i in range(len(widths)))
         self.mid_block = MidBlock(widths[0], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))              # (B, width, h, w)
+    def forward(self, raw: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(raw))            # (B, widths[0], h, w)
         for level in self.up_blocks:
-            x = level(x)                                 # (B, width i, ...) to (B, width 0, H, W)
+            x = level(x)                                 # at last (B, widths[-1], H, W)
         return self.conv_out(F.silu(self.conv_norm_out(x)))   # (B, 3, H, W)
 
 
 class AutoEncoder(nn.Module):
-    """The autoencoder. encode and decode speak the transformer's (shifted, scaled) latents."""
+    """The autoencoder. encode and decode speak the transformer's (shifted, scaled) latents.
+
+    Raises: ValueError when the norms' groups do not divide every width.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -161,32 +164,33 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def moments(self, img: Tensor) -> tuple[Tensor, Tensor]:
-        """img (B, 3, H, W) in [-1, 1] -> raw mean and log-variance, each (B, C, h, w).
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (B, 3, H, W) in [-1, 1] -> raw mean and log-variance, each (B, C, h, w).
 
         Raises: ValueError when H or W is not divisible by config.factor.
         """
-        if img.shape[-1] % self.config.factor or img.shape[-2] % self.config.factor:
-            raise ValueError(f"picture of {img.shape[-1]}x{img.shape[-2]}: "
+        height, width = pixels.shape[-2:]
+        if height % self.config.factor or width % self.config.factor:
+            raise ValueError(f"picture of {width}x{height}: "
                              f"sides must divide by {self.config.factor}")
-        mean, logvar = self.encoder(img).contiguous().chunk(2, dim=1)
+        mean, logvar = self.encoder(pixels).contiguous().chunk(2, dim=1)         # each (B, C, h, w)
         return mean, logvar.clamp(-30, 20)
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
         """The transformer's latents, from moments() and noise, all (B, C, h, w)."""
-        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
-        return self.config.scaling_factor * (z - self.config.shift_factor)
+        raw = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return self.config.scaling_factor * (raw - self.config.shift_factor)
 
-    def encode(self, img: Tensor, noise: Tensor | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures to latents.
 
-        Shapes: img (B, 3, H, W), noise (B, C, h, w) -> (B, C, h, w).
-        Units: img in [-1, 1]; latents of about unit variance. noise, standard normal, draws a
+        Shapes: pixels (B, 3, H, W), noise (B, C, h, w) -> (B, C, h, w).
+        Units: pixels in [-1, 1]; latents of about unit variance. noise, standard normal, draws a
         sample; without it the mean is taken, as references and inference do.
         Raises: ValueError when H or W is not divisible by config.factor.
         """
-        return self.latents(*self.moments(img), noise)
+        return self.latents(*self.moments(pixels), noise)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W), in [-1, 1] but for overshoot."""
-        return self.decoder(z / self.config.scaling_factor + self.config.shift_factor)
+        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mole import Adapter
 from support import lora, research
-from support.files import check_tensors, json_object, read_metadata, read_tensors
+from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -34,7 +33,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def assign(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
+def fill_in(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
     """Take saved tensors. Raises: ValueError unless names and shapes are exactly the adapter's."""
     own = adapter.tensors()
     check_tensors({name: p.shape for name, p in own.items()},
@@ -43,9 +42,7 @@ def assign(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> N
         p.copy_(tensors[name])
 
 
-def write(adapter: Adapter, file: str | Path, **metadata: str) -> None:
+def write(adapter: Adapter, file: Path, **about: str) -> None:
     """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter.tensors().items()}
-    about = json.dumps({"config": asdict(adapter.config), **metadata})
-    save_file(tensors, file, metadata={"adapter": about})        # several have no fixed order
-    Path(file).chmod(0o644)
+    entries = {"config": asdict(adapter.config), **about}        # one: several have no fixed order
+    write_tensors(adapter.tensors(), file, adapter=json.dumps(entries))

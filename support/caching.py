@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import offload
-from support.files import read_json, read_tensors, replacing, write_json, write_tensors
+from support.files import read_json, read_tensors, write_json, write_tensors
 
 SHARD = 256 * 2 ** 20                                    # bytes
 
@@ -67,8 +67,7 @@ class Cache:
         """Write what is new to a shard."""
         if self.new:
             file = self.folder / f"{uuid4().hex}.safetensors"                # no other's name
-            with replacing(file) as aside:
-                write_tensors(self.new, aside)
+            write_tensors(self.new, file)
             self.new = {}
             self.found |= read_tensors([file])
 

@@ -1,4 +1,6 @@
-"""Conditions made from a picture: edges, boxes, skeletons. The public sets draw them at random.
+"""Conditions made from a picture: edges, boxes, skeletons.
+
+support/public_sets.py calls them when it draws a row; pick() serves all that choose at random.
 """
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw

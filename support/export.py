@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mole import Adapter, LoRALinear, MoLELinear, Routing
 from support import devices
-from support.files import replacing, write_tensors
+from support.files import write_tensors
 from support.fp8 import NarrowLinear
 from support.routing_maps import experts_line, last_weights
 
@@ -89,7 +89,5 @@ def write_instruction(adapter: Adapter | None, txt: Tensor, pooled: Tensor, file
 
 def write_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
     """Write W + B A by module name, in the one form that diffusers and ComfyUI read alike."""
-    tensors = {f"transformer.{name}.lora_{part}.weight": t.detach().float().cpu().contiguous()
-               for name, pair in pairs.items() for part, t in zip("AB", pair)}
-    with replacing(file) as aside:
-        write_tensors(tensors, aside)
+    write_tensors({f"transformer.{name}.lora_{part}.weight": t.float()
+                   for name, pair in pairs.items() for part, t in zip("AB", pair)}, file)

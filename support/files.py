@@ -119,7 +119,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """Every tensor of some safetensors files, mapped from disk. Raises: as opened()."""
+    """Every tensor of some safetensors files, mapped from disk. Raises: as open_safetensors()."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         with open_safetensors(file) as handle:
@@ -131,7 +131,7 @@ def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The text entries of a safetensors file's header. Raises: as opened()."""
+    """The text entries of a safetensors file's header. Raises: as open_safetensors()."""
     with open_safetensors(file) as handle:
         return handle.metadata() or {}
 
@@ -182,10 +182,12 @@ def replacing(file: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file that others may read too: safetensors writes for its owner alone."""
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)
+def write_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
+    """A safetensors file, whole or not at all; others may read it too, not its owner alone."""
+    stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing(file) as aside:
+        save_file(stored, aside, metadata=metadata or {"format": "pt"})
+        aside.chmod(0o644)
 
 
 def write_json(file: Path, value: object) -> None:
@@ -197,8 +199,7 @@ def write_json(file: Path, value: object) -> None:
 
 def write_part(tensors: dict[str, Tensor], config: dict, folder: Path, name: str,
                  dtype: torch.dtype) -> None:
-    """Write one component, config.json and tensors, the way load_part reads it."""
+    """Write one component, config.json and tensors, the way weights.load() reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {key: t.detach().to("cpu", dtype).contiguous() for key, t in tensors.items()}
-    write_tensors(stored, folder / name)
+    write_tensors({key: t.to(dtype) for key, t in tensors.items()}, folder / name)
     write_json(folder / "config.json", config)

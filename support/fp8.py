@@ -38,6 +38,12 @@ class NarrowLinear(nn.Linear):
         return Widened.apply(x, self.weight, self.scale, self.bias)
 
 
+def narrow(layer: nn.Linear, scale: Tensor | None) -> None:
+    """Make a layer one whose weight stays as it is stored: its class changes, in its place."""
+    layer.__class__ = NarrowLinear
+    layer.register_buffer("scale", scale, persistent=False)
+
+
 def to_fp8(model: nn.Module) -> None:
     """Keep the linear layers' weights in 8 bits, each row with a scale of its own."""
     for layer in model.modules():
@@ -45,8 +51,7 @@ def to_fp8(model: nn.Module) -> None:
             W = layer.weight.float()
             scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448     # 448: the largest
             layer.weight.data = (W / scale).to(torch.float8_e4m3fn)
-            layer.__class__ = NarrowLinear
-            layer.register_buffer("scale", scale, persistent=False)
+            narrow(layer, scale)
 
 
 def check_device(kinds: Iterable[torch.dtype], device: torch.device | str, where: object) -> None:

@@ -1,4 +1,6 @@
-"""Muon, an optimizer for matrices: train.py --optimizer muon, and tiny/pretrain.py.
+"""Muon, an optimizer for matrices.
+
+train.make_optimizers() takes it with --optimizer muon, tiny/pretrain.py always.
 """
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float = 0.01):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(matrices, {"lr": lr, "initial_lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:

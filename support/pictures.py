@@ -44,7 +44,7 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
 
 
 def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
-    """Read any picture as a person would see it, in RGB. Raises: as `opened` does.
+    """Read any picture as a person would see it, in RGB. Raises: as open_picture() does.
 
     EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
     """

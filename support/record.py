@@ -48,16 +48,16 @@ def fingerprint(source: object) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def settings_of(args: argparse.Namespace, config: AdapterConfig, model: dict[str, str],
+def settings_of(args: argparse.Namespace, config: AdapterConfig, identity: dict[str, str],
                 sources: list, workers: int) -> dict[str, str]:
     """What a run may not change when it is resumed, and what it may but is told of."""
-    digest = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     values = vars(args) | {"adapter": args.method}       # as runs have called it since the first
     return {name: str(values[name]) for name in
             ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer", "schedule",
              "shift", "seed", "base_dtype", "cache_draws")} | {
         "model": f"{args.model.resolve().name} {digest}",        # not where it lies
-        "config": json.dumps(asdict(config)), "dtype": model["dtype"],
+        "config": json.dumps(asdict(config)), "dtype": identity["dtype"],
         "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
         "micro_batches": str(args.accumulate * workers)}         # in each step
 

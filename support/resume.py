@@ -43,8 +43,8 @@ def save_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers, step: i
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
     with replacing(out / CHECKPOINTS[0]) as last:        # renamed last: all is there then
         torch.save(state, last)
-        with replacing(out / "adapter.safetensors") as first:
-            adapters.write(adapter, first, step=str(step), settings=state["settings"])
+        adapters.write(adapter, out / "adapter.safetensors", step=str(step),
+                       settings=state["settings"])
         if (out / CHECKPOINTS[0]).is_file():
             (out / CHECKPOINTS[0]).replace(out / CHECKPOINTS[1])
 
@@ -84,7 +84,7 @@ def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
         if name not in ("micro_batches", "fingerprints"):
             raise ValueError(f"--resume: {told}")
         print(f"note: {told}", file=sys.stderr)
-    adapters.assign(adapter, state["adapter"], out)
+    adapters.fill_in(adapter, state["adapter"], out)
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
     return state["step"], state["number"]

@@ -1,4 +1,4 @@
-"""Tables of a user's own data: .jsonl and .csv, by the names that trainers and public sets use.
+"""Tables of a user's own data: .jsonl, .csv or pairs of files, by the names that trainers use.
 
 data.Folder reads its rows here, and sample.py those of --batch.
 """
@@ -7,11 +7,13 @@ import io
 import os
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from support.files import parse_json
+from support.pictures import pictures_in
 
 MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
 LONGEST = 4096                                           # letters of a path: more, no system opens
@@ -102,6 +104,30 @@ def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
                     paths = [row.pop("control_path", None), *(row.pop(n) for _, n in numbered)]
                     row["control_path"] = [path for path in paths if path is not None]
                 yield where, row
+
+
+def read_pairs(folder: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Rows, like read_rows', of a folder without metadata, as other trainers take it.
+
+    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
+    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
+    """
+    targets, given = pictures_in(folder), defaultdict(list)
+    stems = {target.stem for target in targets}
+    for path in pictures_in(folder / "control"):
+        stem, _, number = path.stem.rpartition("_")
+        if path.stem in stems or not number.isdecimal():
+            stem, number = path.stem, "-1"
+        given[stem].append((int(number), f"control/{path.name}"))
+    for target in targets:
+        with skipping(bad):
+            text, references = target.with_suffix(".txt"), sorted(given.get(target.stem, ()))
+            if not text.is_file():
+                raise FileNotFoundError(f"{target}: its instruction is missing, {text.name}")
+            if given and not references:
+                raise FileNotFoundError(f"{target}: its reference is missing in control/")
+            yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
+                                "images": [path for _, path in references]}
 
 
 def entry(row: dict, name: str, where: str) -> object:

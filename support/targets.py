@@ -1,6 +1,6 @@
 """Which of a model's layers an adapter's targets name, and what each of them becomes.
 
-weights.new_adapter() asks, before anything of the model is changed.
+weights.build_adapter() asks, before anything of the model is changed.
 """
 import re
 

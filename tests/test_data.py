@@ -105,7 +105,7 @@ def test_lines_end_at_line_feeds_only(tmp_path):
 
 def told(source: data.Folder) -> list[tuple]:
     """All that a folder says, without where it says it."""
-    return sorted((row.instruction, row.paths, row.sizes, row.references, row.task)
+    return sorted((row.instruction, row.paths, row.sizes, row.natives, row.task)
                   for rows in source.groups.values() for row in rows)
 
 

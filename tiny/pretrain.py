@@ -254,7 +254,7 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
     config = VAE | {"scaling_factor": round(1 / latents.std().item(), 4),
                     "shift_factor": round(latents.mean().item(), 4)}
     write_part(model.state_dict(), config, out / "vae",
-                         "diffusion_pytorch_model.safetensors", torch.bfloat16)
+               "diffusion_pytorch_model.safetensors", torch.bfloat16)
     report_vae(out)
 
 
@@ -293,8 +293,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
             found.setdefault(f"{group}.{name}", []).append(tensor)
     tensors = {name: torch.cat(parts) for name, parts in found.items()}
     work.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as aside:
-        write_tensors(tensors, aside)
+    write_tensors(tensors, file)
     return tensors
 
 

@@ -4,22 +4,18 @@
 is data; `draw(scene)` is its only picture. One scene in ten is kept from training by a stable hash.
 
 Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays.
-
-Run: python -m tiny.world        # writes one sample of every task to tiny_world.png
 """
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi, sin
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data import Sample
 from support.conditions import pick
-from support.pictures import grid, save_picture
 
 SIZE = 64                                                # pixels on a side
 SCALE = 8                                                # masks are drawn 8x larger, then averaged
@@ -441,16 +437,3 @@ def tiny_test(task: str, number: int, seed: int = 0) -> list[Sample]:
     """The fixed held-out samples of a task: the same for every call with the same arguments."""
     rng = np.random.default_rng([seed, list(WORDINGS).index(task)])
     return [tiny_sample(rng, task, held_out=True) for _ in range(number)]
-
-
-def main() -> None:
-    """Draw one sample of every task, given pictures left, target right."""
-    samples = [tiny_test(task, 1)[0] for task in WORDINGS]
-    for sample in samples:
-        print(f"{sample.task:12} {sample.instruction}")
-    save_picture(grid([[*sample.images, *sample.conds, sample.target] for sample in samples],
-                      [sample.instruction for sample in samples]), Path("tiny_world.png"))
-
-
-if __name__ == "__main__":
-    main()
