@@ -8,6 +8,7 @@ the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
 """
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,17 @@ class Score:
     copy_psnr: float | None
 
 
+def pictures_given(sample: Sample) -> list[np.ndarray]:
+    """All pictures that a sample comes with."""
+    return [*sample.images, *sample.conds]
+
+
 def squared_error(a: np.ndarray, b: np.ndarray) -> float:
     """Mean squared difference of two uint8 pictures, in units of [-1, 1]."""
     return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
 
 
+@lru_cache(maxsize=1)                                    # a picture and the copy ask alike
 def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Drawings of neighbouring scenes in [-1, 1], (n, H W 3) float32, and squared norms (n,)."""
     truth = world.draw(scene)
@@ -51,8 +58,7 @@ def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 def success(picture: np.ndarray, sample: Sample) -> bool:
     """Whether a picture (H, W, 3) uint8 is what a tiny-world sample asks for."""
     error = squared_error(picture, sample.target)
-    if error >= THRESHOLD or any(squared_error(picture, p) <= error
-                                 for p in (*sample.images, *sample.conds)):
+    if error >= THRESHOLD or any(squared_error(picture, p) <= error for p in pictures_given(sample)):
         return False
     flat, norms = rivals(sample.scene)
     p = picture.reshape(-1).astype(np.float32) / 127.5 - 1
@@ -66,14 +72,11 @@ def psnr(picture: np.ndarray, target: np.ndarray) -> float:
 
 
 def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Score:
-    """Score pictures against their samples."""
-    def means(pairs: list[tuple[np.ndarray, Sample]]) -> tuple[float | None, float | None]:
-        if not pairs:
-            return None, None
-        return (float(np.mean([success(p, s) for p, s in pairs])),
-                float(np.mean([psnr(p, s.target) for p, s in pairs])))
-    copies = [([*s.images, *s.conds][0], s) for s in samples if s.images or s.conds]
-    return Score(task, len(samples), *means(list(zip(pictures, samples))), *means(copies))
+    """Score pictures against their samples, of one task; and the first picture given, if any."""
+    scores = np.array([[(success(p, s), psnr(p, s.target)) for p in (made, *pictures_given(s)[:1])]
+                       for made, s in zip(pictures, samples)])       # (samples, 1 or 2, 2)
+    means = scores.mean(0).tolist()
+    return Score(task, len(samples), *means[0], *(means[1] if len(means) > 1 else (None, None)))
 
 
 def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
@@ -115,7 +118,7 @@ def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
     """Given / result / truth for the first samples of each task; failures have a red frame."""
     shown = [(s, p) for samples, pictures in results.values()
              for s, p in list(zip(samples, pictures))[:each]]
-    return grid([[*s.images, *s.conds, p, s.target] for s, p in shown],
+    return grid([[*pictures_given(s), p, s.target] for s, p in shown],
                 [s.instruction for s, _ in shown], min(each, len(shown) // len(results)),
                 lines=2, gap=4, failed=[not success(p, s) for s, p in shown])
 
