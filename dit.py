@@ -64,7 +64,7 @@ def position_ids(h: int, w: int, index: int = 0, shift: int = 0) -> Tensor:
 def reference_ids(sizes: list[tuple[int, int]]) -> list[Tensor]:
     """Position ids of all references, native ones first, from their latent sizes (h, w).
 
-    Reference i has index i + 1; its columns start where those of the references before it end.
+    The first has index 1, the next 2; columns start where those of the references before end.
     """
     ids, shift = [], 0
     for i, (h, w) in enumerate(sizes, start=1):
@@ -261,15 +261,14 @@ class SingleBlock(nn.Module):
 
     def forward(self, streams: list[Tensor], vecs: list[Tensor], pe: Tensor,
                 last: bool) -> list[Tensor]:
-        """streams: text with img (B, T+I+R, D), perhaps cond (B, Q, D), each with its vec.
-
-        last: nothing reads cond any more, and none is returned."""
+        """streams: text with img (B, T+I+R, D), perhaps cond (B, Q, D), each with its vec."""
         mods = [self.norm(vec)[0] for vec in vecs]
         inputs = [modulate(x, mod) for x, mod in zip(streams, mods)]
         q, k, v = zip(*(self.attn.qkv(x) for x in inputs))       # of each stream (B, N, ., d)
-        q = q[:1] if last else q                         # as many outputs as queries, below
-        out = self.attend(torch.cat(q, dim=2), torch.cat(k, dim=2), torch.cat(v, dim=2), pe)
-        outs = out.split([part.shape[2] for part in q], dim=1)   # T+I+R and perhaps Q tokens
+        q = q[:1] if last else q                         # no block reads cond: zip() stops before
+        sizes = [part.shape[2] for part in q]            # T+I+R and perhaps Q tokens
+        q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in (q, k, v))
+        outs = self.attend(q, k, v, pe).split(sizes, dim=1)      # each (B, ., D)
         return [limit(x + mod.gate * self.combine(x_in, out))
                 for x, mod, x_in, out in zip(streams, mods, inputs, outs)]
 
@@ -292,7 +291,7 @@ class FinalModulation(nn.Module):
 
 
 class FluxTransformer(nn.Module):
-    """The whole transformer, at any size."""
+    """The whole transformer, at any size. Raises: ValueError for axes that do not fit the head."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()

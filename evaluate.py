@@ -8,7 +8,7 @@ the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
 """
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from support import commands, options
 from support.files import replacing, write_json
 from support.pictures import grid, save_picture
 from tiny import world
-from tiny.world import BASE_TASKS, EDITS, NEW_TASKS, Scene
+from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 
 THRESHOLD = 0.03                                         # of the mean squared error
 
@@ -45,25 +45,13 @@ def squared_error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
 
 
-@lru_cache(maxsize=1)                                    # a picture and the copy ask alike
-def rivals(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Drawings of neighbouring scenes in [-1, 1], (n, H W 3) float32, and squared norms (n,)."""
-    truth = world.draw(scene)
-    others = [picture for picture in map(world.draw, world.neighbours(scene))
-              if not np.array_equal(picture, truth)]
-    flat = np.stack(others).reshape(len(others), -1).astype(np.float32) / 127.5 - 1
-    return flat, np.square(flat).sum(1)
-
-
 def success(picture: np.ndarray, sample: Sample) -> bool:
     """Whether a picture (H, W, 3) uint8 is what a tiny-world sample asks for."""
     error = squared_error(picture, sample.target)
-    if error >= THRESHOLD or any(squared_error(picture, p) <= error for p in pictures_given(sample)):
-        return False
-    flat, norms = rivals(sample.scene)
-    p = picture.reshape(-1).astype(np.float32) / 127.5 - 1
-    distances = (np.square(p).sum() - 2 * flat @ p + norms) / p.size         # mean |p - rival|^2
-    return bool((distances > error).all())
+    near = map(world.draw, world.neighbours(sample.scene))
+    others = chain(pictures_given(sample),
+                   (p for p in near if not np.array_equal(p, sample.target)))
+    return error < THRESHOLD and all(squared_error(picture, p) > error for p in others)
 
 
 def psnr(picture: np.ndarray, target: np.ndarray) -> float:
@@ -74,7 +62,7 @@ def psnr(picture: np.ndarray, target: np.ndarray) -> float:
 def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Score:
     """Score pictures against their samples, of one task; and the first picture given, if any."""
     scores = np.array([[(success(p, s), psnr(p, s.target)) for p in (made, *pictures_given(s)[:1])]
-                       for made, s in zip(pictures, samples)])       # (samples, 1 or 2, 2)
+                       for made, s in zip(pictures, samples)])   # (samples, 1 or 2, 2)
     means = scores.mean(0).tolist()
     return Score(task, len(samples), *means[0], *(means[1] if len(means) > 1 else (None, None)))
 
@@ -95,14 +83,13 @@ def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: f
 
 def table(scores: list[Score]) -> str:
     """A Markdown table, with the means of the edits and of the tasks that the base never saw."""
-    def mean(tasks: tuple[str, ...], name: str) -> Score | None:
-        rows = [s for s in scores if s.task in tasks]
-        return Score(name, sum(s.number for s in rows),
-                     *(float(np.mean([getattr(s, key) for s in rows]))
-                       for key in ("success", "psnr", "copy_success", "copy_psnr"))
-                     ) if len(rows) == len(tasks) else None
-    rows = scores + [m for m in (mean(EDITS, "mean of edits"),
-                                 mean(NEW_TASKS, "mean of new tasks")) if m]
+    rows = list(scores)
+    for name, tasks in (("mean of edits", EDITS), ("mean of new tasks", NEW_TASKS)):
+        part = [s for s in scores if s.task in tasks]
+        if len(part) == len(tasks):
+            means = (float(np.mean([getattr(s, key) for s in part]))
+                     for key in ("success", "psnr", "copy_success", "copy_psnr"))
+            rows.append(Score(name, sum(s.number for s in part), *means))
     lines = ["| task | pictures | success | copying the input | PSNR | of the copy |",
              "|---|---|---|---|---|---|"]
     for s in rows:
@@ -135,7 +122,7 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
         print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
     write_json(out / "scores.json", [vars(score) for score in scores])
     with replacing(out / "table.md") as aside:
-        aside.write_text(table(scores) + "\n")
+        aside.write_text(table(scores) + "\n", encoding="utf-8")
     save_picture(contact_sheet(results), out / "sheet.png")
     return scores
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is put on the model; the paper's by default. Targets: ends of names, * any number."""
+    """What is put on the model; the paper's by default. Targets: ends of names, * any block."""
     lora_targets: tuple[str, ...] = ("x_embedder", "attn.to_q", "attn.to_k", "attn.to_v",
                                      "attn.to_out.0", "norm1.linear", "norm.linear",
                                      "ff.net.0.proj", "single_transformer_blocks.*.proj_mlp")
@@ -61,11 +61,11 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 def balance_loss(p: Tensor, kept: Tensor) -> Tensor:
     """E * sum_e f_e P_e over all rows; p, kept (..., E). The f_e sum to k; even use gives k."""
     p, kept = p.flatten(0, -2), kept.flatten(0, -2)      # (rows, E)
-    return p.shape[-1] * (kept.mean(0) * p.mean(0)).sum()
+    return p.shape[-1] * torch.dot(kept.mean(0), p.mean(0))
 
 
-def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
-    """<Y_i, Y_j> of the outputs of any two experts, kept or not, on all tokens, (E, E).
+def inner_products(H: Tensor, B: Tensor, experts: int) -> Tensor:
+    """<Y_i, Y_j> / s^2 of the outputs of any two experts, kept or not, on all tokens, (E, E).
 
     Shapes: H = X A (..., E r), B (E r, out). Exactly those of the E flattened outputs, because
     <Y_i, Y_j> = s^2 sum over rows a of i, columns b of j of (H^T H)_ab (B B^T)_ab; fp32 or wider.
@@ -73,16 +73,16 @@ def inner_products(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Te
     wide, r = torch.promote_types(H.dtype, torch.float32), len(B) // experts
     H, B = H.flatten(0, -2).to(wide), B.to(wide)         # (rows, E r), (E r, out)
     with torch.autocast(H.device.type, enabled=False):
-        gram = (H.T @ H) * (B @ B.T) * scale ** 2        # (E r, E r)
+        gram = (H.T @ H) * (B @ B.T)                     # (E r, E r)
     return gram.view(experts, r, experts, r).sum((1, 3))
 
 
-def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
-    """Mean squared cosine of two different experts' outputs; as inner_products() takes them."""
-    inner = inner_products(H, B, experts, scale)
+def orthogonality_loss(H: Tensor, B: Tensor, experts: int) -> Tensor:
+    """Mean squared cosine of two different experts' outputs: s cancels; as inner_products()."""
+    inner = inner_products(H, B, experts)
     ratio = inner / inner.diagonal().clamp(min=1e-24)    # <Y_i, Y_j> / |Y_j|^2
     square = ratio * ratio.T                             # cos_ij^2; a root is too steep at 0
-    return 2 * square.triu(1).sum() / max(1, experts * (experts - 1))
+    return square.triu(1).sum() * (2 / max(1, experts * (experts - 1)))
 
 
 class PerceiverAttention(nn.Module):
@@ -142,9 +142,9 @@ class Routing:
     """The instructions that all layers follow now, and the losses that they add up."""
     z: Tensor                                            # (B, D) instruction vectors
     losses: bool                                         # whether layers should add theirs
-    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # weighted, the sum
-    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # over all calls
-    recomputing: bool = False                            # repeats a pass, for its gradients
+    balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # sum, times weight
+    orthogonality: Tensor = field(default_factory=lambda: torch.zeros(()))   # sum, times weight
+    recomputing: bool = False                            # this pass repeats one, in backward
 
 
 def add_product(y: Tensor, x: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -193,7 +193,7 @@ class MoLELinear(nn.Module):
     def logits(self, seen: Tensor) -> Tensor:            # (..., width) -> (..., E)
         logits = self.router(seen.to(self.router.weight.dtype))
         if self.training and self.noisy:
-            logits = logits + torch.randn_like(logits) / self.config.experts
+            logits = torch.add(logits, torch.randn_like(logits), alpha=1 / self.config.experts)
         return logits
 
     def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -212,10 +212,10 @@ class MoLELinear(nn.Module):
         if routing.losses:
             routing.balance = routing.balance + loss
             if self.orthogonal:
-                alike = orthogonality_loss(H, self.experts_B, c.experts, scale)
+                alike = orthogonality_loss(H, self.experts_B, c.experts)
                 routing.orthogonality = routing.orthogonality + c.orthogonality_weight * alike
-        mixed = H * w.repeat_interleave(c.rank, dim=-1).to(x.dtype)          # (..., E r)
-        return add_product(self.base(x), mixed, self.experts_B, scale)       # (..., out)
+        mixed = H.unflatten(-1, (c.experts, c.rank)) * w.to(x.dtype)[..., None]      # (..., E, r)
+        return add_product(self.base(x), mixed.flatten(-2), self.experts_B, scale)   # (..., out)
 
 
 class Adapter(nn.Module):
@@ -235,7 +235,7 @@ class Adapter(nn.Module):
             self.layers[name.replace(".", "/")] = kind(base, config, *routed)
         self.instruction = None
         if config.resampler and any(isinstance(m, MoLELinear) for m in self.layers.values()):
-            with base.weight.device:                     # of the last layer, as of all
+            with base.weight.device:                     # any layer's: all are on one
                 self.instruction = InstructionVector(config, text_width, pooled_width)
 
     def insert(self, model: nn.Module) -> "Adapter":

@@ -76,8 +76,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     """Read a model and any adapter given. others: as layouts.model_paths() takes them.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
-    visit the device in turn. With encoders_stay the text encoders and the autoencoder always do.
-    weightless: on "meta". Raises: FileNotFoundError, ValueError.
+    visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
+    fits. weightless: shapes alone, on "meta". Raises: FileNotFoundError, ValueError.
     """
     paths = layouts.model_paths(Path(model), **others)
     tokenizers = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
@@ -85,7 +85,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     files = {file for part in weights.PARTS for file in files_of(paths[part])}
     stored = sum(file.stat().st_size for file in files)
     dtype = devices.choose_dtype(dtype, device, stored)
-    memory, needed = devices.memory(device), stored * dtype.itemsize / 2     # of 2 bytes a weight
+    memory, needed = devices.memory(device), stored * dtype.itemsize / 2     # stored: 2 bytes each
     home = device if needed < devices.ROOM * memory else torch.device("cpu")
     home = torch.device("meta") if weightless else home
     encoders_home = torch.device("cpu") if encoders_stay else home
@@ -95,13 +95,13 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
         weights.load("vae", paths["vae"], encoders_home, dtype),
         weights.load("text_encoder_2", paths["text_encoder_2"], encoders_home, dtype, narrow),
         weights.load("text_encoder", paths["text_encoder"], encoders_home, dtype),
-        *tokenizers, None, device, dtype, paths)
+        *tokenizers, adapter=None, device=device, dtype=dtype, paths=paths)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype)
     if adapter is not None:
         pipe.adapter = weights.load_adapter(pipe.dit, Path(adapter))
-        for p in pipe.adapter.tensors().values():        # its own alone; the model's stay home
+        for p in pipe.adapter.tensors().values():        # not the model's weights in its layers
             p.data = p.data.to(device)
     return pipe
 
@@ -143,7 +143,7 @@ def as_tokens(txt: Tensor, pooled: Tensor, latents: list[Tensor], natives: int) 
     """Latents (B, C, h, w) as tokens with their positions; the first ones are native references."""
     sizes = [one.shape[-2:] for one in latents]          # (h, w)
     ids = [own.to(txt.device) for own in dit.reference_ids(sizes)]           # each (hw/4, 3)
-    tokens = [dit.pack(one) for one in latents]          # each (B, hw/4, P)
+    tokens = [dit.pack(one.to(txt.dtype)) for one in latents]                # each (B, hw/4, P)
 
     def joined(parts: list[Tensor], dim: int) -> Tensor | None:
         return torch.cat(parts, dim) if parts else None
@@ -158,7 +158,7 @@ def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, gi
     """Velocity of the target alone: xt (B, I, P); t, guidance (B,); grid h x w -> (B, I, P)."""
     img, ids = xt, dit.position_ids(h, w).to(xt.device)                      # (B, I, P), (I, 3)
     if given.ref is not None:
-        img = torch.cat([img, given.ref.to(xt.dtype)], dim=1)                # (B, I+R, P)
+        img = torch.cat([img, given.ref], dim=1)           # (B, I+R, P)
         ids = torch.cat([ids, given.ref_ids])                                # (I+R, 3)
     v = model(img, given.txt, given.pooled, t, guidance, ids, given.cond, given.cond_ids, run=run)
     return v[:, :xt.shape[1]]                            # the references' velocities mean nothing
@@ -184,7 +184,10 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:
-    """Standard normal (B, C, H / 8, W / 8), drawn on the CPU: a seed means the same everywhere."""
+    """Standard normal (B, C, H / 8, W / 8), drawn on the CPU: a seed means the same everywhere.
+
+    size: (W, H).
+    """
     shape = (1, channels, size[1] // 8, size[0] // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
                       for seed in seeds])
@@ -219,7 +222,11 @@ def merged_or_served(pipe: Pipeline, given: Conditioning) -> AbstractContextMana
 
 def output_size(pipe: Pipeline, images: list[Image.Image],
                 wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """(W, H): as wanted, else the preferred size nearest in aspect to the picture to edit."""
+    """(W, H): as wanted, else the preferred size nearest in aspect to the picture to edit.
+
+    Without a picture, the nearest to a square.
+    """
+    # Deviation: diffusers makes 1024x1024 by default, whatever the reference: crops, zooms, drift.
     if wanted is not None:
         return wanted
     side = pipe.vae.config.sample_size
@@ -235,7 +242,6 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
     The picture to edit takes the output's size, so that the grids coincide. Conditions keep their
     aspect, the longer side at most 512, as in training; a model for small squares takes only those.
     """
-    # Deviation: diffusers makes 1024x1024 by default, whatever the reference: crops, zooms, drift.
     side = pipe.vae.config.sample_size
     refs = [resize(image, size if i == 0 else output_size(pipe, [image], None))
             for i, image in enumerate(images)]

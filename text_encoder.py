@@ -24,22 +24,21 @@ from support.files import read_json
 
 
 class Tokenizer:
-    """Texts to token ids, cut and padded to the length that tokenizer_config.json names.
-
-    Raises: ValueError when it names none.
-    """
+    """Texts to ids, cut and padded to tokenizer_config.json's length. Raises: ValueError."""
 
     def __init__(self, model: tokenizers.Tokenizer, settings: dict, folder: Path, pad: str):
         self.model, self.length = model, settings.get("model_max_length")
         if not isinstance(self.length, int) or not 2 < self.length < 100_000:
             raise ValueError(f"{folder / 'tokenizer_config.json'}: "
                              f"model_max_length should be a small number, found {self.length!r}")
+        if model.token_to_id(pad) is None:
+            raise ValueError(f"{folder}: the tokenizer has no {pad} to pad with")
         model.enable_truncation(self.length)
-        model.enable_padding(length=self.length, pad_id=model.token_to_id(pad) or 0, pad_token=pad)
+        model.enable_padding(length=self.length, pad_id=model.token_to_id(pad), pad_token=pad)
 
     def __call__(self, texts: list[str]) -> Tensor:
         """-> (B, length) int64. Raises: ValueError for lone surrogates, which are no UTF-8."""
-        for text in texts:                               # the library would not say which
+        for text in texts:                               # the library raises a TypeError
             text.encode()
         return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
 
@@ -77,9 +76,12 @@ class CLIPTokenizer(Tokenizer):
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
         model = read_tokenizer(folder / "merges.txt", lambda merges: clip_bpe(
             *models.BPE.read_file(str(folder / "vocab.json"), merges), start, end))
-        # A start or end that a user types counts as one before, or after, letters are made small.
-        normalized = {entry["content"]: entry.get("normalized", False)
-                      for entry in settings.get("added_tokens_decoder", {}).values()}
+        try:                                             # normalized: looked for in small letters
+            normalized = {entry["content"]: entry.get("normalized", False)
+                          for entry in settings.get("added_tokens_decoder", {}).values()}
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must hold "
+                             "objects with a content") from None
         model.add_special_tokens([
             AddedToken(token, normalized=normalized.get(token, False), special=True)
             for token in (start, end)])
@@ -140,10 +142,7 @@ class T5Config:
 
 
 def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
-    """Relative positions (key - query) to rows of the bias table, (T, T) int64 -> (T, T).
-
-    Exact near, logarithmic far; the first half of the rows looks back, the second ahead.
-    """
+    """Positions (key - query) to rows of the bias table, (T, T): exact near, by logarithm far."""
     half = buckets // 2
     exact = half // 2
     size = distance.abs()
@@ -155,7 +154,6 @@ def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
 class T5Attention(nn.Module):
     """Every token attends to all, with a bias by distance."""
 
-    # Quirk: scores are not divided by sqrt(d); T5 folds that into its initialisation.
     def __init__(self, c: T5Config, has_bias: bool):
         super().__init__()
         inner = c.num_heads * c.d_kv
@@ -169,6 +167,7 @@ class T5Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:    # (B, T, D), (1, N, T, T) -> (B, T, D)
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for layer in (self.q, self.k, self.v))
+        # Quirk: scores are not divided by sqrt(d); T5 folds that into its initialisation.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)     # (B, N, T, d)
         return self.o(out.transpose(1, 2).flatten(2))
 
@@ -184,7 +183,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        wide = wide.float() if x.dtype == torch.float16 else wide            # as wo is then
+        wide = wide.float() if x.dtype == torch.float16 else wide            # as load() keeps wo
         return self.wo(wide).to(x.dtype)
 
 
@@ -223,8 +222,9 @@ class T5Encoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, D). Without a mask: padding attends and is attended to."""
         # Quirk: FLUX was trained so; masking the padding changes every picture.
-        c, places = self.config, torch.arange(ids.shape[1], device=ids.device)           # (T,)
-        buckets = bucket(places[None] - places[:, None], c.relative_attention_num_buckets,
+        c = self.config
+        positions = torch.arange(ids.shape[1], device=ids.device)            # (T,)
+        buckets = bucket(positions[None] - positions[:, None], c.relative_attention_num_buckets,
                          c.relative_attention_max_distance)                  # (T, T)
         table = self.encoder["block"][0].layer[0]["SelfAttention"].relative_attention_bias
         bias = table(buckets).permute(2, 0, 1)[None]     # (1, N, T, T), shared by all blocks

@@ -29,7 +29,7 @@ def as_sample(scene: Scene, given: list[np.ndarray]) -> Sample:
 @pytest.mark.parametrize("scene", scenes(),
                          ids=lambda s: f"{s.background} {[str(t) for t in s.things]}")
 def test_the_score_takes_the_truth_and_nothing_else(scene, monkeypatch):
-    monkeypatch.setattr(evaluate, "rivals", cache(evaluate.rivals))      # asked for each picture
+    monkeypatch.setattr(world, "draw", cache(world.draw))                  # asked for each picture
     sample = as_sample(scene, [])
     assert evaluate.success(sample.target, sample)
     wrong = [world.draw(other) for other in world.neighbours(scene)]

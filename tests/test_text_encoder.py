@@ -285,4 +285,23 @@ def test_clip_needs_its_special_tokens(tmp_path: Path, token: str) -> None:
     del settings[token]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"has no {token}"):
+        text_encoder.text_encoder.CLIPTokenizer(folder)
+
+
+@pytest.mark.parametrize("entries", [[], None, {"1": "x"}, {"1": {}}])
+def test_special_tokens_that_are_not_described_are_refused(tmp_path, entries):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(MODEL / "tokenizer", folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens_decoder": entries}))
+    with pytest.raises(ValueError, match="added_tokens_decoder"):
         text_encoder.CLIPTokenizer(folder)
+
+
+def test_a_tokenizer_without_its_padding_is_refused(tmp_path):
+    folder = tmp_path / "tokenizer_2"
+    shutil.copytree(MODEL / "tokenizer_2", folder)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<pad>", "<gap>"))
+    with pytest.raises(ValueError, match="<pad>"):
+        text_encoder.T5Tokenizer(folder)

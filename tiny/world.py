@@ -6,7 +6,7 @@ is data; `draw(scene)` is its only picture. One scene in ten is kept from traini
 Key: H, W pixels; all pictures are uint8 (H, W, 3) arrays.
 """
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import cos, pi, sin
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from data import Sample
 from support.conditions import pick
 
+Colour = tuple[int, int, int] | int                      # RGB, or a grey
 SIZE = 64                                                # pixels on a side
 SCALE = 8                                                # masks are drawn 8x larger, then averaged
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 220),
@@ -117,13 +118,18 @@ def mask(shape: str, cell: int, radius: int, pose: int) -> np.ndarray:
     return (np.asarray(image, dtype=np.float32) / 255)[..., None]
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """The only picture of a scene, (H, W, 3) uint8: each thing is laid over what is behind it."""
-    picture = np.full((SIZE, SIZE, 3), COLOURS[scene.background], np.float32)
-    for thing in scene.things:
+def painted(scene: Scene, ground: Colour, colours: Iterable[Colour]) -> np.ndarray:
+    """(H, W, 3) uint8: each thing, in its colour, is laid over what is behind it."""
+    picture = np.full((SIZE, SIZE, 3), ground, np.float32)
+    for thing, colour in zip(scene.things, colours):
         cover = mask(thing.shape, thing.cell, thing.radius, thing.pose)      # (H, W, 1)
-        picture += cover * (np.array(COLOURS[thing.colour], np.float32) - picture)
+        picture += cover * (np.array(colour, np.float32) - picture)
     return np.rint(picture).astype(np.uint8)
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """The only picture of a scene, (H, W, 3) uint8."""
+    return painted(scene, COLOURS[scene.background], (COLOURS[t.colour] for t in scene.things))
 
 
 def edge_map(scene: Scene) -> np.ndarray:
@@ -139,11 +145,7 @@ def edge_map(scene: Scene) -> np.ndarray:
 
 def depth_map(scene: Scene) -> np.ndarray:
     """Grey by nearness, (H, W, 3): background 0, the farthest thing 110, nearer ones brighter."""
-    picture = np.zeros((SIZE, SIZE, 3), np.float32)
-    for i, thing in enumerate(scene.things):
-        cover = mask(thing.shape, thing.cell, thing.radius, thing.pose)      # (H, W, 1)
-        picture += cover * (110 + 120 * i - picture)
-    return np.rint(picture).astype(np.uint8)
+    return painted(scene, 0, (110 + 120 * i for i in range(len(scene.things))))
 
 
 def pose_map(scene: Scene) -> np.ndarray:
