@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, commands, layouts, options, research, targets
+from support import adapters, commands, foreign, layouts, options, research, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
@@ -60,6 +60,7 @@ def load(part: str, path: str | Path, device: torch.device | str = "cpu",
     path, kind = Path(path), PARTS[part]
     config_file = path / "config.json" if path.is_dir() else path.with_name("config.json")
     tensors = read_tensors(files_of(path))
+    foreign.check_quantised(tensors, path)
     try:
         tensors = layouts.to_folder(part, tensors)
         if path.is_dir() or config_file.is_file():
@@ -95,18 +96,21 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
                   {name: t.shape for name, t in tensors.items()}, where)
     for name, t in tensors.items():
         if t.dtype not in READABLE:
-            raise ValueError(f"{where}: {name} holds {t.dtype}, which is not read")
+            raise ValueError(f"{where}: {name} holds {t.dtype}, which is not read; "
+                             "take a bf16 or an fp8 file")
     kinds = {t.dtype for t in tensors.values()}
     check_device(kinds, device, where)
     for name, scale in scales.items():
-        if name not in linears or tensors[name].dtype not in FP8 or scale.numel() != 1:
-            raise ValueError(f"{where}: {name} has a scale, but is no layer in fp8 with one scale")
+        if (name not in linears or tensors[name].dtype not in FP8
+                or scale.numel() not in (1, len(tensors[name]))):
+            raise ValueError(f"{where}: {name} has a scale, but is no layer in fp8 with one scale "
+                             "or one for each row")
     # Which layers stay narrow, and the type of all else
     dtype = dtype or reduce(torch.promote_types, (kinds - FP8) or {torch.bfloat16})
     stay = {name for name in linears if tensors[name].dtype in FP8
             or (keep_narrow and tensors[name].dtype.itemsize < dtype.itemsize)}
     for name in stay:
-        narrow(linears[name], scales[name].reshape(()).to(device) if name in scales else None)
+        narrow(linears[name], scales[name].to(device) if name in scales else None)
     ready = {name: t.to(device, None if name in stay else dtype) for name, t in tensors.items()}
     model.load_state_dict(ready, strict=True, assign=True)
 

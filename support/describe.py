@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from support import adapters, layouts, lora
+from support import adapters, foreign, layouts, lora
 from support.files import files_of, read_metadata, read_tensors
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
@@ -46,7 +46,8 @@ def describe(path: Path, load: Callable) -> str:
     load(part, path, device): reads a part of a model, with all checks, as weights.load() does.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
+        raise foreign.missing(path)
+    path = foreign.snapshot(path)
     sample = "python sample.py --instruction TEXT"
     kind = ("of the research code" if (path / "train_config.json").is_file() else
             "of train.py's" if (path / "adapter.safetensors").is_file() or (

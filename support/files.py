@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from support import foreign
+
 Config = TypeVar("Config")
 
 
@@ -26,7 +28,9 @@ def read_json(path: Path) -> dict:
     """A JSON object. Raises: FileNotFoundError; ValueError when it is no JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return json_object(path.read_bytes(), path)
+    text = path.read_bytes()
+    foreign.check_text(text[:512], path)
+    return json_object(text, path)
 
 
 def parse_json(text: str | bytes, where: object) -> object:
@@ -99,7 +103,8 @@ def files_of(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise FileNotFoundError(f"{path}: expected one .safetensors file or an index, "
-                                f"found {len(files)} files")
+                                f"found {len(files)} files"
+                                + ("" if files else foreign.found_instead(path)))
     return files
 
 
@@ -107,15 +112,15 @@ def files_of(path: Path) -> list[Path]:
 def open_safetensors(file: Path) -> Iterator[safe_open]:
     """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    with file.open("rb") as start:
-        if start.read(4) == b"GGUF":
-            raise ValueError(f"{file}: GGUF is not read; take the .safetensors of this model")
+        raise foreign.missing(file) if not file.exists() else FileNotFoundError(
+            f"{file}: is a folder; name a file in it")
+    foreign.check_weights(file)
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); if its download was "
+                         f"cut, {foreign.AGAIN}") from None
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, Tensor]:

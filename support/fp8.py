@@ -40,6 +40,8 @@ class NarrowLinear(nn.Linear):
 
 def narrow(layer: nn.Linear, scale: Tensor | None) -> None:
     """Make a layer one whose weight stays as it is stored: its class changes, in its place."""
+    if scale is not None:                                # one for all, or one for each row
+        scale = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
     layer.__class__ = NarrowLinear
     layer.register_buffer("scale", scale, persistent=False)
 

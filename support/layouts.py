@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from support import foreign
 from support.files import config_from, files_of, read_json, read_tensors
 from vae import VAEConfig
 
@@ -55,7 +56,8 @@ OPTIONS = {"transformer": "--model", "vae": "--vae", "text_encoder": "--clip",
 SIGNS = {"transformer": "x_embedder.weight", "vae": "decoder.conv_in.weight",
          "text_encoder": "text_model.embeddings.token_embedding.weight",
          "text_encoder_2": "shared.weight"}              # a tensor that only this part has
-UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|scaled_fp8|scale_input)"
+UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|scaled_fp8|scale_input|input_scale"
+                    r"|comfy_quant)"
                     r"|(vision_model|text_projection|visual_projection)(\..*)?")
 
 
@@ -71,7 +73,8 @@ def folder_names(name: str, table: dict[str, str]) -> list[str]:
 def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One part's tensors, in any known layout, under the folder's names; slices are views.
 
-    Beside a weight in fp8 there may be a scale, in a tensor named .scale_weight.
+    Beside a weight in fp8 there may be a scale, in a tensor named .scale_weight (.weight_scale in
+    newer files), one for the tensor or one for each row.
     """
     for prefix in PREFIXES[part]:
         inside = {name.removeprefix(prefix): t for name, t in tensors.items()
@@ -82,7 +85,8 @@ def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for old, t in tensors.items():
         if UNUSED.fullmatch(old):
             continue
-        names = folder_names(old, RENAMES.get(part, {}))
+        names = folder_names(re.sub(r"\.weight_scale$", ".scale_weight", old),
+                             RENAMES.get(part, {}))
         if old.startswith("final_layer.adaLN") and t.dim():      # (shift, scale) -> (scale, shift)
             t = torch.cat(t.chunk(2)[::-1])
         if part == "vae" and t.dim() == 4 and ".attentions." in names[0]:
@@ -107,6 +111,7 @@ def parts_in(path: Path) -> dict[str, Path]:
     if path.is_dir() and not (path / "config.json").is_file():
         return {part: path / part for part in OPTIONS if (path / part).is_dir()}
     tensors = read_tensors(files_of(path))
+    foreign.check_quantised(tensors, path)
     return {part: path for part, sign in SIGNS.items() if sign in to_folder(part, tensors)}
 
 
@@ -124,7 +129,8 @@ def model_paths(model: Path, tokenizers: Path | None = None,
     others: by part. Raises: FileNotFoundError; ValueError naming the option that is missing.
     """
     if not model.exists():
-        raise FileNotFoundError(f"{model}: no such model; the embedded one is tiny/model")
+        raise foreign.missing(model)
+    model = foreign.snapshot(model)
     found = parts_in(model) | {part: path for part, path in others.items() if path}
     if tokenizers:
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
@@ -135,7 +141,9 @@ def model_paths(model: Path, tokenizers: Path | None = None,
     if missing:
         raise ValueError(f"{model}: is no whole model; name {', '.join(missing)} too "
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
-    for path in found.values():
+    for part, path in found.items():
         if not path.exists():
-            raise FileNotFoundError(f"{path}: not found")
+            raise foreign.missing(path)
+        for file in path.iterdir() if part.startswith("tokenizer") and path.is_dir() else ():
+            foreign.check_text(foreign.start_of(file) if file.is_file() else b"", file)
     return found

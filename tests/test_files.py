@@ -22,8 +22,7 @@ def test_metadata(tmp_path: Path) -> None:
 BROKEN = {
     "empty": lambda file: file.write_bytes(b""),
     "garbage": lambda file: file.write_bytes(bytes(range(256)) * 8),
-    "text":
-        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "text": lambda file: file.write_text("once upon a time there was a file"),
     "no JSON": lambda file: raw_file(file, b"{nope"),
     "header longer than the file":
         lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
@@ -50,6 +49,55 @@ def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
     BROKEN[kind](file)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         read_tensors([file])
+
+
+FOREIGN = {
+    "is a Git LFS pointer.*git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+    "is a web page.*licence": b"\n  <HTML><head><title>Sign in</title></head></html>",
+    "is a web page, not": b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+    "is text, perhaps a server's answer": b'{"error": "Invalid username or password."}',
+    "server's answer": b"Entry not found",
+    "GGUF is not read": b"GGUF\x03\0\0\0{" + bytes(100),
+    "is a pickle.*may hold code": b"PK\x03\x04" + bytes(60),
+    "is a pickle .*safetensors": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
+    "is an archive; unpack": b"\x1f\x8b\x08" + bytes(30),
+    "HDF5": b"\x89HDF\r\n" + bytes(30),
+    "begins with zeros: the download did not end": bytes(5000)}
+
+
+@pytest.mark.parametrize("told", FOREIGN)
+def test_what_stands_in_the_place_of_weights_is_named(tmp_path: Path, told: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(FOREIGN[told])
+    for read in (lambda file: read_tensors([file]), read_metadata):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{told}"):
+            read(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("length", [640, 0x280, 0x4B50 + 0x40000, 0x3C0A])
+def test_a_whole_file_is_read_however_its_length_is_spelt(tmp_path: Path, length: int) -> None:
+    """The first bytes are a number, and may be those of a pickle, an archive, a page."""
+    file = raw_file(tmp_path / "model.safetensors", b"{}".ljust(length))
+    assert read_tensors([file]) == {}
+
+
+@pytest.mark.parametrize("name, told", [
+    ("model.safetensors.incomplete", "unfinished download; run `hf download` again"),
+    ("pytorch_model.bin", "pytorch_model.bin is not read; take the .safetensors"), ("notes", "$")])
+def test_what_a_folder_without_weights_holds_is_said(tmp_path: Path, name: str, told: str) -> None:
+    folder = written(tmp_path, "vae")
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(FileNotFoundError, match=f"found 0 files.*{told}"):
+        load(folder, "vae")
+
+
+def test_unfinished_and_lost_files_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors.incomplete"
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="incomplete: is an unfinished download"):
+        read_tensors([file])
+    (tmp_path / "b.safetensors").symlink_to(tmp_path / "blobs/12ab")
+    with pytest.raises(FileNotFoundError, match="b.safetensors: is a link to .*12ab, which is not"):
+        read_tensors([tmp_path / "b.safetensors"])
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.9999])

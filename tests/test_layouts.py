@@ -5,6 +5,8 @@ holds the names and shapes of the published files, and which of the original's t
 the folder's (rows in widths).
 """
 import json
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import text_encoder
 import vae
 import weights
 from helpers import KEYS
+from sample import load_pipeline
 from support import layouts, lora
 from support.describe import describe
 from support.files import config_from, read_tensors, write_part
@@ -211,10 +214,21 @@ def test_fused_tensors_that_cannot_be_split_are_named(tmp_path):
         weights.load("transformer", tmp_path / "one.safetensors")
 
 
-def test_gguf_is_named(tmp_path):
-    (tmp_path / "flux.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ValueError, match="GGUF is not read"):
-        weights.load("transformer", tmp_path / "flux.gguf")
+QUANTISED = {"bitsandbytes": "single_blocks.1.linear1.weight.quant_state.bitsandbytes__nf4",
+             "nunchaku": "transformer_blocks.0.qkv_proj.wscales", "GPTQ": "layer.qzeros",
+             "quanto": "proj_out.weight._data", "MLX": "double_blocks.0.img_mlp.2.scales",
+             "nvfp4": "double_blocks.0.img_mlp.2.weight_scale_2",
+             "in blocks": "encoder.block.0.layer.1.wo.weight_scale_inv"}
+
+
+@pytest.mark.parametrize("whose", QUANTISED)
+def test_quantisations_are_named(tmp_path, whose):
+    file = tmp_path / "flux.safetensors"
+    save_file({"img_in.weight": torch.zeros(4, 2), QUANTISED[whose]: torch.zeros(3)}, file)
+    for read in (partial(weights.load, "transformer"), model_paths,
+                 partial(describe, load=weights.load)):
+        with pytest.raises(ValueError, match=f"flux.safetensors: is quantised by .*{whose}"):
+            read(file)
 
 
 def thin(number: int = 0) -> dict[str, Tensor]:
@@ -247,7 +261,7 @@ def test_parts_may_lie_elsewhere(tmp_path):
     file = tmp_path / "vae.safetensors"
     file.write_bytes((paths["vae"] / "diffusion_pytorch_model.safetensors").read_bytes())
     assert model_paths(tiny, vae=file)["vae"] == file
-    with pytest.raises(FileNotFoundError, match="tokenizer: not found"):
+    with pytest.raises(FileNotFoundError, match="tokenizer: no such file or folder"):
         model_paths(tiny, tokenizers=tmp_path)
     for name in ("tokenizer", "tokenizer_2"):
         (tmp_path / name).mkdir()
@@ -260,6 +274,44 @@ def test_a_folders_own_file_has_the_folders_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     model = weights.load("text_encoder", tmp_path / "model.safetensors")
     assert not torch.equal(run("text_encoder", model), wanted)
+
+
+def test_a_repositorys_name_is_no_folder_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = r"hf download someone/Some-Model\.1 --local-dir Some-Model\.1,"
+    for name in ("someone/Some-Model.1", "https://huggingface.co/someone/Some-Model.1/tree/main"):
+        for read in (model_paths, partial(describe, load=weights.load)):
+            with pytest.raises(FileNotFoundError, match=told):
+                read(Path(name))
+    Path("someone").mkdir()                              # then a slip in a local name is likelier
+    with pytest.raises(FileNotFoundError, match="Some-Model.1: no such file or folder$"):
+        model_paths(Path("someone/Some-Model.1"))
+
+
+def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
+    upper, tiny = tmp_path / "models--someone--Some-Model", Path(weights.__file__).parent
+    for name in ("0a", "0b"):
+        (upper / "snapshots" / name).mkdir(parents=True)
+    (upper / "snapshots/0a/it").symlink_to(tiny / "tiny/model")
+    for part in (tiny / "tiny/model").iterdir():
+        (upper / "snapshots/0a" / part.name).symlink_to(part)
+    (upper / "refs").mkdir()
+    (upper / "refs/main").write_text("0a\n")
+    for path in (upper, upper / "snapshots"):
+        assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
+    (upper / "refs/main").unlink()                       # then the newest
+    os.utime(upper / "snapshots/0b", (0, 0))
+    assert model_paths(upper)["vae"] == upper / "snapshots/0a/vae"
+
+
+@pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer_2/tokenizer.json",
+                                  "vae/config.json", "text_encoder/config.json"])
+def test_pointers_for_small_files_are_named(tmp_path, name):
+    shutil.copytree(Path(weights.__file__).parent / "tiny/model", tmp_path / "model")
+    (tmp_path / "model" / name).write_text("version https://git-lfs.github.com/spec/v1\n"
+                                           "oid sha256:12ab\nsize 100\n")
+    with pytest.raises(ValueError, match=f"{name}: is a Git LFS pointer.*git lfs pull"):
+        load_pipeline(tmp_path / "model")
 
 
 def test_what_a_file_lacks_is_named(tmp_path):
@@ -289,6 +341,39 @@ def test_fp8_is_the_widened_weights(tmp_path, part, scaled):
     assert kept and all(m.weight.dtype == torch.float8_e4m3fn for m in kept)
     wanted = run(part, load(tmp_path / "wide.safetensors", dtype=torch.float32))
     assert torch.allclose(run(part, model), wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (-1,), (-1, 1)])
+def test_fp8_may_have_a_scale_for_each_row_under_the_newer_names(tmp_path, shape):
+    """One number for a tensor or one for each row, also of a fused tensor; fp32 to rounding."""
+    narrow, wide = {}, {}
+    for name, t in original("transformer").items():
+        narrow[name] = wide[name] = t
+        if t.dim() == 2 and name.endswith(".weight"):
+            top = t.abs().amax(1) if -1 in shape else t.abs().max()
+            scale = (top / 400).reshape(shape)
+            narrow[name] = (t / scale.reshape((-1, 1) if -1 in shape else ())
+                            ).to(torch.float8_e4m3fn)
+            wide[name] = narrow[name].float() * scale.reshape((-1, 1) if -1 in shape else ())
+            stem = name.removesuffix("weight")
+            narrow |= {f"{stem}weight_scale": scale, f"{stem}input_scale": torch.ones(()),
+                       f"{stem}comfy_quant": torch.zeros(9, dtype=torch.uint8)}
+    save_file(narrow, tmp_path / "fp8.safetensors")
+    save_file(wide, tmp_path / "wide.safetensors")
+    model = weights.load("transformer", tmp_path / "fp8.safetensors", dtype=torch.float32)
+    assert isinstance(model.transformer_blocks[0].attn.to_k, NarrowLinear)
+    wanted = weights.load("transformer", tmp_path / "wide.safetensors")
+    assert torch.allclose(run("transformer", model), run("transformer", wanted), atol=1e-6,
+                          rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2,), (256, 4), (0,)])
+def test_other_numbers_of_scales_are_refused(tmp_path, shape):
+    tensors = original("transformer")
+    tensors["img_in.weight"] = tensors["img_in.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors | {"img_in.weight_scale": torch.ones(shape)}, tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match="x_embedder.weight has a scale.*each row"):
+        weights.load("transformer", tmp_path / "one.safetensors")
 
 
 def test_a_scale_without_its_weight_is_refused(tmp_path):
