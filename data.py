@@ -9,7 +9,7 @@ support/public_sets.py, the embedded world in tiny/world.py.
 Key: B batch; H, W pixels; all pictures are uint8 (H, W, 3) arrays until to_tensor() maps them to
 [-1, 1], (3, H, W).
 """
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +20,11 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from support.folders import read_pairs
+from support.names import check_unread, ours
 from support.pictures import fitted, load_image, pictures_in, resize, to_tensor
-from support.tables import (check_few, checked_text, located, read_pairs, read_rows, row_paths,
-                            row_text, skipping)
+from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_text,
+                            skipping)
 
 NEIGHBOURS = 16                                          # batches for which a source may read ahead
 THREADS = 2                                              # that draw batches ahead
@@ -76,10 +78,12 @@ class Folder:
 
     Or a .jsonl or .csv file with paths relative to it. Each line is an object: target (path),
     instruction (str), images (paths of native references), conds (paths of clean conditions), task
-    (str); the last three may be absent, a single path may stand for a list. size: (W, H) that every
-    picture takes, or None to keep each near its own size, the longer side at most 512; the first
-    reference takes the target's, as in sampling. root: the folder that no path may leave, by
-    default the file's own. bad: a list that takes the bad lines' errors; one in ten may be bad.
+    (str); the last three may be absent, a single path may stand for a list; support/names.py lists
+    the names that others use. size: (W, H) that every picture takes, or None to keep each near its
+    own size, the longer side at most 512; the first reference takes the target's, as in sampling.
+    root: the folder that no path may leave, by default the file's own. bad: a list that takes the
+    bad lines' errors; one in ten may be bad. What is there and not used is told in unread (entries
+    without a known name, in how many rows) and left_out (lines about files and folders).
     Raises: FileNotFoundError, ValueError; they name the line.
     """
 
@@ -95,7 +99,9 @@ class Folder:
                                     "with .txt files")
         own_bad = None if bad is None else []            # counted before it joins the others'
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
-        for where, line in read_rows(file, own_bad) if file else read_pairs(folder, own_bad):
+        self.unread, self.left_out = Counter[str](), list[str]()
+        for where, line in (read_rows(file, own_bad) if file else
+                            read_pairs(folder, own_bad, self.left_out)):
             with skipping(own_bad):
                 row = self.checked(line, folder, root, where)
                 self.groups.setdefault((row.natives, *row.sizes), []).append(row)
@@ -107,9 +113,12 @@ class Folder:
 
     def checked(self, line: dict, folder: Path, root: Path | None, where: str) -> Row:
         """A line as a row. Raises: ValueError, FileNotFoundError for what cannot be trained on."""
+        line, rest = ours(line, where)
         instruction, target = (row_text(line, name, where) for name in ("instruction", "target"))
         images, conds = (row_paths(line, name, where) for name in ("images", "conds"))
         paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
+        check_unread(rest, folder, paths, where)
+        self.unread.update(rest.keys())
         found = [load_image(path, where).size for path in paths]             # finds broken ones
         sizes = [self.size or fitted(size) for size in found]
         if images:
@@ -133,11 +142,13 @@ class Folder:
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
         """Every row, or every stride-th."""
-        rows = chain.from_iterable(self.groups.values())
-        return map(self.read, islice(rows, first, None, stride))
+        return map(self.read, islice(self.checked_rows(), first, None, stride))
+
+    def checked_rows(self) -> Iterator[Row]:
+        return chain.from_iterable(self.groups.values())
 
     def contents(self) -> Iterator[tuple]:
-        for row in chain.from_iterable(self.groups.values()):
+        for row in self.checked_rows():
             yield row.instruction, *((path.name, path.stat().st_size) for path in row.paths)
 
 
@@ -170,9 +181,10 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
 
 def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: int = 0,
             stride: int = 1) -> Iterator[list[Sample]]:
-    """One source per batch, by weight. Batch number i depends on the seed and i alone.
+    """Batches number start, start + stride, ...; number i depends on the seed and i alone.
 
-    The next ones are drawn by threads while one is in use.
+    One source per batch, by weight. The next ones are drawn by threads while one is in use; what a
+    source raises comes out of next().
     """
     weights = np.array([weight for _, weight in sources])
 
@@ -189,3 +201,13 @@ def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: in
             yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def some_of_each(sources: list[tuple[Source, float]], seed: int) -> list[Sample]:
+    """Eight samples of the sources in turn, each target once: what training shows on its way."""
+    samples = {}
+    for i, (source, _) in enumerate((sources * 8)[:8]):
+        rng = np.random.default_rng([seed, 2 ** 32 + i])
+        sample, = source.draw(rng, 1, rng)
+        samples.setdefault(sample.target.tobytes(), sample)
+    return list(samples.values())

@@ -167,9 +167,9 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
     start, number = resume.start(args.out, adapter, optimizers, settings, args.resume, workers)
     if rank == 0:
         record.write_run(args, settings)
-    watching = rank == 0 or args.shard                   # blocks in parts need all processes
+    watching = rank == 0 or args.shard                   # --shard: a pass needs all processes
     plots = rank == 0 and report.can_draw()
-    shown = samples_to_show(sources, args.seed) if watching else []
+    shown = data.some_of_each(sources, args.seed) if watching else []
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method,
                mininterval=2, disable=rank > 0)
@@ -202,16 +202,6 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
                 resume.leave(step + 1, rank)
 
 
-def samples_to_show(sources: Sources, seed: int) -> list[Sample]:
-    """Eight samples of the sources in turn, each target once, for pictures of how it goes."""
-    samples = {}
-    for i, (source, _) in enumerate((sources * 8)[:8]):
-        rng = np.random.default_rng([seed, 2 ** 32 + i])
-        sample, = source.draw(rng, 1, rng)
-        samples.setdefault(sample.target.tobytes(), sample)
-    return list(samples.values())
-
-
 def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
     """One row per sample: what was given, what the model makes of it, what was wanted."""
     rows = []
@@ -229,7 +219,7 @@ def previews(pipe: Pipeline, samples: list[Sample], log: record.Log | None,
     """Pictures of how training goes, by name; plots too if there is a log to draw."""
     pipe.adapter.eval()
     pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
-    similarity = routing_maps.expert_similarity(
+    similarity = routing_maps.expert_similarity(         # with --shard a pass of all processes
         pipe.adapter, lambda: flow_loss(pipe, samples[:1], 0))
     if log:
         use = {task: routing_maps.expert_use(pipe.adapter, *encode_text(pipe, list(texts)))
@@ -287,7 +277,7 @@ def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, ident
     pipe.cache = caching.open_cache(args.cache, encoders, rank, workers)
 
     def encode(some: list[Sample]) -> None:
-        encode_text(pipe, [s.instruction for s in some] + [""])
+        encode_text(pipe, [s.instruction for s in some] + [""])              # "" for dropout
         for picture in (p for s in some for p in (s.target, *s.images, *s.conds)):
             encode_picture(pipe, to_tensor([picture]))
     if not (args.resume and resume.holds_checkpoint(args.out)):
@@ -296,17 +286,8 @@ def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, ident
         caching.encode_all(pipe.cache, samples, encode, models, pipe.device, rank, workers)
 
 
-def main() -> None:
-    args = options.train_options(baselines.METHODS, PUBLIC)
-    beside = args.model.parent / "adapter.json"
-    file = args.config or (beside if beside.is_file() else None)
-    config = weights.adapter_config(args.method, file)
-    bad: list[str] | None = [] if args.skip_bad else None
-    sources = open_sources(args, bad)
-    if args.dry_run is not None:
-        if int(os.environ.get("RANK", 0)) == 0:          # one speaks for all
-            tell_memory(args, config, sources)
-        return
+def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources) -> None:
+    """Load the model, put a new adapter on it, and train that."""
     rank, workers = distributed.join(args)
     if args.base_dtype == "fp8":
         check_device([torch.float8_e4m3fn], devices.choose_device(args.device), "--base-dtype fp8")
@@ -325,15 +306,28 @@ def main() -> None:
     if args.compile:
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        settings = record.settings_of(args, config, identity, sources, workers)
-        train(args, pipe, sources, settings, rank, workers)
-    finally:
-        tell_skipped(bad)
+    settings = record.settings_of(args, config, identity, sources, workers)
+    train(args, pipe, sources, settings, rank, workers)
     if rank == 0:
         count = sum(p.numel() for p in pipe.adapter.tensors().values())
         print(f"{args.out / 'adapter.safetensors'}: {count:,} parameters, {args.steps} steps")
     distributed.leave()
+
+
+def main() -> None:
+    args = options.train_options(baselines.METHODS, PUBLIC)
+    beside = args.model.parent / "adapter.json"
+    file = args.config or (beside if beside.is_file() else None)
+    config = weights.adapter_config(args.method, file)
+    bad: list[str] | None = [] if args.skip_bad else None
+    sources = open_sources(args, bad)
+    try:
+        if args.dry_run is None:
+            prepare(args, config, sources)
+        elif int(os.environ.get("RANK", 0)) == 0:        # one speaks for all
+            tell_memory(args, config, sources)
+    finally:
+        tell_skipped(bad)
 
 
 if __name__ == "__main__":
