@@ -4,13 +4,15 @@ sample.main() calls plan(), which checks all that was given before any weight is
 """
 import argparse
 import os
+import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from support import devices
+from support.names import ours, read_name
 from support.pictures import is_picture, load_image
-from support.tables import NAMES, checked_text, read_rows, row_paths, row_text
+from support.tables import checked_path, checked_text, read_rows, row_paths, row_text
 
 
 @dataclass
@@ -26,24 +28,27 @@ class Job:
 def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
     """Jobs of a .jsonl file: instruction, optionally images, conds (paths), task, seed, out (name).
 
+    A row of training data will do: its target is what would be made, and is not looked at.
     Everything is checked before anything is made; what is in the folder already is left out.
     """
     if not file.is_file():
         raise FileNotFoundError(f"--batch {file}: no such file")
-    jobs, names = [], set()
-    known = {*NAMES["instruction"], *NAMES["images"], *NAMES["conds"], "task", "seed", "out"}
-    for where, row in read_rows(file):
-        if row.keys() - known:
-            raise ValueError(f"{where}: unknown entry {min(row.keys() - known)!r}; a line may hold "
+    jobs, names, targets = [], set(), 0
+    for where, line in read_rows(file):
+        row, rest = ours(line, where)
+        if unknown := rest.keys() - {"seed", "out"}:
+            raise ValueError(f"{where}: unknown entry {min(unknown)!r}; a line may hold "
                              "instruction, images, conds, task, seed, out")
-        name = row.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
-        own_seed = row.get("seed", seed)
+        check_target(line, row, where)
+        targets += "target" in row
+        name = rest.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
+        own_seed = rest.get("seed", seed)
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
             raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
         if type(own_seed) is not int or not 0 <= own_seed < 2 ** 63:
             raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
-        images, conds = ([file.parent / path for path in row_paths(row, key, where)]
-                         for key in ("images", "conds"))
+        images, conds = ([file.parent / checked_path(path, where)
+                          for path in row_paths(row, key, where)] for key in ("images", "conds"))
         for path in (*images, *conds):
             load_image(path, where)
         if name in names:
@@ -54,7 +59,17 @@ def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
                         [] if (folder / name).exists() else [(own_seed, folder / name)]))
     if not jobs:
         raise ValueError(f"{file}: holds no rows")
+    if targets:
+        print(f"note: {file}: {targets} rows name a target; it is not looked at", file=sys.stderr)
     return jobs
+
+
+def check_target(line: dict, row: dict, where: str) -> None:
+    """Raises: ValueError when what may be a target may be the picture to edit too."""
+    own = [name for name in line if read_name(name)[2] == "own"]
+    if own and "images" not in row and line[own[0]] is not None:
+        raise ValueError(f"{where}: {own[0]!r} may be the picture to edit or the one that is "
+                         "wanted; call it 'images' or 'target'")
 
 
 def check_folder(option: str, file: Path) -> None:

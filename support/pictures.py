@@ -6,6 +6,7 @@ All pictures are (H, W, 3) uint8 arrays until to_tensor() maps them to [-1, 1].
 import io
 import logging
 import os
+import re
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)      # is broken is an error
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
+ADDRESS = re.compile(r"\b(https?|ftp|s3|gs|file):/", re.I)
+
+
 @contextmanager
 def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[Image.Image]:
     """A picture file, or its bytes, of which the head alone is read yet; the row at `where` has it.
@@ -31,7 +35,7 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
     """
     path = where if isinstance(source, io.BytesIO) else f"{where}: {source}" if where else source
     if path is not where and not os.path.isfile(source):  # Path.is_file minds names too long
-        raise FileNotFoundError(f"{path}: no such picture file")
+        raise FileNotFoundError(f"{path}: {missing(str(source))}")
     try:
         with Image.open(source) as image:
             if max(image.size) >= 2 ** 16:               # no camera's: a broken or a hostile head
@@ -41,6 +45,15 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
             Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
         why = str(error).partition(" <")[0]              # without an object's address
         raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
+
+
+def missing(path: str) -> str:
+    """Why there is no picture file at a path, in words."""
+    if os.path.isdir(path):
+        return "is a folder; name one picture"
+    if ADDRESS.search(path):                             # Path has made one / of two
+        return "is an address; save that picture as a file, and name the file"
+    return "no such picture file"
 
 
 def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:

@@ -1,27 +1,25 @@
-"""Tables of a user's own data: .jsonl, .csv or pairs of files, by the names that trainers use.
+"""Tables of a user's own data, .jsonl and .csv: rows, and the texts and paths in them.
 
-data.Folder reads its rows here, and sample.py those of --batch.
+data.Folder reads its rows here, and sample.py those of --batch; support/names.py knows what their
+entries are called.
 """
+import codecs
 import csv
 import io
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from support.files import parse_json
-from support.pictures import pictures_in
+from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
 
 MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
 LONGEST = 4096                                           # letters of a path: more, no system opens
-NAMES = {"target": ("target", "file_name", "image_path", "image", "output_image"),
-         "instruction": ("instruction", "prompt", "caption", "text"),
-         "images": ("images", "input_images", "kontext_images", "control_path", "cond_image"),
-         "conds": ("conds",)}
-NUMBERED = re.compile(r"control_path_(\d{1,9})")         # one of several images
+OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".sqlite")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:image/", re.I)
 
 
 @contextmanager
@@ -49,11 +47,31 @@ def tell_skipped(bad: list[str] | None) -> None:
 
 
 def read_text(file: Path) -> str:
-    """The file's text. Raises: ValueError."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error})") from None
+    """The file's text. Raises: ValueError saying which encoding it has, if not UTF-8."""
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:99]:
+        kind = "UTF-16, it seems"
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError as error:
+            byte = content[error.start]
+            kind = f"Latin-1 or Windows-1252, perhaps: byte {error.start + 1} is {byte:#x}"
+    raise ValueError(f"{file}: not UTF-8 text ({kind}); save it as UTF-8, which a spreadsheet "
+                     "calls \"CSV UTF-8\"")
+
+
+def check_columns(file: Path, first: str) -> None:
+    """Raises: ValueError when a table's first line does not name columns, between commas."""
+    for separator, called in ((",", ""), (";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if any(meaning_of(name.strip(' "')) for name in first.split(separator)):
+            if called:
+                raise ValueError(f"{file}: its columns are separated by {called}; a .csv file "
+                                 "needs commas: save it with those")
+            return
+    raise ValueError(f"{file}: its first line names no known column: {first[:100]!a}; it must name "
+                     f"the columns: {KNOWN}")
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
@@ -61,7 +79,10 @@ def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
 
     Raises: ValueError for the file, not for a row: after an error nobody knows where rows end.
     """
-    table = csv.DictReader(io.StringIO(read_text(file)), skipinitialspace=True, strict=True)
+    text = read_text(file)
+    table = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+    if text.strip():
+        check_columns(file, text.strip().split("\n")[0])
     try:
         names = [name for name in table.fieldnames or [] if name]
         if len(set(names)) < len(names):
@@ -78,19 +99,31 @@ def from_cells(cells: dict, where: str) -> dict:
     if None in cells:
         raise ValueError(f"{where}: has more cells than the first line has names")
     row = {name: text for name, cell in cells.items() if cell and (text := cell.strip())}
-    for name in row.keys() & {*NAMES["images"], *NAMES["conds"]}:
-        if row[name][0] + row[name][-1] == "[]":
+    for name in row:
+        if row[name][0] + row[name][-1] == "[]" and read_name(name)[2] in SEVERAL:
             row[name] = parse_json(row[name], f"{where} {name!r}")
     return row
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """A .jsonl file's lines, with their numbers. Raises: ValueError for what is another table."""
+    if file.suffix.lower() in OTHER_TABLES:
+        raise ValueError(f"{file}: is not read as a table; save it as .jsonl, or as .csv with "
+                         "commas")
+    text = read_text(file)
+    if text.lstrip().startswith("["):
+        raise ValueError(f"{file}: is one JSON list; write each of its objects on a line of its "
+                         "own, without commas between them (.jsonl)")
+    return enumerate(text.split("\n"), 1)
 
 
 def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl or .csv file, each with words for where it stands.
 
-    Entries control_path_0, control_path_1, ... become one list, in that order. Raises: ValueError.
+    Their entries have the names that stand there: names.ours() knows them. Raises: ValueError.
     """
     table = file.suffix.lower() == ".csv"
-    lines = read_csv(file) if table else enumerate(read_text(file).split("\n"), 1)
+    lines = read_csv(file) if table else read_lines(file)
     for number, line in lines:
         if table or line.strip():
             where, row = f"{file} line {number}", None
@@ -99,43 +132,7 @@ def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: expected an object like {{\"instruction\": ...}}")
             if isinstance(row, dict):
-                if numbered := sorted((int(found[1]), name) for name in row
-                                      if (found := NUMBERED.fullmatch(name))):
-                    paths = [row.pop("control_path", None), *(row.pop(n) for _, n in numbered)]
-                    row["control_path"] = [path for path in paths if path is not None]
                 yield where, row
-
-
-def read_pairs(folder: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """Rows, like read_rows', of a folder without metadata, as other trainers take it.
-
-    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
-    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
-    """
-    targets, given = pictures_in(folder), defaultdict(list)
-    stems = {target.stem for target in targets}
-    for path in pictures_in(folder / "control"):
-        stem, _, number = path.stem.rpartition("_")
-        if path.stem in stems or not number.isdecimal():
-            stem, number = path.stem, "-1"
-        given[stem].append((int(number), f"control/{path.name}"))
-    for target in targets:
-        with skipping(bad):
-            text, references = target.with_suffix(".txt"), sorted(given.get(target.stem, ()))
-            if not text.is_file():
-                raise FileNotFoundError(f"{target}: its instruction is missing, {text.name}")
-            if given and not references:
-                raise FileNotFoundError(f"{target}: its reference is missing in control/")
-            yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
-                                "images": [path for _, path in references]}
-
-
-def entry(row: dict, name: str, where: str) -> object:
-    """A row's entry under our name or one others use, or None. Raises: ValueError for two."""
-    found = [other for other in NAMES[name] if other in row]
-    if len(found) > 1:
-        raise ValueError(f"{where}: {found[0]!r} and {found[1]!r} both mean {name!r}; keep one")
-    return row[found[0]] if found else None
 
 
 def checked_text(text: str, where: str) -> str:
@@ -149,20 +146,29 @@ def checked_text(text: str, where: str) -> str:
 
 def row_text(row: dict, name: str, where: str) -> str:
     """A row's text. Raises: ValueError if there is none."""
-    text = entry(row, name, where)
+    text = row.get(name)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: needs a non-empty text under {name!r}")
+        raise ValueError(f"{where}: needs a non-empty text under {name!r} (or {ALSO[name]})")
     return checked_text(text, where)
 
 
 def row_paths(row: dict, name: str, where: str) -> list[str]:
     """A row's path or list of paths. Raises: ValueError."""
-    paths = entry(row, name, where)
-    paths = [] if paths is None else paths
+    paths = row.get(name, [])
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{where}: {name!r} must be a path or a list of paths")
     return paths
+
+
+def checked_path(path: str, where: str) -> str:
+    """The path. Raises: ValueError for what no path can be, and for an address."""
+    if ADDRESS.match(path):
+        raise ValueError(f"{where}: {path[:200]!a} is an address; save that picture as a file, and "
+                         "name the file")
+    if len(checked_text(path, where)) > LONGEST or re.search(r"[\0-\x1f]", path):
+        raise ValueError(f"{where}: {path[:60]!a} cannot be a path")
+    return path
 
 
 def located(path: str, folder: Path, root: Path | None, where: str) -> Path:
@@ -170,10 +176,12 @@ def located(path: str, folder: Path, root: Path | None, where: str) -> Path:
 
     Paths are taken as written: links inside the folder are their owner's business.
     """
-    if len(checked_text(path, where)) > LONGEST or re.search(r"[\0-\x1f]", path):
-        raise ValueError(f"{where}: {path[:60]!a} cannot be a path")
-    whole, within = Path(os.path.abspath(folder / path)), Path(os.path.abspath(root or folder))
+    whole = Path(os.path.abspath(folder / checked_path(path, where)))
+    within = Path(os.path.abspath(root or folder))
     if not whole.is_relative_to(within):
         more = "" if root else "; --data-root FOLDER allows more"
         raise ValueError(f"{where}: {path!r} leads out of {within}{more}")
+    if "\\" in path and os.sep == "/" and not os.path.exists(whole):
+        raise ValueError(f"{where}: {path!r} has backslashes; write folders with /, as in "
+                         f"{path.replace(chr(92), '/')!r}")
     return whole

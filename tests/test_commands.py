@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import baselines
 import train
@@ -269,6 +270,9 @@ def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, wo
     ('{"instruction": "a", "images": 3}', "images"),
     ('{"instruction": "a", "images": 0}', "images"),
     ('{"instruction": "a", "imagse": "in.png"}', "imagse"),
+    ('{"instruction": "a", "image": "in.png"}', "'image' may be the picture to edit or the one"),
+    ('{"prompt": "a", "control_image": "in.png"}', "'control_image' may be"),
+    ('{"prompt": "a", "src_img": "http://a.b/in.png"}', "address"),
     ('{"instruction": "a\\ud800"}', "Unicode")])
 def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch, capsys, row,
                                                           words):
@@ -277,6 +281,21 @@ def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch,
                               "--out", tmp_path / "out")
     assert code == 2 and words in err and "line 2" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_training_data_are_a_batch(tmp_path, capsys):
+    """By the names that data has; the target is what would be made."""
+    for name in ("in.png", "depth.png"):
+        Image.open(PICTURE).save(tmp_path / name)
+    rows = [{"file_name": "out.png", "Text": "a", "input_image": "in.png", "conds": "depth.png"},
+            {"edited_image": "out.png", "edit_prompt": "b", "task": "edit"}, {"caption": "c"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = jobs.read_batch(tmp_path / "metadata.jsonl", tmp_path, 0)
+    assert [(job.instruction, job.images, job.conds, job.task) for job in found] == [
+        ("a", [tmp_path / "in.png"], [tmp_path / "depth.png"], ""), ("b", [], [], "edit"),
+        ("c", [], [], "")]
+    err = capsys.readouterr().err
+    assert "2 rows name a target; it is not looked at" in err and len(err.splitlines()) == 1
 
 
 def test_compiling_needs_a_compiler(monkeypatch, capsys):

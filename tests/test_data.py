@@ -145,13 +145,84 @@ def test_bad_rows_of_a_table_are_named(tmp_path, row, words):
 @pytest.mark.parametrize("content, words", [
     (b'target,text\n0.png,"a', "line 2.*CSV"), (b'target,text\n"0.png"x,a', "line 2.*CSV"),
     (b"target,text\n0.png," + b"a" * 200_000, "line 2.*CSV"), (b"target,text\n\xff", "UTF-8"),
-    (b"image,image,text\n0.png,1.png,a", "two columns"), (b"", "no rows"), (b"a,b\n", "no rows")])
+    (b"image,image,text\n0.png,1.png,a", "two columns"), (b"", "no rows"),
+    (b"target,text\n", "no rows"), (b"a,b\n", "'a,b'; it must name the columns: target"),
+    (b"0.png,make it red\n1.png,b", "names no known column: '0.png,make it red'"),
+    (b"File_Name;Prompt\n0.png;a", "separated by semicolons"),
+    (b'"target"\t"instruction"\n0.png\ta', "separated by tabs"),
+    ("target,text\n0.png,a".encode("utf-16"), "UTF-16.*as UTF-8"),
+    ("target,text\n0.png,a".encode("utf-16-be"), "UTF-16.*as UTF-8"),
+    ("target,text\n0.png,caf\u00e9".encode("latin-1"), "Latin-1.*byte 22 is 0xe9.*as UTF-8")])
 def test_a_broken_table_is_refused(tmp_path, content, words):
     folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
     (tmp_path / "rows.csv").write_bytes(content)
     for bad in (None, []):                               # nobody can say which rows are good
         with pytest.raises(ValueError, match=f"rows.csv.*{words}"):
             data.Folder(tmp_path / "rows.csv", bad=bad)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("rows.tsv", "save it as .jsonl, or as .csv"), ("rows.xlsx", "save it as .jsonl"),
+    ("rows.json", "one JSON list.*a line of its own")])
+def test_other_tables_are_named(tmp_path, name, words):
+    (tmp_path / name).write_text('[{"target": "0.png", "instruction": "a"}]')
+    with pytest.raises(ValueError, match=f"{name}: .*{words}"):
+        data.Folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("row", [
+    {"Target_Image": "1.png", "src_img": "0.png", "edit_prompt": "a"},
+    {"edited_image": "1.png", "original_image": "0.png", "Edit-Instruction": "a"},
+    {"after": "1.png", "before": ["0.png"], "Caption": "a"},
+    {"File_Name": "1.png", "reference_images": ["0.png"], "TEXT": "a", "mask": None},
+    {"outputImage": "x", "tgt_img_path": "1.png", "input image": "0.png", "text": "a"},
+    {"image": "1.png", "ref_img_0": "0.png", "prompt": "a", "control": "strong"},
+    {"edited_image_file_name": "1.png", "kontext_images": "0.png", "prompt": "a", "id": "1.png"}])
+def test_the_names_of_public_sets_are_known(tmp_path, row):
+    sample, = folder(tmp_path, [row]).all()
+    assert sample.target.shape == (32, 48, 3) and sample.instruction == "a"
+    assert len(sample.images) == 1 and not sample.conds
+    picture = folder(tmp_path, [row]).groups.popitem()[1][0].paths[1]
+    assert picture == tmp_path / "0.png"
+
+
+def test_a_table_of_capital_names_with_numbers(tmp_path):
+    folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
+    (tmp_path / "a.csv").write_text("File_Name,Prompt,Input_Image_2,Input_Image_1,Conds,Note\n"
+                                    '0.png,b,2.png,1.png,"[""2.png""]",n\n')
+    source = data.Folder(tmp_path / "a.csv")
+    (row,), = source.groups.values()
+    assert [path.name for path in row.paths] == ["0.png", "1.png", "2.png", "2.png"]
+    assert row.natives == 2 and source.unread == {"Note": 1}
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"target": "0.png", "control_images": ["1.png"]}, "'control_images' may be.*'conds'"),
+    ({"target": "0.png", "Conditioning Image": "1.png"}, "'Conditioning Image' may be.*'images'"),
+    ({"target": "0.png", "hint_1": "gone.jpg"}, "'hint_1' may be"),
+    ({"image": "0.png", "target_image": "1.png"}, "of 'target_image' and 'image' the second may"),
+    ({"image": "0.png", "file_name": "1.png"}, "'file_name' and 'image' both mean 'target'"),
+    ({"target": "0.png", "src_img": "1.png", "before": "2.png"}, "both mean 'images'"),
+    ({"target": "0.png", "Image": "1.png", "image": "2.png"}, "may be the picture to edit"),
+    ({"target": "0.png", "Before": "1.png", "before": "2.png"}, "both mean 'images'"),
+    ({"target": "0.png", "prompt": "b"}, "both mean 'instruction'"),
+    ({"target": "0.png", "picture_of_cat": "1.png"},
+     "'picture_of_cat' holds a picture, '1.png'.*known name.*input_image"),
+    ({"target": "0.png", "more": {"deep": [[1, {"a": "./2.png"}]]}}, "'more' holds a picture"),
+    ({"target": "0.png", "images": "https://a.b/c.png"}, "address; save that picture as a file"),
+    ({"target": "S3://a/b.png"}, "address"), ({"target": "data:image/png;base64,iV"}, "address"),
+    ({"target": "0.png", "images": "sub\\1.png"}, "backslashes.*'sub/1.png'"),
+    ({"target": "0.png", "images": "sub"}, "sub: is a folder.*name one picture")])
+def test_what_has_two_readings_or_none_is_refused(tmp_path, row, words):
+    (tmp_path / "sub").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=f"line 1: .*{words}") as error:
+        folder(tmp_path, [{"instruction": "a"} | row])
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+    folder(tmp_path, [{"instruction": str(i), "target": "0.png"} for i in range(10)])
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"instruction": "a"} | row))
+    bad: list[str] = []
+    assert len(list(data.Folder(tmp_path, bad=bad).all())) == 10 and len(bad) == 1
 
 
 def test_numbered_paths_count_together(tmp_path):

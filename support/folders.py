@@ -1,0 +1,69 @@
+"""A folder of pictures without metadata: which are targets, captions, references, and what is left.
+
+data.Folder reads such folders here, and what it left out is told by support/summary.py.
+"""
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from support.pictures import PICTURES, pictures_in
+from support.tables import read_text, skipping
+
+RUBBISH = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__macosx", "$recycle.bin")
+EXAMPLES = 3                                             # of what is left out
+
+
+def read_pairs(folder: Path, bad: list[str] | None, left_out: list[str]
+               ) -> Iterator[tuple[str, dict]]:
+    """Rows, like tables.read_rows', of a folder without metadata, as other trainers take it.
+
+    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
+    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
+    left_out takes a line for what else is there.
+    """
+    targets, given = pictures_in(folder), defaultdict(list)
+    stems = {target.stem for target in targets}
+    texts = {file.stem: file for file in folder.glob("[!.]*") if file.suffix.lower() == ".txt"}
+    for path in pictures_in(folder / "control"):
+        stem, _, number = path.stem.rpartition("_")
+        if path.stem in stems or not number.isdecimal():
+            stem, number = path.stem, "-1"
+        given[stem].append((int(number), f"control/{path.name}"))
+    for target in targets:
+        with skipping(bad):
+            text, references = texts.get(target.stem), sorted(given.get(target.stem, ()))
+            if not text or not text.is_file():
+                raise FileNotFoundError(f"{target}: its instruction is missing, {target.stem}.txt")
+            if given and not references:
+                raise FileNotFoundError(f"{target}: its reference is missing in control/")
+            yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
+                                "images": [path for _, path in references]}
+    used = {*targets, *(texts[stem] for stem in stems & texts.keys())}
+    used.update(folder / path for stem in stems & given.keys() for _, path in given[stem])
+    left_out.extend(unused(folder, used))
+
+
+def unused(folder: Path, used: set[Path]) -> list[str]:
+    """Lines that count and name what in a folder, and in its control/, is not used."""
+    there = [file for place in (folder, folder / "control") for file in sorted(place.glob("[!.]*"))
+             if file.name.lower() not in RUBBISH and file not in used]
+    lines = []
+    if files := [str(file.relative_to(folder)) for file in there if not file.is_dir()]:
+        lines.append(f"files, {few(files)}: neither a picture with a caption, nor a caption or a "
+                     "reference of one")
+    folders = [f"{file.relative_to(folder)}/ ({pictures_below(file)} pictures)" for file in there
+               if file.is_dir() and file != folder / "control"]
+    if folders:
+        lines.append(f"folders, {few(folders)}: name each with a --data of its own, or list the "
+                     "pictures in a metadata.jsonl")
+    return lines
+
+
+def few(names: list[str]) -> str:
+    """Their number, and the first of them."""
+    more = ", ..." if len(names) > EXAMPLES else ""
+    return f"{len(names)} ({', '.join(names[:EXAMPLES])}{more})"
+
+
+def pictures_below(folder: Path) -> int:
+    return sum(file.suffix.lower() in PICTURES for file in folder.rglob("[!.]*"))
