@@ -10,19 +10,37 @@ import torch
 from torch import Tensor
 
 from mole import Adapter
-from support import lora, research
+from support import foreign, lora, research
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
+
+
+# What a folder holds its adapter in: of a run, of PEFT, of diffusers.
+NAMES = ("adapter.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+def file_of(path: Path) -> Path:
+    """The file itself, or the folder's. Raises: FileNotFoundError."""
+    if not path.is_dir():
+        return path
+    files = [path / name for name in NAMES if (path / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{path}: holds no adapter, a file called {', '.join(NAMES)}"
+                                f"{foreign.found_instead(path)}")
+    return files[0]
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The entries of an adapter's configuration, and its tensors.
 
-    path: a file of ours or another tool's LoRA, the folder of a run, or a folder of the paper's.
-    Raises: FileNotFoundError, ValueError.
+    path: a file of ours or another tool's LoRA, the folder of a run, or one that the paper's code,
+    PEFT or diffusers has written. Raises: FileNotFoundError, ValueError.
     """
+    if not path.exists():
+        raise foreign.missing(path)
+    path = foreign.snapshot(path)
     if (path / "train_config.json").is_file():
         return research.read(path)
-    file = path / "adapter.safetensors" if path.is_dir() else path
+    file = file_of(path)
     stored = read_metadata(file).get("adapter")
     if stored is None:
         return lora.read(file)

@@ -1,85 +1,176 @@
-"""LoRA files of other tools: diffusers, ComfyUI, kohya's scripts.
+"""LoRA files of other tools: diffusers, ComfyUI, kohya's scripts, ai-toolkit, PEFT, XLabs, ...
 
-adapters.read() comes here with a file that train.py has not written.
+adapters.read() comes here with a file that train.py has not written. Trainers put many prefixes
+before a layer's name, and write it with dots or underscores: it is compared without either.
 """
 import math
 import re
+import sys
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dit import DiTConfig, FluxTransformer
 from support import layouts
-from support.files import json_object, read_metadata, read_tensors
+from support.files import json_object, read_json, read_metadata, read_tensors
 
-LORA = re.compile(r"(?:transformer\.|diffusion_model\.|base_model\.model\.|lora_unet_)?(.+)\."
-                  r"(?:lora_(A|B|down|up)(?:\.default)?\.weight|alpha)")
-LAYER = re.compile(r"((single_)?transformer_blocks\.\d+|time_text_embed|norm_out)\..+"
-                   r"|x_embedder|context_embedder|proj_out")                 # the folder's names
-KOHYA = {old.strip(".").replace(".", "_"): old.strip(".") for old in layouts.BFL_TRANSFORMER
-         if not old.endswith("scale")}                   # img_attn_qkv -> img_attn.qkv
+# to_q.lora_A.weight, to_q.lora_down.default.weight, to_q_lora.up.weight, qkv_lora1.down.weight
+FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?(\d?)[._](A|B|down|up)"
+                    r"(?:\.(?!bias)\w+)?(?:\.weight)?")
+ALPHA = re.compile(r"(.+?)(?:[._]lora)?\.(?:lora_)?alpha")
+TEXT = re.compile(r"(lora_)?(te\d?|text_encoders?(_\d)?|text_model|clip(_[lg])?|t5(xxl)?)[._].+")
+OTHERS = {"DoRA": r"dora_scale|lora_magnitude_vector", "LoKr": r"lokr_", "LoHa": r"hada_",
+          "OFT or BOFT": r"oft_", "LoCon's middle factor": r"lora_mid",
+          "changed biases or whole layers": r"\.bias$|diff(_b)?$|(set|reshape)_weight$"}
+PREFIX = "(?:base|model|module|orig|mod|diffusion|transformer|unet|dit|flux|lora|lycoris)*"
+OLDER = {"transformer_blocks.#.attn.to_out": "transformer_blocks.#.attn.to_out.0",   # diffusers'
+         "double_blocks.#.qkv1": "double_blocks.#.img_attn.qkv",             # and XLabs' processors
+         "double_blocks.#.qkv2": "double_blocks.#.txt_attn.qkv",
+         "double_blocks.#.proj1": "double_blocks.#.img_attn.proj",
+         "double_blocks.#.proj2": "double_blocks.#.txt_attn.proj",
+         "single_blocks.#.qkv": "single_blocks.#.img_attn.qkv",              # three of linear1's
+         "single_blocks.#.proj": "single_blocks.#.linear2"}
+# How PEFT begins where the base is changed too: such a file alone does not say what was trained.
+CHANGED = re.compile("(pissa|olora|loftq|corda).*")
+
+
+def bare(name: str) -> str:
+    """A module's name without separators."""
+    return re.sub("[._]", "", name.replace("processor", ""))
+
+
+@cache
+def known_layers() -> dict[str, str]:
+    """Bare name -> name, in the folder's layout or the original's; # is a block's number."""
+    with torch.device("meta"):
+        model = FluxTransformer(DiTConfig(64, 1, 1, 8, 1, 8, 8, (2, 2, 4), guidance_embeds=True))
+    ours = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    places = ("", "double_blocks.0.", "single_blocks.0.", "time_in.", "guidance_in.", "vector_in.")
+    table = layouts.BFL_TRANSFORMER
+    theirs = [f"{place}{key}".strip(".") for place in places for key in table
+              if key.startswith(("img_in", "txt_in", "final_layer")) == (not place)
+              and all(name.strip(".") in ours for name in layouts.folder_names(place + key, table))]
+    names = [re.sub(r"(?<=blocks\.)0", "#", name) for name in ours + theirs]
+    return {bare(name): name for name in names} | {bare(old): name for old, name in OLDER.items()}
+
+
+def layer_named(module: str) -> str | None:
+    """The layer that a trainer calls so, in the layout it speaks of; None for none."""
+    number = re.search(r"(?<=blocks)\d+", bare(module))
+    text = re.sub(r"(?<=blocks)\d+", "#", bare(module), count=1)
+    known = known_layers()
+    found = re.fullmatch(f"{PREFIX}({'|'.join(known)})", text)
+    return found and known[found[1]].replace("#", number[0] if number else "")
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    return any(map(LORA.fullmatch, names))
+    """Whether tensors' names are those of a LoRA, of any kind."""
+    others = "|".join(OTHERS.values())
+    return any(FACTOR.fullmatch(name) or ALPHA.fullmatch(name) or re.search(
+        rf"(lora|lycoris).*({others})", name) for name in names)
 
 
-def dotted(module: str) -> str:
-    """A module's name as kohya's tools write it, without dots -> with dots; others unchanged."""
-    name = re.sub(r"^(double|single)_blocks_(\d+)_", r"\1_blocks.\2.", module)
-    name = re.sub(r"^(time|guidance|vector)_in_(in|out)_layer$", r"\1_in.\2_layer", name)
-    block, dot, inner = name.rpartition(".")
-    return block + dot + KOHYA.get(inner, inner)
+def layers_in(file: Path) -> dict[str, dict[str, Tensor]]:
+    """What the file holds for each layer: A, B, alpha. Raises: ValueError naming a foreign key."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    tensors, left_out = read_tensors([file]), []
+    if not is_lora(tensors):
+        raise ValueError(f"{file}: is no adapter of train.py's, and no LoRA of another tool")
+    for name, t in tensors.items():
+        if TEXT.fullmatch(name):
+            left_out.append(name)
+            continue
+        for kind, pattern in OTHERS.items():
+            if re.search(pattern, name):
+                raise ValueError(f"{file}: {name} shows {kind}; only plain LoRA is read")
+        factor, alpha = FACTOR.fullmatch(name), ALPHA.fullmatch(name)
+        layer = (layer_named(factor[1] + factor[2]) if factor else
+                 layer_named(alpha[1]) if alpha else None)
+        if layer is None:
+            raise ValueError(f"{file}: {name} is no part of a LoRA for this transformer; no layer "
+                             "of it is called so")
+        kind = {"down": "A", "up": "B"}.get(factor[3], factor[3]) if factor else "alpha"
+        if kind in layers.setdefault(layer, {}):
+            raise ValueError(f"{file}: {name}: {layer} is there under two names")
+        layers[layer][kind] = t
+    if left_out and layers:
+        print(f"note: {file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are "
+              "left out; only those for the transformer are used", file=sys.stderr)
+    if not layers:
+        raise ValueError(f"{file}: holds no tensors for the transformer")
+    return layers
 
 
-def strength(module: str, found: dict[str, Tensor], told: dict, file: Path) -> float:
-    """What a layer's B A counts: alpha / r, with alpha beside it, in the metadata, or r itself."""
+def settings_of(file: Path) -> dict:
+    """PEFT's settings: in the file's own header (diffusers), or in adapter_config.json beside it.
+
+    Raises: ValueError for those with which the file alone is no plain LoRA.
+    """
+    told = json_object(read_metadata(file).get("lora_adapter_metadata") or "{}", file)
+    told = {key.removeprefix("transformer."): value for key, value in told.items()}
+    beside = file.with_name("adapter_config.json")
+    if not told and beside.is_file():
+        told = read_json(beside)
+    for wrong, why in (((told.get("peft_type") or "LORA") != "LORA", f"{told.get('peft_type')}"),
+                       (told.get("use_dora"), "DoRA"),
+                       (CHANGED.fullmatch(str(told.get("init_lora_weights"))),
+                        f"{told.get('init_lora_weights')}, which changes the model's own weights")):
+        if wrong:
+            raise ValueError(f"{file}: its settings say {why}; only plain LoRA is read")
+    return told
+
+
+def of_layer(told: dict, pattern: str, layer: str, otherwise: object) -> object:
+    """A layer's entry in alpha_pattern or rank_pattern, as PEFT reads them."""
+    return next((value for name, value in (told.get(pattern) or {}).items()
+                 if re.fullmatch(rf"(.*\.)?({name})", layer)), otherwise)
+
+
+def strength(layer: str, found: dict[str, Tensor], told: dict, file: Path) -> float:
+    """What a layer's B A counts: alpha / r, with alpha beside it, in the settings, or r itself."""
     rank = len(found["A"])
     try:
-        alpha = next((value for name, value in told.get("transformer.alpha_pattern", {}).items()
-                      if re.fullmatch(rf"(.*\.)?({name})", module)),        # as PEFT reads them
-                     told.get("transformer.lora_alpha", rank))
-        root = 0.5 if told.get("transformer.use_rslora") else 1
+        alpha = of_layer(told, "alpha_pattern", layer, told.get("lora_alpha", rank))
+        root = 0.5 if told.get("use_rslora") else 1
         scale = float(found.get("alpha", alpha)) / rank ** root
         if not math.isfinite(scale):
             raise ValueError(f"{scale}")
-        return scale
+        said = of_layer(told, "rank_pattern", layer, told.get("r", rank))
     except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError,
             re.error) as error:
-        raise ValueError(f"{file}: the alpha of {module} is no number ({error})") from None
+        raise ValueError(f"{file}: the alpha of {layer} is no number ({error})") from None
+    if "alpha" not in found and said != rank:
+        raise ValueError(f"{file}: {layer} has rank {rank}, its settings say {said}; so its "
+                         "strength is unknown")
+    return scale
 
 
 def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
-    """A LoRA of diffusers, ComfyUI or kohya -> our adapter's entries and tensors.
+    """A LoRA of another tool -> our adapter's entries and tensors.
 
     Layers of lower rank are filled up with zeros, and scales go into B, so that one rank serves
     all; on a fused layer the slices of B share an A. Raises: ValueError naming a foreign key.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, t in read_tensors([file]).items():
-        found = LORA.fullmatch(name)
-        layer = parts.setdefault(dotted(found[1]), {}) if found else {}
-        kind = found and {"down": "A", "up": "B", None: "alpha"}.get(found[2], found[2])
-        if not found or kind in layer:
-            raise ValueError(f"{file}: is no adapter of train.py's, and {name} is no part of a "
-                             "LoRA for this transformer, or is there twice")
-        layer[kind] = t
-    told = json_object(read_metadata(file).get("lora_adapter_metadata") or "{}", file)
+    layers, told = layers_in(file), settings_of(file)
+    silent = [layer for layer, found in layers.items() if "alpha" not in found]
+    if silent and "lora_alpha" not in told and "alpha_pattern" not in told:
+        print(f"note: {file}: no alpha is said for {len(silent)} of {len(layers)} layers; taken "
+              "as their rank, so that B A counts once", file=sys.stderr)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for module, found in parts.items():
+    for layer, found in layers.items():
         A, B = (found.get(side, torch.empty(0)) for side in "AB")            # none: refused
         if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() * B.numel():
-            raise ValueError(f"{file}: {module} needs lora_A (r, in) and lora_B (out, r)")
-        B = B.float() * strength(module, found, told, file)
+            raise ValueError(f"{file}: {layer} needs lora_A (r, in) and lora_B (out, r)")
+        B = B.float() * strength(layer, found, told, file)
         new = {name.removesuffix(".weight"): (A.float(), rows) for name, rows in
-               layouts.to_folder("transformer", {f"{module}.weight": B}).items()}
-        if not new or new.keys() & pairs.keys() or not all(map(LAYER.fullmatch, new)):
-            raise ValueError(f"{file}: {module} is no layer, or is there under two names")
+               layouts.to_folder("transformer", {f"{layer}.weight": B}).items()}
+        if new.keys() & pairs.keys():
+            raise ValueError(f"{file}: {layer} is there under two names")
         pairs |= new
-    if not pairs:
-        raise ValueError(f"{file}: holds no tensors")
     rank, tensors = max(len(A) for A, _ in pairs.values()), {}
     for name, (A, B) in pairs.items():
         tensors[f"{name}.lora_A"] = F.pad(A, (0, 0, 0, rank - len(A)))       # (rank, in)

@@ -52,9 +52,9 @@ def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
 
 
 FOREIGN = {
-    "is a Git LFS pointer.*git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+    "is a Git LFS pointer.*git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid a:1",
     "is a web page.*licence": b"\n  <HTML><head><title>Sign in</title></head></html>",
-    "is a web page, not": b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+    "is a web page, not": b"\xef\xbb\xbf<?xml version='1.0'?><Error>AccessDenied</Error>",
     "is text, perhaps a server's answer": b'{"error": "Invalid username or password."}',
     "server's answer": b"Entry not found",
     "GGUF is not read": b"GGUF\x03\0\0\0{" + bytes(100),
