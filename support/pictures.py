@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from support.colours import as_rgb, check_single, levels
 from support.files import replacing
 
 warnings.filterwarnings("ignore", module="PIL")          # large photographs are welcome, and what
 logging.getLogger("PIL").setLevel(logging.CRITICAL)      # is broken is an error in one line
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+HEIF = (".heic", ".heif", ".hif")                        # a phone's; Pillow alone reads none
+PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", *HEIF,
+            ".bmp", ".dib", ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pnm", ".qoi")
 
 
 ADDRESS = re.compile(r"\b(https?|ftp|s3|gs|file):/", re.I)
@@ -37,6 +40,8 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
     if path is not where and not os.path.isfile(source):  # Path.is_file minds names too long
         raise FileNotFoundError(f"{path}: {missing(str(source))}")
     try:
+        if str(source).lower().endswith(HEIF):
+            read_heif()
         with Image.open(source) as image:
             if max(image.size) >= 2 ** 16:               # no camera's: a broken or a hostile head
                 raise ValueError(f"it claims to have {image.width} x {image.height} pixels")
@@ -45,6 +50,16 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
             Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
         why = str(error).partition(" <")[0]              # without an object's address
         raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
+
+
+def read_heif() -> None:
+    """Have Pillow read .heic files. Raises: ValueError."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError("it needs pillow-heif: pip install pillow-heif; or save it as .jpg or "
+                         ".png") from None
+    register_heif_opener()
 
 
 def missing(path: str) -> str:
@@ -59,21 +74,14 @@ def missing(path: str) -> str:
 def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
     """Read any picture as a person would see it, in RGB. Raises: as open_picture() does.
 
-    EXIF rotation is applied, alpha is laid on white, palettes and 16-bit greys become 8-bit RGB.
+    EXIF rotation is applied, colours become sRGB of 8 bits (support/colours.py), alpha is laid on
+    white. What holds several pictures is refused.
     """
     with open_picture(source, where) as image:
-        if image.mode == "F":                            # nobody knows where its white is
-            raise ValueError("it holds floats; save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(image)
-        image.load()
-    if image.mode.startswith("I"):                       # 16-bit grey: 0..65535 -> 0..255
-        grey = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
+        check_single(image)
+        black, white = levels(image)
+        profile = image.info.get("icc_profile")
+        return as_rgb(ImageOps.exif_transpose(image), profile, black, white)
 
 
 def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:

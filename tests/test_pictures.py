@@ -1,9 +1,191 @@
 """support/pictures.py: files of any kind as a person sees them, sheets of several."""
+import struct
+import sys
+import types
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from support.pictures import fitted, grid, load_image
+
+WIDE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322],   # Adobe RGB (1998) at
+                 [0.01947, 0.06087, 0.74457]])                               # D50: RGB -> XYZ
+SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061],
+                 [0.01392, 0.09708, 0.71410]])
+GAMMA = 563 / 256
+
+
+def profile(space: bytes, **tags: bytes) -> bytes:
+    """An ICC profile of version 2, as its specification lays it out."""
+    table, body, start = b"", b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name.encode() + struct.pack(">II", start + len(body), len(content))
+        body += content.ljust(-(-len(content) // 4) * 4, b"\0")
+    light = struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1, 0.8249)))
+    head = struct.pack(">I4sI4s4s4s12x4s28x12s48x", start + len(body), b"test", 0x02400000, b"mntr",
+                       space, b"XYZ ", b"acsp", light)
+    return head + struct.pack(">I", len(tags)) + table + body
+
+
+def xyz(values: np.ndarray) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(v * 65536) for v in values))
+
+
+CURVE = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(GAMMA * 256))
+ADOBE = profile(b"RGB ", wtpt=xyz((0.9505, 1, 1.0891)), rXYZ=xyz(WIDE[:, 0]), gXYZ=xyz(WIDE[:, 1]),
+                bXYZ=xyz(WIDE[:, 2]), rTRC=CURVE, gTRC=CURVE, bTRC=CURVE)
+GREY = profile(b"GRAY", wtpt=xyz((0.9642, 1, 0.8249)), kTRC=b"curv\0\0\0\0" + struct.pack(
+    ">IH", 1, round(1.8 * 256)))                         # an old Macintosh's
+OURS = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def as_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] -> 0..255."""
+    curved = np.where(linear <= 0.0031308, 12.92 * linear,
+                      1.055 * np.clip(linear, 0, 1) ** (1 / 2.4) - 0.055)
+    return 255 * np.clip(curved, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "avif"])
+def test_colour_profiles_are_honoured(tmp_path: Path, kind: str) -> None:
+    """Adobe RGB by its own definition; a profile that is sRGB changes nothing at all."""
+    levels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    pixels = levels.repeat(16, 0).repeat(16, 1)          # large even ones: a JPEG keeps them
+    lossless = {} if kind in ("png", "tif") else {"quality": 100, "subsampling": 0} if (
+        kind == "jpg") else {"lossless": True} if kind == "webp" else {
+        "quality": 100, "subsampling": "4:4:4"}
+    for name, icc in (("wide", ADOBE), ("same", OURS), ("bare", None)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.{kind}", **lossless, icc_profile=icc)
+    wide, same, bare = (np.asarray(load_image(tmp_path / f"{name}.{kind}")).astype(float)
+                        for name in ("wide", "same", "bare"))
+    assert (same == bare).all()
+    wanted = as_srgb((bare / 255) ** GAMMA @ (np.linalg.inv(SRGB) @ WIDE).T)
+    assert np.abs(wide - wanted).max() < 2 and np.abs(wide - bare).max() > 20
+
+
+def test_profiles_of_greys_palettes_and_alpha(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    grey.save(tmp_path / "grey.png", icc_profile=GREY)
+    wanted = as_srgb((np.arange(256).reshape(16, 16, 1) / 255) ** 1.8)
+    assert np.abs(np.asarray(load_image(tmp_path / "grey.png")) - wanted).max() < 2
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    deep.save(tmp_path / "deep.png", icc_profile=GREY)
+    assert np.abs(np.asarray(load_image(tmp_path / "deep.png")) - wanted).max() < 2
+    for name, icc in (("wrong.png", ADOBE), ("plain.png", None)):            # another space's
+        grey.save(tmp_path / name, icc_profile=icc)
+    assert load_image(tmp_path / "wrong.png").tobytes() == load_image(
+        tmp_path / "plain.png").tobytes()
+    green = tuple(as_srgb((np.linalg.inv(SRGB) @ WIDE) @ (np.array([60, 200, 90]) / 255) ** GAMMA))
+    image = Image.new("RGBA", (4, 4), (60, 200, 90, 255))
+    image.putpixel((0, 0), (60, 200, 90, 0))
+    image.save(tmp_path / "alpha.png", icc_profile=ADOBE)
+    image.convert("RGB").quantize(4).save(tmp_path / "palette.png", transparency=9,
+                                             icc_profile=ADOBE)
+    alpha, palette = (load_image(tmp_path / f"{name}.png") for name in ("alpha", "palette"))
+    assert alpha.getpixel((0, 0)) == (255, 255, 255)
+    for found in (alpha, palette):
+        assert found.getpixel((2, 2)) == pytest.approx(green, abs=2)
+
+
+def test_other_spaces(tmp_path: Path) -> None:
+    """CIELAB by its own definition; without a profile, inks as Pillow mixes them."""
+    for lab, linear in (((128, 128, 128), 0.184), ((255, 128, 128), 1.0), ((0, 128, 128), 0.0)):
+        Image.new("LAB", (4, 4), lab).save(tmp_path / "lab.tif")
+        found = load_image(tmp_path / "lab.tif").getpixel((0, 0))
+        assert found == pytest.approx((float(as_srgb(np.array(linear))),) * 3, abs=2)
+    Image.new("LAB", (4, 4), (140, 190, 170)).save(tmp_path / "lab.tif")     # reddish
+    red, green, blue = load_image(tmp_path / "lab.tif").getpixel((0, 0))
+    assert red > 200 > green and red > blue
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "ink.tif")
+    assert load_image(tmp_path / "ink.tif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_broken_profiles_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", icc_profile=ADOBE[:200])
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg", icc_profile=b"no profile")
+    for name in ("a.png", "b.jpg"):
+        with pytest.raises(ValueError, match=f"{name}: .*colour profile is broken"):
+            load_image(tmp_path / name)
+
+
+def tiff(bits: int, photometric: int, form: int, pixels: bytes) -> bytes:
+    """A grey picture of two pixels."""
+    entries = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 122), (277, 1),
+               (279, len(pixels)), (339, form)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(
+        struct.pack("<HHIHxx", tag, 3, 1, value) for tag, value in entries) + bytes(4)
+    assert len(head) == 122
+    return head + pixels
+
+
+@pytest.mark.parametrize("bits, photometric, form, pixels, wanted", [
+    (16, 1, 1, struct.pack("<HH", 65535, 257 * 9), (255, 9)),
+    (16, 0, 1, struct.pack("<HH", 65535, 257 * 9), (0, 246)),                # white is 0
+    (8, 0, 1, bytes([255, 9]), (0, 246)), (12, 1, 1, bytes([0xff, 0xf8, 0x08]), (255, 128)),
+    (16, 1, 2, struct.pack("<hh", 9999, -5), "32 bits or with a sign"),
+    (32, 1, 1, struct.pack("<II", 2 ** 31, 5), "32 bits or with a sign"),
+    (32, 1, 3, struct.pack("<ff", 0.5, float("nan")), "floats"),
+    (16, 1, 3, bytes(4), "identify")])
+def test_depths_of_grey(tmp_path: Path, bits, photometric, form, pixels, wanted) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(bits, photometric, form, pixels))
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=f"a.tif: cannot be read.*{wanted}"):
+            load_image(tmp_path / "a.tif")
+    else:
+        found = load_image(tmp_path / "a.tif")
+        assert tuple(np.asarray(found)[0, :, 0]) == wanted
+
+
+def test_16_bits_of_colour_or_of_a_grey_that_is_clear(tmp_path: Path) -> None:
+    for kind, extra, values, wanted in (
+            (2, b"", (65535, 257 * 9, 0), (255, 9, 0)),
+            (6, b"", (65535, 257 * 9, 0, 65535), (255, 9, 0)), (4, b"", (257 * 9, 0), (255,) * 3),
+            (0, struct.pack(">H", 257 * 9), (257 * 9,), (255,) * 3),
+            (0, struct.pack(">H", 257 * 9 + 1), (257 * 9,), (9,) * 3)):
+        parts = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)), (b"tRNS", extra),
+                 (b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))),
+                 (b"IEND", b"")]
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            for name, body in parts if body or name == b"IEND"))
+        assert load_image(tmp_path / "a.png").getpixel((0, 0)) == wanted
+
+
+@pytest.mark.parametrize("kind, words", [("gif", "moves"), ("webp", "moves"), ("png", "moves"),
+                                         ("avif", "moves"), ("tiff", "several pages")])
+def test_files_of_several_pictures_are_refused(tmp_path: Path, kind: str, words: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=f"a.{kind}: .*{words}.*save the one"):
+        load_image(tmp_path / f"a.{kind}")
+    frames[0].save(tmp_path / f"b.{kind}")
+    assert load_image(tmp_path / f"b.{kind}").getpixel((0, 0))[0] > 250
+
+
+def test_a_camera_s_other_pictures_are_no_pages(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])
+    (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")      # as telephones call them
+    small = frames[1].resize((8, 8))
+    small.encoderinfo = {"tiffinfo": {254: 1}}           # a smaller copy
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    for name in ("a.jpg", "a.tif"):
+        assert load_image(tmp_path / name).getpixel((0, 0))[0] > 250
+
+
+def test_a_telephone_s_kind_needs_a_package(tmp_path: Path, monkeypatch) -> None:
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.HEIC")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ValueError, match="a.HEIC: .*pip install pillow-heif; or save it as"):
+        load_image(tmp_path / "a.HEIC")
+    asked: list[bool] = []
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(
+        register_heif_opener=lambda: asked.append(True)))
+    assert load_image(tmp_path / "a.HEIC").getpixel((0, 0)) == (255, 0, 0) and asked
 
 
 def test_pictures_are_read_as_a_person_sees_them(tmp_path):
