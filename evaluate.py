@@ -129,7 +129,7 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
 
 def main() -> None:
     args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS))
-    pipe = load_pipeline(adapter=options.adapter_path(args), **options.model_of(args))
+    pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
     if pipe.vae.config.sample_size != world.SIZE:
         raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")

@@ -70,10 +70,12 @@ class Conditioning:
     cond_ids: Tensor | None                              # (Q, 3)
 
 
-def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: str = "auto",
-                  dtype: str = "auto", encoders_stay: bool = False, weightless: bool = False,
-                  **others: Path | None) -> Pipeline:
-    """Read a model and any adapter given. others: as layouts.model_paths() takes them.
+def load_pipeline(model: str | Path, adapter: str | Path | list[tuple[Path, float]] | None = None,
+                  device: str = "auto", dtype: str = "auto", encoders_stay: bool = False,
+                  weightless: bool = False, **others: Path | None) -> Pipeline:
+    """Read a model and any adapter given, or several, each with its strength (1: as trained).
+
+    others: as layouts.model_paths() takes them.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
     visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
@@ -99,8 +101,9 @@ def load_pipeline(model: str | Path, adapter: str | Path | None = None, device: 
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype)
-    if adapter is not None:
-        pipe.adapter = weights.load_adapter(pipe.dit, Path(adapter))
+    chosen = adapter if isinstance(adapter, list) else [(Path(adapter), 1.0)] if adapter else []
+    if chosen:
+        pipe.adapter = weights.load_adapters(pipe.dit, chosen)
         for p in pipe.adapter.tensors().values():        # not the model's weights in its layers
             p.data = p.data.to(device)
     return pipe
@@ -179,8 +182,18 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
         t_now = torch.full((len(x),), t, device=pipe.device)                 # (B,)
         with torch.no_grad():
             v = velocity(pipe.dit, x.to(pipe.dtype), t_now, guidances, given, h, w, run)
+        if t == times[0]:
+            check_finite(v, "the transformer", pipe)
         x = x + (t_next - t) * v.float()
         yield dit.unpack(x, h, w)                        # (B, C, h, w)
+
+
+def check_finite(given: Tensor, part: str, pipe: Pipeline) -> None:
+    """Raises: ValueError where numbers are lost, of which a flat picture would be made."""
+    if not given.isfinite().all():
+        raise ValueError(f"{part} gives numbers that are not finite: in {pipe.dtype} they may have "
+                         "grown too large (try --dtype bfloat16 or float32), the adapter may be "
+                         "too strong, or a file of the model is damaged")
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:
@@ -205,6 +218,7 @@ def generate(pipe: Pipeline, given: Conditioning, noise: Tensor, steps: int = 28
                            total=steps, disable=not bar, leave=False)        # (B, C, h, w)
     with torch.no_grad(), offload.on_device(pipe.vae, pipe.device):
         pixels = pipe.vae.decode(latents.to(pipe.dtype)).float()             # (B, 3, H, W)
+    check_finite(pixels, "the autoencoder", pipe)
     pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()              # in 0..255, rounded
     return pixels.permute(0, 2, 3, 1).cpu().numpy(), routing_maps.last_weights(pipe.adapter)
 
@@ -281,7 +295,7 @@ def main() -> None:
     todo = jobs.plan(args)
     if not (args.export_lora or args.routing or any(job.outs for job in todo)):
         return
-    pipe = load_pipeline(adapter=options.adapter_path(args), **options.model_of(args))
+    pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
     if args.compile:
         devices.compile_blocks(pipe.dit)
     if args.export_lora:

@@ -14,6 +14,7 @@ Run: python weights.py tiny/model
 """
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -147,14 +148,29 @@ def load_adapter(model: FluxTransformer, path: Path) -> Adapter:
 
     Raises: FileNotFoundError, ValueError; the transformer is then as it was.
     """
+    return load_adapters(model, [(path, 1.0)])
+
+
+def load_adapters(model: FluxTransformer, chosen: list[tuple[Path, float]]) -> Adapter:
+    """Put saved adapters on the transformer as one, each with a strength: 1, as it was trained.
+
+    Raises: as load_adapter(); ValueError when more than one has experts.
+    """
+    saved = [(path, saved_adapter(model, path, strength)) for path, strength in chosen]
+    return adapters.combined(saved).insert(model).requires_grad_(False).eval()
+
+
+def saved_adapter(model: FluxTransformer, path: Path, strength: float) -> Adapter:
+    """A saved adapter for the transformer, not yet in it. Raises: as load_adapter()."""
     values, tensors = adapters.read(path)
     config = config_from(AdapterConfig, values, path, whole=True)
+    config = replace(config, alpha=config.alpha * strength, lora_alpha=config.lora_alpha * strength)
     try:
         adapter = build_adapter(model, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     adapters.fill_in(adapter, tensors, path)
-    return adapter.insert(model).requires_grad_(False).eval()
+    return adapter
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mole import Adapter
+from mole import Adapter, LoRALinear, MoLELinear
 from support import foreign, lora, research
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
 
@@ -43,10 +43,15 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     file = file_of(path)
     stored = read_metadata(file).get("adapter")
     if stored is None:
-        return lora.read(file)
-    config, tensors = json_object(stored, file).get("config"), read_tensors([file])
+        config, tensors = lora.read(file)
+    else:
+        config, tensors = json_object(stored, file).get("config"), read_tensors([file])
     if not isinstance(config, dict):
         raise ValueError(f"{file}: its adapter configuration is no JSON object")
+    for name, t in tensors.items():
+        if not t.float().isfinite().all():
+            raise ValueError(f"{file}: {name} holds numbers that are not finite: its training has "
+                             "diverged (take an earlier checkpoint), or the file is damaged")
     return config, tensors
 
 
@@ -58,6 +63,39 @@ def fill_in(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> 
                   {name: t.shape for name, t in tensors.items()}, where)
     for name, p in own.items():
         p.copy_(tensors[name])
+
+
+def has_experts(adapter: Adapter) -> bool:
+    return any(isinstance(layer, MoLELinear) for layer in adapter.layers.values())
+
+
+def combined(parts: list[tuple[Path, Adapter]]) -> Adapter:
+    """Several adapters as one; none is in the model yet, nor shall be but for this one.
+
+    On one layer, LoRAs are joined along their rank; beside experts a LoRA lies beneath, as part of
+    what they add to. Raises: ValueError for two with experts, whose instructions would differ.
+    """
+    routed = [path for path, part in parts if has_experts(part)]
+    if len(routed) > 1:
+        raise ValueError(f"--adapter: {routed[0]} and {routed[1]} both have experts; only one "
+                         "may, beside any number of plain LoRAs")
+    whole, *others = sorted((part for _, part in parts), key=has_experts, reverse=True)
+    for other in others:
+        for name, layer in other.layers.items():
+            known = whole.layers[name] if name in whole.layers else None
+            whole.layers[name] = with_lora(known, layer) if known else layer
+    return whole
+
+
+def with_lora(layer: LoRALinear | MoLELinear, other: LoRALinear) -> LoRALinear | MoLELinear:
+    """A layer that adds what another adapter's LoRA adds, too."""
+    if isinstance(layer, MoLELinear):
+        layer.base = with_lora(layer.base, other) if isinstance(layer.base, LoRALinear) else other
+        return layer
+    A = torch.cat([layer.lora_A, other.lora_A])                              # (r + r', in)
+    B = torch.cat([layer.scale * layer.lora_B, other.scale * other.lora_B], 1)
+    layer.lora_A, layer.lora_B, layer.scale = nn.Parameter(A), nn.Parameter(B), 1.0
+    return layer
 
 
 def write(adapter: Adapter, file: Path, **about: str) -> None:

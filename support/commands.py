@@ -28,8 +28,25 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+class Once(argparse.Action):
+    """Keeps an option's value. A second value would take the first's place unsaid: an error."""
+
+    def __call__(self, parser: "Parser", namespace: argparse.Namespace, values: object,
+                 option: str | None = None) -> None:
+        if self.dest in parser.given:
+            raise ValueError(f"{option or self.dest}: given twice, but it holds one value")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but what is wrong is a ValueError, which run() says in one line."""
+
+    def __init__(self, **about: object):
+        super().__init__(**about)
+        self.given: set[str] = set()                     # where values have been put
+        for name in (None, "store"):
+            self.register("action", name, Once)
 
     def error(self, message: str) -> None:
         raise ValueError(re.sub("^argument ([^:]+): ", r"\1 ", message))
@@ -53,6 +70,20 @@ POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
 NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
 FOLDER = checked(Path, Path.is_dir, "no such folder")
 NEW_FOLDER = checked(Path, lambda p: p.is_dir() or not p.exists(), "is a file, not a folder")
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH, as in lora.safetensors:0.8. Raises: ValueError for no such number."""
+    file, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists() or not re.fullmatch(r"[-+.\d].*|nan|inf\w*", number, re.I):
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not file or not math.isfinite(strength):
+        raise ValueError(f"--adapter {text}: write it as FILE:STRENGTH, for example {file}:0.8")
+    return Path(file), strength
 
 
 def size(text: str) -> tuple[int, int]:

@@ -21,7 +21,8 @@ def layer_as_lora(layer: LoRALinear | MoLELinear, routing: Routing) -> tuple[Ten
     """A (r, in) and B (out, r), scales within B, of what a layer adds to the frozen one.
 
     The mixture of one instruction is a LoRA of rank k r, the same at every token and step: the
-    kept experts stacked, with s w_e within B. Raises: ValueError when there is no such mixture.
+    kept experts stacked, with s w_e within B, and any LoRA that lies beneath the experts.
+    Raises: ValueError when there is no such mixture.
     """
     if isinstance(layer, LoRALinear):
         return layer.lora_A, layer.scale * layer.lora_B
@@ -32,7 +33,16 @@ def layer_as_lora(layer: LoRALinear | MoLELinear, routing: Routing) -> tuple[Ten
     layer.last_weights = w.detach()
     shares = (c.alpha / c.rank * w[0]).repeat_interleave(c.rank)
     kept = shares != 0                                                       # (E r,)
-    return layer.experts_A.T[kept], (layer.experts_B.T * shares)[:, kept]
+    A, B = layer.experts_A.T[kept], (layer.experts_B.T * shares)[:, kept]
+    if isinstance(layer.base, LoRALinear):               # another adapter's
+        below = layer_as_lora(layer.base, routing)
+        A, B = torch.cat([A, below[0].to(A)]), torch.cat([B, below[1].to(B)], 1)
+    return A, B
+
+
+def frozen(layer: LoRALinear | MoLELinear) -> nn.Linear:
+    """The model's own layer beneath those that adapt it."""
+    return layer.base.base if isinstance(layer.base, LoRALinear) else layer.base
 
 
 def as_lora(adapter: Adapter, txt: Tensor, pooled: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -53,27 +63,28 @@ def merged(model: nn.Module, adapter: Adapter, txt: Tensor, pooled: Tensor) -> I
     """
     pairs = as_lora(adapter, txt, pooled)
     layers = {name: model.get_submodule(name) for name in pairs}
-    kept = {name: layer.base.weight.data for name, layer in layers.items()}
+    kept = {name: frozen(layer).weight.data for name, layer in layers.items()}
     try:
         for name, (A, B) in pairs.items():
-            base, W = layers[name].base, kept[name]
+            base, W = frozen(layers[name]), kept[name]
             base.weight.data = torch.addmm(W.float(), B.detach(), A.detach()).to(W.dtype)
             model.set_submodule(name, base)
         yield
     finally:
         for name, layer in layers.items():
-            layer.base.weight.data = kept[name]
+            frozen(layer).weight.data = kept[name]
             model.set_submodule(name, layer)
 
 
 def mergeable(adapter: Adapter, instructions: int, device: torch.device) -> bool:
     """Whether the adapter is a plain LoRA here, and its layers can be added to, and kept twice."""
     layers = adapter.layers.values()
+    bases = [frozen(layer) for layer in layers]
     return (instructions == 1 and not any(getattr(layer, "by_token", False) for layer in layers)
-            and all(not isinstance(layer.base, NarrowLinear)
-                    and not hasattr(layer.base.weight, "placements")         # one of many parts
-                    and layer.base.weight.device.type == device.type for layer in layers)
-            and sum(layer.base.weight.nbytes for layer in layers) < devices.memory(device) / 2)
+            and all(not isinstance(base, NarrowLinear)
+                    and not hasattr(base.weight, "placements")               # one of many parts
+                    and base.weight.device.type == device.type for base in bases)
+            and sum(base.weight.nbytes for base in bases) < devices.memory(device) / 2)
 
 
 def write_instruction(adapter: Adapter | None, txt: Tensor, pooled: Tensor, file: Path) -> None:

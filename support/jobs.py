@@ -92,7 +92,7 @@ def check_lora(args: argparse.Namespace) -> None:
     """Raises: ValueError when --export-lora cannot be done."""
     lora = args.export_lora
     for wrong, why in ((args.batch, "needs one --instruction"),
-                       (args.adapter == "none", "needs an adapter"),
+                       (args.adapter == ["none"], "needs an adapter"),
                        (lora.suffix != ".safetensors", "its name must end in .safetensors"),
                        (lora.exists(), "exists already; name another file")):
         if wrong:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support import devices, layouts, resume
 from support.commands import (COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, STEPS,
-                              Parser, checked, size)
+                              Parser, checked, file_and_strength, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
 
@@ -39,16 +39,22 @@ def model_of(args: argparse.Namespace) -> dict[str, Path | str | None]:
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", help="adapter file or folder, or none; "
-                        "by default adapter.safetensors beside the model")
+    parser.add_argument("--adapter", action="append", metavar="FILE[:STRENGTH]",
+                        help="adapter file or folder, or none; by default adapter.safetensors "
+                        "beside the model; may be repeated: one with experts, any number without")
 
 
-def adapter_path(args: argparse.Namespace) -> Path | None:
-    """As named, where "none" means none; unnamed, adapter.safetensors beside the model, if any."""
-    if args.adapter:
-        return None if args.adapter == "none" else Path(args.adapter)
-    beside = args.model.parent / "adapter.safetensors"
-    return beside if beside.is_file() else None
+def adapters_of(args: argparse.Namespace) -> list[tuple[Path, float]]:
+    """Each as named, with its strength; unnamed, adapter.safetensors beside the model, if any.
+
+    Raises: ValueError for a strength that is no number, or for "none" beside another.
+    """
+    if not args.adapter:
+        beside = args.model.parent / "adapter.safetensors"
+        return [(beside, 1.0)] if beside.is_file() else []
+    if "none" in args.adapter and len(args.adapter) > 1:
+        raise ValueError("--adapter none: not together with another --adapter")
+    return [file_and_strength(text) for text in args.adapter if text != "none"]
 
 
 def add_compile(parser: argparse.ArgumentParser, first: str) -> None:

@@ -237,7 +237,8 @@ def test_export_alone_makes_no_picture_and_with_out_makes_one(tmp_path, monkeypa
     (["--adapter", "none"], "adapter"), (["--export-lora", "gone/a.safetensors"], "gone"),
     (["--export-lora", "a.png"], ".safetensors")])
 def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
-    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--export-lora",
-                              tmp_path / "a.safetensors", *arguments)
+    if "--export-lora" not in arguments:
+        arguments = [*arguments, "--export-lora", tmp_path / "a.safetensors"]
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
