@@ -35,7 +35,7 @@ from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
 from support import (caching, commands, devices, distributed, layouts, options, record, report,
-                     resume, routing_maps)
+                     resume, routing_maps, summary)
 from support.fp8 import check_device, to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
@@ -322,6 +322,7 @@ def main() -> None:
     bad: list[str] | None = [] if args.skip_bad else None
     sources = open_sources(args, bad)
     try:
+        summary.tell(args, sources)
         if args.dry_run is None:
             prepare(args, config, sources)
         elif int(os.environ.get("RANK", 0)) == 0:        # one speaks for all

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from mole import Adapter
 from support import devices, offload
+from support.summary import counted
 
-GB = 10 ** 9                                             # bytes
+GB, MB = 10 ** 9, 10 ** 6                                # bytes
 Optimizers = list[torch.optim.Optimizer]
 
 
@@ -69,6 +70,11 @@ def largest(batches: Iterator[list]) -> object:
     return found
 
 
+def in_words(size: int) -> str:
+    """Bytes, in megabytes where there are few."""
+    return f"{size / GB:7.2f} GB" if size >= GB / 10 else f"{size / MB:7.2f} MB"
+
+
 def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
          device: torch.device, adapt: Callable[[], tuple[Adapter, Optimizers]],
          loss_of: Callable[[int], Tensor], sample: object) -> None:
@@ -95,11 +101,12 @@ def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
     stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
     whole = max(first + (args.batch_size - 1) * (second - first), update)
     height, width = sample.target.shape[:2]
-    print(f"memory for a batch of {args.batch_size}, {width}x{height}, {len(sample.images)} "
-          f"references, {len(sample.conds)} conditions; the largest of 16 samples:")
+    print(f"memory for a batch of {args.batch_size}, {width}x{height}, "
+          f"{counted(len(sample.images), 'reference')}, {counted(len(sample.conds), 'condition')}; "
+          "the largest of 16 samples:")
     for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
                        ("optimizer", states), ("activations", whole - base - 2 * own - states),
                        ("text encoders, autoencoder", stay), ("together", whole + stay)):
-        print(f"  {name:27}{size / GB:7.2f} GB")
+        print(f"  {name:27}{in_words(size)}")
     most = 1 + int((room - stay - first) // (second - first)) if update + stay < room else 0
-    print(f"  largest batch in {room / GB:.1f} GB: {max(0, most)}")
+    print(f"  largest batch in {room / GB:.1f} GB: {max(0, most):,}")

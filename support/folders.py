@@ -19,7 +19,7 @@ def read_pairs(folder: Path, bad: list[str] | None, left_out: list[str]
 
     Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
     1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
-    left_out takes a line for what else is there.
+    left_out takes lines about what else is there; what is missing may be among it.
     """
     targets, given = pictures_in(folder), defaultdict(list)
     stems = {target.stem for target in targets}
@@ -29,41 +29,44 @@ def read_pairs(folder: Path, bad: list[str] | None, left_out: list[str]
         if path.stem in stems or not number.isdecimal():
             stem, number = path.stem, "-1"
         given[stem].append((int(number), f"control/{path.name}"))
+    used = {*targets, *(texts[stem] for stem in stems & texts.keys())}
+    used.update(folder / path for stem in stems & given.keys() for _, path in given[stem])
+    left_out.extend(unused(folder, used))
+    besides = "".join(f"; left out: {line}" for line in left_out) if bad is None else ""
     for target in targets:
         with skipping(bad):
             text, references = texts.get(target.stem), sorted(given.get(target.stem, ()))
             if not text or not text.is_file():
-                raise FileNotFoundError(f"{target}: its instruction is missing, {target.stem}.txt")
+                raise FileNotFoundError(f"{target}: its instruction is missing, {target.stem}.txt"
+                                        f"{besides}")
             if given and not references:
-                raise FileNotFoundError(f"{target}: its reference is missing in control/")
+                raise FileNotFoundError(f"{target}: its reference is missing in control/{besides}")
             yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
                                 "images": [path for _, path in references]}
-    used = {*targets, *(texts[stem] for stem in stems & texts.keys())}
-    used.update(folder / path for stem in stems & given.keys() for _, path in given[stem])
-    left_out.extend(unused(folder, used))
 
 
 def unused(folder: Path, used: set[Path]) -> list[str]:
-    """Lines that count and name what in a folder, and in its control/, is not used."""
-    there = [file for place in (folder, folder / "control") for file in sorted(place.glob("[!.]*"))
-             if file.name.lower() not in RUBBISH and file not in used]
+    """Lines that count and name the files in a folder and its control/, and pictures below it."""
+    control, files, below = folder / "control", [], []
+    there = [path for place in (folder, control) for path in sorted(place.glob("[!.]*"))
+             if path.name.lower() not in RUBBISH and path not in used and path != control]
+    for path in there:
+        if path.is_dir():
+            below += [file for file in sorted(path.rglob("[!.]*"))
+                      if file.suffix.lower() in PICTURES]
+        else:
+            files.append(path)
     lines = []
-    if files := [str(file.relative_to(folder)) for file in there if not file.is_dir()]:
-        lines.append(f"files, {few(files)}: neither a picture with a caption, nor a caption or a "
-                     "reference of one")
-    folders = [f"{file.relative_to(folder)}/ ({pictures_below(file)} pictures)" for file in there
-               if file.is_dir() and file != folder / "control"]
-    if folders:
-        lines.append(f"folders, {few(folders)}: name each with a --data of its own, or list the "
-                     "pictures in a metadata.jsonl")
+    if files:
+        lines.append(f"files, {few(files, folder)}: neither a picture with a caption, nor a "
+                     "caption or a reference of one")
+    if below:
+        lines.append(f"pictures in folders below, {few(below, folder)}: name each folder with a "
+                     "--data of its own, or list the pictures in a metadata.jsonl")
     return lines
 
 
-def few(names: list[str]) -> str:
+def few(files: list[Path], folder: Path) -> str:
     """Their number, and the first of them."""
-    more = ", ..." if len(names) > EXAMPLES else ""
-    return f"{len(names)} ({', '.join(names[:EXAMPLES])}{more})"
-
-
-def pictures_below(folder: Path) -> int:
-    return sum(file.suffix.lower() in PICTURES for file in folder.rglob("[!.]*"))
+    names = [str(file.relative_to(folder)) for file in files[:EXAMPLES]]
+    return f"{len(files):,} ({', '.join(names)}{', ...' if len(files) > EXAMPLES else ''})"

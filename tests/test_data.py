@@ -266,6 +266,30 @@ def test_a_folder_without_metadata(tmp_path):
     assert all(references == 0 for *_, references, _ in told(data.Folder(tmp_path)))
 
 
+def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
+    """Counted, with examples; what systems leave in folders is not."""
+    for part in ("control", "set 2/deep", "notes", "__MACOSX"):
+        (tmp_path / part).mkdir(parents=True)
+    for name in ("a.jfif", "b.AVIF", "c.ppm", "control/a.png", "control/b_1.tga", "control/c.jpe",
+                 "control/d.png", "set 2/1.png", "set 2/deep/2.png"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    for name in ("a.TXT", "b.txt", "c.txt", "e.txt", "f.caption", "g.psd", "h.mp4", "Thumbs.db",
+                 "desktop.ini", ".DS_Store", "control/Thumbs.db", "notes/x.txt", "control/n.json"):
+        (tmp_path / name).write_text("make it red")
+    source = data.Folder(tmp_path)
+    assert [[path.name for path in row.paths] for row in source.checked_rows()] == [
+        ["a.jfif", "a.png"], ["b.AVIF", "b_1.tga"], ["c.ppm", "c.jpe"]]
+    files, folders = source.left_out
+    assert re.match(r"files, 6 \(e.txt, f.caption, g.psd, ...\): neither", files)
+    assert re.match(r"pictures in folders below, 2 \(set 2/1.png, set 2/deep/2.png\): ", folders)
+    for name in ("e.txt", "f.caption", "g.psd", "h.mp4", "control/n.json", "control/d.png"):
+        (tmp_path / name).unlink()
+    assert len(data.Folder(tmp_path).left_out) == 1
+    (tmp_path / "b.txt").rename(tmp_path / "b.caption")
+    with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt; left out: .*b.caption"):
+        data.Folder(tmp_path)
+
+
 def test_missing_or_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no data.*metadata.jsonl"):
         data.Folder(tmp_path)

@@ -1,0 +1,91 @@
+"""What a training understood of its data: told at its start, and by --dry-run.
+
+train.main() calls tell() before any weight is read.
+"""
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterable
+
+from support import layouts
+from text_encoder import T5Tokenizer
+
+SHOWN = 3                                                # of what there is many of
+
+
+def counted(number: int, what: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def about(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def commonest(found: Counter[str]) -> str:
+    """The first of them, with how often each is there, and how many others there are."""
+    told = [f"{name} ({number:,})" for name, number in found.most_common(SHOWN)]
+    if len(found) > SHOWN:
+        told.append(f"{len(found) - SHOWN:,} more")
+    return ", ".join(told)
+
+
+def told_cut(texts: Iterable[str], tokens: T5Tokenizer) -> str | None:
+    """A line about texts that are longer than the model reads; None if there are none.
+
+    texts: of all rows; those of several rows count as often.
+    """
+    found = Counter(texts)
+    cut = [text for text in found if tokens.cuts(text)]
+    if not cut:
+        return None
+    first = cut[0] if len(cut[0]) <= 60 else f"{cut[0][:60]}..."
+    return (f"the ends of {counted(sum(found[text] for text in cut), 'text')} are lost: the model "
+            f"reads {tokens.length} tokens; the first: {' '.join(first.split())}")
+
+
+def rows_of(source: object) -> list[str]:
+    """Lines about a folder's rows: what they are given, their sizes, what is not used."""
+    rows = list(source.checked_rows())
+    given = Counter(counted(row.natives, "reference") + (
+        f" and {counted(len(row.paths) - 1 - row.natives, 'condition')}"
+        if len(row.paths) - 1 > row.natives else "") for row in rows)
+    sizes = Counter(f"{width}x{height}" for width, height in (row.sizes[0] for row in rows))
+    lines = [f"rows with {commonest(given)}", f"targets of {commonest(sizes)}"]
+    if source.unread:
+        lines.append(f"left unread, entries without a known name: {commonest(source.unread)}")
+    return lines + [f"left out: {line}" for line in source.left_out]
+
+
+def per_batch(source: object, size: int) -> tuple[int, float]:
+    """A source's rows, and how many of them a batch of `size` has on average."""
+    if hasattr(source, "checked_rows"):                  # a folder: a batch is of one group
+        groups = [len(rows) for rows in source.groups.values()]
+        return sum(groups), sum(n * min(size, n) for n in groups) / sum(groups)
+    counts = source.conditions                           # a public set: n conditions, size // n
+    return sum(source.sizes), sum(max(1, size // n) for n in counts) / len(counts)
+
+
+def tell(args: argparse.Namespace, sources: list[tuple[object, float]]) -> None:
+    """Print what each source holds and how long a pass over it takes; one process speaks for all.
+
+    sources: with their weights. Raises: FileNotFoundError, ValueError for a broken tokenizer.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    tokens = T5Tokenizer(layouts.model_paths(
+        args.model, args.tokenizers, vae=args.vae, text_encoder=args.text_encoder,
+        text_encoder_2=args.text_encoder_2)["tokenizer_2"])
+    batches = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))         # in each step
+    for name, (source, weight) in zip(args.data, sources, strict=True):
+        if not hasattr(source, "contents"):
+            print(f"{name}: samples without end")
+            continue
+        rows, mean = per_batch(source, args.batch_size)
+        steps = rows / mean / batches * sum(w for _, w in sources) / weight
+        print(f"{name}: {counted(rows, 'row')}; a pass over them takes about "
+              f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch; "
+              f"{counted(args.steps, 'step')}: {about(args.steps / steps)} passes")
+        if hasattr(source, "checked_rows"):
+            cut = told_cut((row.instruction for row in source.checked_rows()), tokens)
+            print(*(f"  {line}" for line in rows_of(source) + ([cut] if cut else [])), sep="\n")
