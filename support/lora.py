@@ -74,8 +74,11 @@ def is_lora(names: Iterable[str]) -> bool:
         rf"(lora|lycoris).*({others})", name) for name in names)
 
 
-def layers_in(file: Path) -> dict[str, dict[str, Tensor]]:
-    """What the file holds for each layer: A, B, alpha. Raises: ValueError naming a foreign key."""
+def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """What the file holds for each layer (A, B, alpha), and names of text encoders' tensors.
+
+    Raises: ValueError naming a foreign key, or a layer without both factors.
+    """
     layers: dict[str, dict[str, Tensor]] = {}
     tensors, left_out = read_tensors([file]), []
     if not is_lora(tensors):
@@ -97,12 +100,13 @@ def layers_in(file: Path) -> dict[str, dict[str, Tensor]]:
         if kind in layers.setdefault(layer, {}):
             raise ValueError(f"{file}: {name}: {layer} is there under two names")
         layers[layer][kind] = t
-    if left_out and layers:
-        print(f"note: {file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are "
-              "left out; only those for the transformer are used", file=sys.stderr)
     if not layers:
         raise ValueError(f"{file}: holds no tensors for the transformer")
-    return layers
+    for layer, found in layers.items():
+        A, B = (found.get(side, torch.empty(0)) for side in "AB")            # none: refused
+        if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() * B.numel():
+            raise ValueError(f"{file}: {layer} needs lora_A (r, in) and lora_B (out, r)")
+    return layers, left_out
 
 
 def settings_of(file: Path) -> dict:
@@ -149,24 +153,31 @@ def strength(layer: str, found: dict[str, Tensor], told: dict, file: Path) -> fl
     return scale
 
 
+def ranks_and_strengths(file: Path) -> list[tuple[int, float]]:
+    """Of each layer, as the file says them. Raises: as read() does."""
+    layers, told = layers_in(file)[0], settings_of(file)
+    return [(len(found["A"]), strength(layer, found, told, file))
+            for layer, found in layers.items()]
+
+
 def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
     """A LoRA of another tool -> our adapter's entries and tensors.
 
     Layers of lower rank are filled up with zeros, and scales go into B, so that one rank serves
     all; on a fused layer the slices of B share an A. Raises: ValueError naming a foreign key.
     """
-    layers, told = layers_in(file), settings_of(file)
+    (layers, left_out), told = layers_in(file), settings_of(file)
+    if left_out:
+        print(f"note: {file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are "
+              "left out; only those for the transformer are used", file=sys.stderr)
     silent = [layer for layer, found in layers.items() if "alpha" not in found]
     if silent and "lora_alpha" not in told and "alpha_pattern" not in told:
         print(f"note: {file}: no alpha is said for {len(silent)} of {len(layers)} layers; taken "
               "as their rank, so that B A counts once", file=sys.stderr)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, found in layers.items():
-        A, B = (found.get(side, torch.empty(0)) for side in "AB")            # none: refused
-        if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() * B.numel():
-            raise ValueError(f"{file}: {layer} needs lora_A (r, in) and lora_B (out, r)")
-        B = B.float() * strength(layer, found, told, file)
-        new = {name.removesuffix(".weight"): (A.float(), rows) for name, rows in
+        B = found["B"].float() * strength(layer, found, told, file)
+        new = {name.removesuffix(".weight"): (found["A"].float(), rows) for name, rows in
                layouts.to_folder("transformer", {f"{layer}.weight": B}).items()}
         if new.keys() & pairs.keys():
             raise ValueError(f"{file}: {layer} is there under two names")
