@@ -37,9 +37,10 @@ def folder(tmp_path):
 
 def command(monkeypatch, out: Path, source: object, *rest: object) -> dict[str, torch.Tensor]:
     monkeypatch.setattr(train, "previews", lambda *_: {})
+    rest = rest if "--batch-size" in rest else ("--batch-size", 2, *rest)
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(source), "--steps", "6", "--lr",
-                                      "1e-3", "--batch-size", "2", "--method", "lora", "--out",
-                                      str(out), *map(str, rest)])
+                                      "1e-3", "--method", "lora", "--out", str(out),
+                                      *map(str, rest)])
     commands.run(train.main)
     return load_file(out / "adapter.safetensors")
 
