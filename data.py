@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from support.folders import read_pairs
+from support.folders import read_pairs, unnamed, unused
 from support.names import check_unread, ours
 from support.pictures import fitted, load_image, pictures_in, resize, to_tensor
 from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_text,
@@ -94,9 +94,10 @@ class Folder:
         files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
         file = next(filter(Path.is_file, files), None)
         if file is None and not pictures_in(path):
+            there = "".join(f"; there are {line}" for line in unused(path, set()))
             raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
                                     "a data folder needs metadata.jsonl, metadata.csv, or pictures "
-                                    "with .txt files")
+                                    f"with .txt files{there}")
         own_bad = None if bad is None else []            # counted before it joins the others'
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
         self.unread, self.left_out = Counter[str](), list[str]()
@@ -105,6 +106,8 @@ class Folder:
             with skipping(own_bad):
                 row = self.checked(line, folder, root, where)
                 self.groups.setdefault((row.natives, *row.sizes), []).append(row)
+        if path.is_dir() and file:
+            self.left_out += unnamed(folder, file, (row.paths for row in self.checked_rows()))
         if own_bad:
             check_few(own_bad, len(own_bad) + sum(map(len, self.groups.values())))
             bad.extend(own_bad)
@@ -118,7 +121,7 @@ class Folder:
         images, conds = (row_paths(line, name, where) for name in ("images", "conds"))
         paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
         check_unread(rest, folder, paths, where)
-        self.unread.update(rest.keys())
+        self.unread.update(name for name, value in rest.items() if value not in (None, "", []))
         found = [load_image(path, where).size for path in paths]             # finds broken ones
         sizes = [self.size or fitted(size) for size in found]
         if images:

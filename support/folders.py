@@ -1,9 +1,11 @@
-"""A folder of pictures without metadata: which are targets, captions, references, and what is left.
+"""What lies in a folder of pictures: targets, captions, references, and what is left out.
 
-data.Folder reads such folders here, and what it left out is told by support/summary.py.
+data.Folder reads folders without metadata here; what is left out is told by support/summary.py.
 """
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from support.pictures import PICTURES, pictures_in
@@ -45,6 +47,17 @@ def read_pairs(folder: Path, bad: list[str] | None, left_out: list[str]
                                 "images": [path for _, path in references]}
 
 
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder, however deep, but for what is hidden or a system's."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders
+                            if name[0] != "." and name.lower() not in RUBBISH)
+        found += [Path(place, name) for name in sorted(names)
+                  if name[0] != "." and name.lower().endswith(PICTURES)]
+    return found
+
+
 def unused(folder: Path, used: set[Path]) -> list[str]:
     """Lines that count and name the files in a folder and its control/, and pictures below it."""
     control, files, below = folder / "control", [], []
@@ -52,8 +65,7 @@ def unused(folder: Path, used: set[Path]) -> list[str]:
              if path.name.lower() not in RUBBISH and path not in used and path != control]
     for path in there:
         if path.is_dir():
-            below += [file for file in sorted(path.rglob("[!.]*"))
-                      if file.suffix.lower() in PICTURES]
+            below += pictures_below(path)
         else:
             files.append(path)
     lines = []
@@ -63,6 +75,17 @@ def unused(folder: Path, used: set[Path]) -> list[str]:
     if below:
         lines.append(f"pictures in folders below, {few(below, folder)}: name each folder with a "
                      "--data of its own, or list the pictures in a metadata.jsonl")
+    return lines
+
+
+def unnamed(folder: Path, table: Path, rows: Iterable[list[Path]]) -> list[str]:
+    """Lines about what a table in a folder, with rows of such paths, does not name."""
+    named, other = set(chain.from_iterable(rows)), folder / "metadata.csv"
+    folder = Path(os.path.abspath(folder))               # as rows have their paths
+    lines = [f"{other.name}, as {table.name} is there"] if other.is_file() and (
+        other.name != table.name) else []
+    if rest := [path for path in pictures_below(folder) if path not in named]:
+        lines.append(f"pictures that no row names, {few(rest, folder)}")
     return lines
 
 

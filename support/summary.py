@@ -4,6 +4,7 @@ train.main() calls tell() before any weight is read.
 """
 import argparse
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 
@@ -18,13 +19,20 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def say(line: str) -> None:
+    """Print a line, whatever is in it: names may hold no text, terminals may not know letters."""
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(shown.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def about(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def commonest(found: Counter[str]) -> str:
     """The first of them, with how often each is there, and how many others there are."""
-    told = [f"{name} ({number:,})" for name, number in found.most_common(SHOWN)]
+    told = [f"{name[:60]} ({number:,})" for name, number in found.most_common(SHOWN)]
     if len(found) > SHOWN:
         told.append(f"{len(found) - SHOWN:,} more")
     return ", ".join(told)
@@ -79,13 +87,14 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]]) -> None:
     batches = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))         # in each step
     for name, (source, weight) in zip(args.data, sources, strict=True):
         if not hasattr(source, "contents"):
-            print(f"{name}: samples without end")
+            say(f"{name}: samples without end")
             continue
         rows, mean = per_batch(source, args.batch_size)
         steps = rows / mean / batches * sum(w for _, w in sources) / weight
-        print(f"{name}: {counted(rows, 'row')}; a pass over them takes about "
-              f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch; "
-              f"{counted(args.steps, 'step')}: {about(args.steps / steps)} passes")
+        say(f"{name}: {counted(rows, 'row')}; a pass over them takes about "
+            f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch; "
+            f"{counted(args.steps, 'step')}: {about(args.steps / steps)} passes")
         if hasattr(source, "checked_rows"):
             cut = told_cut((row.instruction for row in source.checked_rows()), tokens)
-            print(*(f"  {line}" for line in rows_of(source) + ([cut] if cut else [])), sep="\n")
+            for line in rows_of(source) + ([cut] if cut else []):
+                say(f"  {line}")

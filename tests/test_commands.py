@@ -298,6 +298,15 @@ def test_rows_of_training_data_are_a_batch(tmp_path, capsys):
     assert "2 rows name a target; it is not looked at" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("given, words", [
+    ("https://a.b/c.png", "is an address; save that picture"), (".", "is a folder; name one")])
+def test_what_is_no_picture_file_is_named(tmp_path, monkeypatch, capsys, given, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--image", given)
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_compiling_needs_a_compiler(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", "make it red", "--compile")

@@ -293,6 +293,11 @@ def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
 def test_missing_or_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no data.*metadata.jsonl"):
         data.Folder(tmp_path)
+    (tmp_path / "10_cat").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "10_cat/1.png")
+    (tmp_path / "metadata.json").write_text("[]")
+    with pytest.raises(FileNotFoundError, match="no data.*metadata.json.* below, 1 .10_cat/1.png"):
+        data.Folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="gone: not found.*metadata.jsonl"):
         data.Folder(tmp_path / "gone")
     with pytest.raises(ValueError, match="no rows"):

@@ -18,15 +18,15 @@ SRGB = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061],
 GAMMA = 563 / 256
 
 
-def profile(space: bytes, **tags: bytes) -> bytes:
+def profile(space: bytes, kind: bytes = b"mntr", pcs: bytes = b"XYZ ", **tags: bytes) -> bytes:
     """An ICC profile of version 2, as its specification lays it out."""
     table, body, start = b"", b"", 132 + 12 * len(tags)
     for name, content in tags.items():
         table += name.encode() + struct.pack(">II", start + len(body), len(content))
         body += content.ljust(-(-len(content) // 4) * 4, b"\0")
     light = struct.pack(">iii", *(round(v * 65536) for v in (0.9642, 1, 0.8249)))
-    head = struct.pack(">I4sI4s4s4s12x4s28x12s48x", start + len(body), b"test", 0x02400000, b"mntr",
-                       space, b"XYZ ", b"acsp", light)
+    head = struct.pack(">I4sI4s4s4s12x4s28x12s48x", start + len(body), b"test", 0x02400000, kind,
+                       space, pcs, b"acsp", light)
     return head + struct.pack(">I", len(tags)) + table + body
 
 
@@ -39,6 +39,12 @@ ADOBE = profile(b"RGB ", wtpt=xyz((0.9505, 1, 1.0891)), rXYZ=xyz(WIDE[:, 0]), gX
                 bXYZ=xyz(WIDE[:, 2]), rTRC=CURVE, gTRC=CURVE, bTRC=CURVE)
 GREY = profile(b"GRAY", wtpt=xyz((0.9642, 1, 0.8249)), kTRC=b"curv\0\0\0\0" + struct.pack(
     ">IH", 1, round(1.8 * 256)))                         # an old Macintosh's
+# Inks of which each, on its own, is the same middle grey (L = 50), black black, and nothing white.
+INKS = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(
+    ">9i", *(65536 * (i % 4 == 0) for i in range(9))) + bytes(range(256)) * 4 + b"".join(
+    bytes([255 if i == 0 else 0 if i % 2 else 128, 128, 128]) for i in range(16)
+    ) + bytes(range(256)) * 3
+PRESS = profile(b"CMYK", b"prtr", b"Lab ", wtpt=xyz((0.9642, 1, 0.8249)), A2B0=INKS)
 OURS = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -101,6 +107,13 @@ def test_other_spaces(tmp_path: Path) -> None:
     assert red > 200 > green and red > blue
     Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "ink.tif")
     assert load_image(tmp_path / "ink.tif").getpixel((0, 0)) == (255, 0, 0)
+    middle = float(as_srgb(np.array(0.184)))
+    for kind in ("jpg", "tif"):
+        for inks, grey in (((0, 0, 0, 0), 255), ((255, 0, 0, 0), middle), ((0, 255, 0, 0), middle),
+                           ((0, 0, 0, 255), 0)):
+            Image.new("CMYK", (16, 16), inks).save(tmp_path / f"ink.{kind}", icc_profile=PRESS)
+            found = load_image(tmp_path / f"ink.{kind}").getpixel((8, 8))
+            assert found == pytest.approx((grey,) * 3, abs=3)
 
 
 def test_broken_profiles_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 """support/summary.py: what a training says of its data at its start."""
+import io
 import json
 import sys
 from pathlib import Path
@@ -67,6 +68,35 @@ def test_what_is_left_out_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "b.caption").write_text("a")
     lines = told(monkeypatch, capsys, "--data", tmp_path).splitlines()
     assert lines[-1].startswith("  left out: files, 1 (b.caption): ") and len(lines) == 4
+
+
+def test_what_a_table_does_not_name_is_told(folder: Path, monkeypatch, capsys) -> None:
+    assert "left out" not in told(monkeypatch, capsys, "--data", folder)
+    (folder / "metadata.csv").write_text("target,text\na.png,a\n")
+    (folder / "sub").mkdir()
+    (folder / "sub/.hidden").mkdir()
+    for name in ("d.jpg", ".d.jpg", ".hidden/d.jpg"):
+        Image.new("RGB", (32, 32)).save(folder / "sub" / name)
+    monkeypatch.chdir(folder)
+    first, second = [line for line in told(monkeypatch, capsys, "--data", ".").splitlines()
+                     if "left out" in line]
+    assert first == "  left out: metadata.csv, as metadata.jsonl is there"
+    assert second == "  left out: pictures that no row names, 1 (sub/d.jpg)"
+
+
+def test_no_name_and_no_terminal_stops_it(tmp_path: Path, monkeypatch) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(
+        {"target": "a.png", "text": "\u00e4\u6f22\n" * 60, "\ud800\x1b[2J": 1, "\u6f22": 2}))
+    file = io.TextIOWrapper(io.BytesIO(), "cp1252")      # what some terminals speak
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tmp_path), "--out", "gone"])
+    args = train_options(["lora"], ["coco"])
+    summary.tell(args, train.open_sources(args, None))
+    file.flush()
+    written = file.buffer.getvalue().decode("cp1252")
+    assert written.count("\n") == 5 and "\ud800" not in written and "\x1b" not in written
+    assert "\\ud800\\x1b[2J (1), \\u6f22 (1)" in written and "\u00e4\\u6f22" in written
 
 
 def test_training_and_its_dry_run_say_it(folder: Path, monkeypatch, capsys) -> None:
