@@ -4,11 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 import train
-from helpers import MODEL
+from helpers import MODEL, SETS
 from support import summary
 from support.options import train_options
 from text_encoder import T5Tokenizer
@@ -60,6 +62,16 @@ def test_a_pass_counts_weights_processes_and_accumulation(folder: Path, monkeypa
     assert lines[-1] == "tiny:3: samples without end"
     monkeypatch.setenv("RANK", "1")                      # one process speaks for all
     assert told(monkeypatch, capsys, "--data", "tiny") == ""
+
+
+def test_a_public_set_is_told_of(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With one, two or three conditions a batch of 6 has 6, 3 or 2 rows."""
+    rows = SETS["subjectspatial"]()[:2] * 11
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert told(monkeypatch, capsys, "--data", f"subjectspatial={tmp_path}", "--batch-size", 6,
+                "--steps", 12).splitlines() == [
+        f"subjectspatial={tmp_path}: 22 rows; a pass over them takes about 6 steps, 3.7 in a "
+        "batch; 12 steps: 2 passes"]
 
 
 def test_what_is_left_out_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
