@@ -86,7 +86,10 @@ def missing(path: Path) -> FileNotFoundError:
     if path.is_symlink():
         return FileNotFoundError(f"{path}: is a link to {path.readlink()}, which is not there; "
                                  f"{AGAIN}")
-    if name and not path.parent.exists() and not path.suffix == ".safetensors":
+    if re.search(r"-\d+-of-\d+\.", path.name):
+        return FileNotFoundError(f"{path}: no such file, though the index beside it names it; the "
+                                 "same `hf download` again fetches what is missing")
+    if name and not path.parent.exists() and path.suffix != ".safetensors":
         return FileNotFoundError(
             f"{path}: no such file or folder; if it is a repository at Hugging Face, fetch it "
             f"first, hf download {name[1]} --local-dir {name[2]}, then name the folder {name[2]}")

@@ -187,6 +187,16 @@ def test_peft_settings_that_say_more_than_a_lora_are_refused(tmp_path: Path, set
         load_adapter(dit.FluxTransformer(DIT), peft(tmp_path / "peft", **settings))
 
 
+def test_a_folder_of_diffusers_is_read_and_one_of_pickles_is_named(tmp_path: Path) -> None:
+    told = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 1})
+    file = written(tmp_path / "pytorch_lora_weights.safetensors", lora_adapter_metadata=told)
+    adapter = load_adapter(dit.FluxTransformer(DIT), tmp_path)
+    assert torch.equal(adapter.layers[LAYER.replace(".", "/")].lora_B, B / 2)
+    file.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="holds no adapter.*adapter_model.bin is not read"):
+        load_adapter(dit.FluxTransformer(DIT), tmp_path)
+
+
 def test_a_strength_that_is_assumed_is_said(tmp_path: Path, capsys) -> None:
     _, tensors = lora.read(written(tmp_path / "a.safetensors"))
     assert torch.equal(tensors[f"{LAYER}.lora_B"], B)
