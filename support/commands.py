@@ -75,13 +75,14 @@ NEW_FOLDER = checked(Path, lambda p: p.is_dir() or not p.exists(), "is a file, n
 def file_and_strength(text: str) -> tuple[Path, float]:
     """FILE or FILE:STRENGTH, as in lora.safetensors:0.8. Raises: ValueError for no such number."""
     file, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists() or not re.fullmatch(r"[-+.\d].*|nan|inf\w*", number, re.I):
+    meant = file and (Path(file).exists() or re.match(r"[-+.\d]|nan$|inf", number, re.IGNORECASE))
+    if not colon or not meant or Path(text).exists():    # the colon is the name's own
         return Path(text), 1.0
     try:
         strength = float(number)
     except ValueError:
         strength = math.nan
-    if not file or not math.isfinite(strength):
+    if not math.isfinite(strength):
         raise ValueError(f"--adapter {text}: write it as FILE:STRENGTH, for example {file}:0.8")
     return Path(file), strength
 

@@ -141,6 +141,7 @@ def test_the_command_takes_several_with_strengths(tmp_path: Path, monkeypatch, c
 @pytest.mark.parametrize("named, words", [
     (["none", OURS], "not together"), ([f"{OURS}:1e999"], "FILE:STRENGTH"),
     ([f"{OURS}:nan"], "FILE:STRENGTH"), ([f"{OURS}:0.8.1"], "FILE:STRENGTH"),
+    ([f"{OURS}:strong"], "FILE:STRENGTH"), ([f"{OURS}:"], "FILE:STRENGTH"),
     ([f"{OURS}x:0.8"], "no such file"), ([OURS, OURS], "both have experts")])
 def test_adapters_that_cannot_be(tmp_path: Path, monkeypatch, capsys, named: list,
                                  words: str) -> None:
