@@ -91,8 +91,10 @@ def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
             if re.search(pattern, name):
                 raise ValueError(f"{file}: {name} shows {kind}; only plain LoRA is read")
         factor, alpha = FACTOR.fullmatch(name), ALPHA.fullmatch(name)
-        layer = (layer_named(factor[1] + factor[2]) if factor else
-                 layer_named(alpha[1]) if alpha else None)
+        if not factor and not alpha:
+            raise ValueError(f"{file}: {name} is neither a factor of a LoRA nor its alpha; only "
+                             "plain LoRA is read")
+        layer = layer_named(factor[1] + factor[2] if factor else alpha[1])
         if layer is None:
             raise ValueError(f"{file}: {name} is no part of a LoRA for this transformer; no layer "
                              "of it is called so")

@@ -141,6 +141,14 @@ def test_text_encoders_alone_are_refused(tmp_path: Path) -> None:
         lora.read(tmp_path / "a.safetensors")
 
 
+def test_a_layer_that_the_model_has_is_not_said_to_be_none(tmp_path: Path) -> None:
+    """Whole weights beside the factors, as PEFT's modules_to_save and control LoRAs have them."""
+    for name in ("base_model.model.proj_out.weight",
+                 "double_blocks.0.img_attn.norm.key_norm.scale"):
+        with pytest.raises(ValueError, match=f"{name} is neither a factor of a LoRA nor its alpha"):
+            lora.read(written(tmp_path / "a.safetensors", {name: torch.ones(2)}))
+
+
 @pytest.mark.parametrize("name, kind", [
     (f"transformer.{LAYER}.lora_magnitude_vector", "DoRA"),
     ("lora_unet_img_in.dora_scale", "DoRA"), ("lycoris_x_embedder.lokr_w1", "LoKr"),
