@@ -77,10 +77,10 @@ def inner_products(H: Tensor, B: Tensor, experts: int) -> Tensor:
     return gram.view(experts, r, experts, r).sum((1, 3))
 
 
-def orthogonality_loss(H: Tensor, B: Tensor, experts: int) -> Tensor:
-    """Mean squared cosine of two different experts' outputs: s cancels; as inner_products()."""
+def orthogonality_loss(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
+    """Mean squared cosine of two different experts' outputs; s cancels, but for norms near 0."""
     inner = inner_products(H, B, experts)
-    ratio = inner / inner.diagonal().clamp(min=1e-24)    # <Y_i, Y_j> / |Y_j|^2
+    ratio = inner / inner.diagonal().clamp(min=1e-24 / scale ** 2)           # <Y_i, Y_j> / |Y_j|^2
     square = ratio * ratio.T                             # cos_ij^2; a root is too steep at 0
     return square.triu(1).sum() * (2 / max(1, experts * (experts - 1)))
 
@@ -212,7 +212,7 @@ class MoLELinear(nn.Module):
         if routing.losses:
             routing.balance = routing.balance + loss
             if self.orthogonal:
-                alike = orthogonality_loss(H, self.experts_B, c.experts)
+                alike = orthogonality_loss(H, self.experts_B, c.experts, scale)
                 routing.orthogonality = routing.orthogonality + c.orthogonality_weight * alike
         mixed = H.unflatten(-1, (c.experts, c.rank)) * w.to(x.dtype)[..., None]      # (..., E, r)
         return add_product(self.base(x), mixed.flatten(-2), self.experts_B, scale)   # (..., out)
@@ -254,11 +254,10 @@ class Adapter(nn.Module):
               losses: bool = False) -> AbstractContextManager[Routing]:
         """Route the model's calls within the `with` by these instructions.
 
-        txt (B, T, text width), pooled (B, D); losses: collect the auxiliary losses too. Noise and
-        dropout act in train() mode only.
+        txt (B, T, text width), pooled (B, D); losses: collect the auxiliary losses too.
         """
         z = self.instruction(txt, pooled) if self.instruction else pooled.float()        # (B, D)
-        return self.follow(Routing(z, losses))
+        return self.follow(Routing(z, losses, z.new_zeros(()), z.new_zeros(())))
 
     @contextmanager
     def follow(self, routing: Routing) -> Iterator[Routing]:

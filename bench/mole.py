@@ -33,6 +33,7 @@ from common import in_turns                              # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
 from mole import (Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, # noqa: E402
                   route)
+from support.devices import compile_blocks              # noqa: E402
 from support.export import merged                        # noqa: E402
 from support.recompute import recomputing                # noqa: E402
 from support.targets import layers_of                    # noqa: E402
@@ -146,8 +147,8 @@ def inputs(dtype: torch.dtype, *grids: int) -> tuple[Tensor, ...]:
             torch.tensor([1.0]), ids)
 
 
-def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
-             checkpointing: bool) -> dict[str, Callable[[], Callable[[], None]]]:
+def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...], recompute: bool,
+             compiled: bool = False) -> dict[str, Callable[[], Callable[[], None]]]:
     """What builds a model and gives its training step, by name."""
     from diffusers import FluxTransformer2DModel
     from diffusers.training_utils import cast_training_params
@@ -158,10 +159,12 @@ def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
         model = FluxTransformer(DiTConfig(**shape)).to(dtype)
         layers = layers_of(model, c, {"instruction": kind})
         adapter = Adapter(layers, c, 4096, 768).insert(model).train()
+        if compiled:
+            compile_blocks(model)
         optimizer = torch.optim.AdamW(adapter.tensors().values(), lr=1e-4, fused=True)
         def step() -> None:
             with adapter.serve(txt, pooled, losses=True) as routing:
-                run = recomputing(adapter, routing) if checkpointing else call
+                run = recomputing(adapter, routing) if recompute else call
                 v = model(img, txt, pooled, t, guidance, ids, run=run)
             (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
             optimizer.step()
@@ -175,8 +178,10 @@ def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
         targets = [name for name in c.lora_targets if not name.startswith("single")]
         model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha,
                                      target_modules=targets + singles))
-        if checkpointing:
+        if recompute:
             model.train().enable_gradient_checkpointing()
+        if compiled:
+            model.compile_repeated_blocks()
         cast_training_params(model, torch.float32)       # like this and with autocast its own
         trained = [p for p in model.parameters() if p.requires_grad]         # scripts train
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -195,25 +200,39 @@ def trainers(shape: dict, dtype: torch.dtype, given: tuple[Tensor, ...],
 
 
 def bench_step(dtype: torch.dtype, rounds: int) -> None:
-    makers = trainers(SHAPE, dtype, inputs(dtype, 64), checkpointing=False)
+    makers = trainers(SHAPE, dtype, inputs(dtype, 64), recompute=False)
     seconds = in_turns({name: make() for name, make in makers.items()}, rounds)
     for name, value in seconds.items():
         print(f"{name:18} {value:8.4g} s a step, {value / seconds['MoLE']:.2f} of ours", flush=True)
 
 
 def bench_train(dtype: torch.dtype, rounds: int) -> None:
-    ours, gpu = None, torch.cuda.is_available()
-    for name, make in trainers(RELEASED, dtype, inputs(dtype, 64, 64), checkpointing=True).items():
-        step = make()                                    # one at a time: there is no room for two
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        value = in_turns({name: step}, rounds)[name]
-        ours = ours or value
-        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU" if gpu else ""
-        print(f"{name:18} {value:8.4g} s a step, {value / ours:.2f} of ours{memory}", flush=True)
-        del step
-        gc.collect()
-        torch.cuda.empty_cache()
+    """The released size: recomputing, compiled, and compiled without recomputing.
+
+    One contestant at a time, as there is no room for two; one that fails says so.
+    """
+    ours, gpu, given = None, torch.cuda.is_available(), inputs(dtype, 64, 64)
+    for recompute, compiled in ((True, False), (True, True), (False, True)):
+        makers = trainers(RELEASED, dtype, given, recompute, compiled)
+        makers.pop("dense MoLE")                         # has no room on most devices
+        for name, make in makers.items():
+            name += ", recomputing" * recompute + ", compiled" * compiled
+            try:
+                step = make()
+                if gpu:                                  # building in fp32 took more
+                    torch.cuda.reset_peak_memory_stats()
+                value = in_turns({name: step}, rounds)[name]
+                ours = ours or value
+                most = torch.cuda.max_memory_allocated() / 1e9 if gpu else 0
+                print(f"{name:42} {value:8.4g} s a step, {value / ours:.2f} of the first"
+                      f"{f', {most:.1f} GB of the GPU' if gpu else ''}", flush=True)
+            except RuntimeError as error:                # what torch raises for all that goes wrong
+                print(f"{name:42} failed: {str(error).splitlines()[0][:100]}", flush=True)
+            step = None
+            torch._dynamo.reset()
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()
 
 
 def bench_sample(dtype: torch.dtype, rounds: int) -> None:

@@ -89,6 +89,7 @@ def check_compiler() -> None:
 def compile_blocks(model: nn.Module) -> None:
     """Have the blocks compiled when they first run; those of a kind share what is compiled."""
     warnings.filterwarnings("ignore", ".*complex operators")     # rotate()'s are left as they are
+    warnings.filterwarnings("ignore", ".*_prims_common.check")   # the compiler's own business
     torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.compile()

@@ -61,13 +61,13 @@ def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Te
     print(f"{file}: the experts that {len(jobs)} instruction{'s'[:len(jobs) - 1]} chose")
 
 
-def cosines(H: Tensor, B: Tensor, experts: int) -> Tensor:
+def cosines(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
     """Cosines of the experts' outputs, (E, E), as mole.inner_products() takes them.
 
     Zero outputs give exactly zero.
     """
     inner = inner_products(H, B, experts)
-    norm = inner.diagonal().clamp(min=1e-24).sqrt()
+    norm = inner.diagonal().clamp(min=1e-24 / scale ** 2).sqrt()
     return inner / (norm[:, None] * norm)
 
 

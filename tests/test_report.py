@@ -89,7 +89,7 @@ def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles()
     B[2:4] = 0                                           # the second of four experts
     Y = torch.stack([H[:, i:i + 2] @ B[i:i + 2] for i in range(0, 8, 2)]).flatten(1)
     Y = nn.functional.normalize(Y, dim=1)
-    cosine = routing_maps.cosines(H, B, 4)
+    cosine = routing_maps.cosines(H, B, 4, scale=3.0)
     assert torch.allclose(cosine, Y @ Y.T, atol=1e-12, rtol=0) and (cosine[1] == 0).all()
     loss = (cosine.square().sum() - 3) / 12              # three are not zero
-    assert abs(mole.orthogonality_loss(H, B, 4) - loss) < 1e-12
+    assert abs(mole.orthogonality_loss(H, B, 4, scale=3.0) - loss) < 1e-12

@@ -285,7 +285,7 @@ def test_clip_needs_its_special_tokens(tmp_path: Path, token: str) -> None:
     del settings[token]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"has no {token}"):
-        text_encoder.text_encoder.CLIPTokenizer(folder)
+        text_encoder.CLIPTokenizer(folder)
 
 
 @pytest.mark.parametrize("entries", [[], None, {"1": "x"}, {"1": {}}])
