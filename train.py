@@ -199,7 +199,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
                         save_picture(picture, args.out / f"{name}.png")
             if stop and not last:
                 bar.close()
-                resume.leave(step + 1, rank)
+                resume.leave(step + 1, rank, asked)
 
 
 def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:

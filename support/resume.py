@@ -18,6 +18,7 @@ from support import adapters
 from support.files import json_object, replacing, unpickled
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")      # Windows has two
 Optimizers = list[torch.optim.Optimizer]
 
 
@@ -106,20 +107,24 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
     return own
 
 
-def leave(step: int, rank: int) -> None:
-    """End all processes once the first has saved the step after which they were asked to stop."""
+def leave(step: int, rank: int, asked: list[int]) -> None:
+    """End all processes once the first has saved the step after which one was asked to stop.
+
+    asked: by which signals this one was; the exit code tells the first, as shells count.
+    """
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
         print(f"stopped after {step} steps; --resume goes on", file=sys.stderr)
-    sys.exit(130)
+    sys.exit(128 + (asked or [signal.SIGTERM])[0])
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM writes to, so that a step ends before the run does.
+    """A list that signals write to, so that a step ends and is saved before the run does.
 
-    A second Ctrl-C does not wait.
+    Ctrl-C, and what ends a job from outside: SIGTERM, SIGHUP (unless it is ignored, as by nohup),
+    SIGUSR1, SIGUSR2, SIGXCPU. A second Ctrl-C does not wait.
     """
     asked: list[int] = []
 
@@ -127,7 +132,9 @@ def stop_signals() -> Iterator[list[int]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-    before = {kind: signal.signal(kind, note) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kinds = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    before = {kind: signal.signal(kind, note) for kind in kinds
+              if signal.getsignal(kind) != signal.SIG_IGN}
     try:
         yield asked
     finally:

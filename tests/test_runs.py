@@ -161,6 +161,27 @@ def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
     assert before == [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
 
 
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+                                  signal.SIGXCPU])
+def test_signals_are_noted_and_handlers_put_back(kind):
+    before = signal.getsignal(kind)
+    with resume.stop_signals() as asked:
+        signal.raise_signal(kind)
+        assert asked == [kind]
+    assert signal.getsignal(kind) == before
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with resume.stop_signals() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked == []
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, short_model):
     """The step is finished and saved, with all that resuming starts from (tested above)."""
     common = [sys.executable, "train.py", "--data", "tiny", "--batch-size", "1", "--steps", "600",
@@ -175,7 +196,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(tmp_path, short_model):
         told += letter
     process.send_signal(signal.SIGTERM)
     told += process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in told, told
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in told, told
     done = int(re.search(r"stopped after (\d+) steps; --resume goes on", told)[1])
     lines = (tmp_path / "stopped/log.jsonl").read_text().splitlines()
     assert 0 < done < 600 and len(lines) == done
