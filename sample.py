@@ -191,9 +191,9 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
 def check_finite(given: Tensor, part: str, pipe: Pipeline) -> None:
     """Raises: ValueError where numbers are lost, of which a flat picture would be made."""
     if not given.isfinite().all():
-        raise ValueError(f"{part} gives numbers that are not finite: in {pipe.dtype} they may have "
-                         "grown too large (try --dtype bfloat16 or float32), the adapter may be "
-                         "too strong, or a file of the model is damaged")
+        wider = "try --dtype bfloat16, " if pipe.dtype == torch.float16 else ""
+        raise ValueError(f"{part} gives numbers that are not finite: {wider}the adapter may be too "
+                         "strong, or a file of the model damaged")
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:

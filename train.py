@@ -17,6 +17,7 @@ Run: python train.py --data tiny --steps 20 --out runs/try
 import argparse
 import math
 import os
+import sys
 import time
 from operator import call
 
@@ -218,7 +219,11 @@ def previews(pipe: Pipeline, samples: list[Sample], log: record.Log | None,
              step: int) -> dict[str, np.ndarray]:
     """Pictures of how training goes, by name; plots too if there is a log to draw."""
     pipe.adapter.eval()
-    pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
+    try:
+        pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
+    except ValueError as error:                          # training goes on without
+        print(f"note: no samples are shown after step {step}: {error}", file=sys.stderr)
+        pictures = {}
     similarity = routing_maps.expert_similarity(         # with --shard a pass of all processes
         pipe.adapter, lambda: flow_loss(pipe, samples[:1], 0))
     if log:

@@ -3,6 +3,7 @@
 pictures.load_image() asks levels() before, and as_rgb() after a picture is turned upright.
 """
 import io
+import sys
 from functools import lru_cache
 
 import numpy as np
@@ -23,7 +24,7 @@ def check_single(image: Image.Image) -> None:
         raise ValueError("it moves; save the one picture that is meant")
     if image.format == "TIFF" and image.n_frames > 1:
         image.seek(1)
-        copy = image.tag_v2.get(REDUCED, 0) == 1
+        copy = image.tag_v2.get(REDUCED, 0) & 0b101 != 0         # smaller, or a mask
         image.seek(0)
         if not copy:
             raise ValueError("it has several pages; save the one that is meant")
@@ -69,9 +70,7 @@ def as_rgb(image: Image.Image, profile: bytes | None, black: int, white: int) ->
 
 @lru_cache(maxsize=32)
 def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile's colours to sRGB; None when it is that, or another space's.
-
-    Raises: ValueError for a broken one.
+    """The way from a profile's colours to sRGB; None when it is that, another space's, or broken.
     """
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -81,8 +80,9 @@ def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
             own, ImageCms.createProfile("sRGB"), space, "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.HIGHRESPRECALC)
-    except (ImageCms.PyCMSError, OSError) as error:
-        raise ValueError(f"its colour profile is broken: {error}; save it in sRGB") from None
+    except (ImageCms.PyCMSError, OSError):               # told once, as the answer is kept
+        print("note: a picture's colour profile is broken, and is not used", file=sys.stderr)
+        return None
     if space == "CMYK":
         return way
     steps = np.arange(0, 256, 15, dtype=np.uint8)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
-from support import adapters, foreign, layouts, lora, options
+from support import adapters, foreign, layouts, lora, options, targets
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
@@ -70,6 +70,7 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
     c = config_from(AdapterConfig, values, path, whole=True)
     layers = sum(name.endswith(".lora_A") for name in tensors)
     mixtures = sum(name.endswith(".experts_A") for name in tensors)
+    targets.check_sizes(c)
     pairs = (lora.ranks_and_strengths(adapters.file_of(path)) if kind == LORA else
              [(c.lora_rank, c.lora_alpha / c.lora_rank)])
     told = [f"{path}: an adapter {kind}, {tally(tensors)}"]

@@ -119,7 +119,7 @@ def settings_of(file: Path) -> dict:
     told = json_object(read_metadata(file).get("lora_adapter_metadata") or "{}", file)
     told = {key.removeprefix("transformer."): value for key, value in told.items()}
     beside = file.with_name("adapter_config.json")
-    if not told and beside.is_file():
+    if not told and file.stem == "adapter_model" and beside.is_file():
         told = read_json(beside)
     for wrong, why in (((told.get("peft_type") or "LORA") != "LORA", f"{told.get('peft_type')}"),
                        (told.get("use_dora"), "DoRA"),

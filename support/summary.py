@@ -44,7 +44,8 @@ def told_cut(texts: Iterable[str], tokens: T5Tokenizer) -> str | None:
     texts: of all rows; those of several rows count as often.
     """
     found = Counter(texts)
-    cut = [text for text in found if tokens.cuts(text)]
+    cut = [text for text in found                        # a token takes a letter, and two are T5's
+           if not (text.isascii() and len(text) < tokens.length - 1) and tokens.cuts(text)]
     if not cut:
         return None
     first = cut[0] if len(cut[0]) <= 60 else f"{cut[0][:60]}..."

@@ -14,8 +14,17 @@ def matches(name: str, *targets: str) -> bool:
 
     A target that begins with a dot is the whole name.
     """
-    patterns = (re.escape(target).replace(r"\*", r"\d+") for target in targets)
-    return any(re.fullmatch(rf"(.*\.)?{pattern}", f".{name}") for pattern in patterns)
+    for target in targets:
+        if "*" in target:
+            pattern = re.escape(target).replace(r"\*", r"\d+")
+            found = re.fullmatch(rf"(.*\.)?{pattern}", f".{name}") is not None
+        elif target.startswith("."):
+            found = f".{name}" == target
+        else:
+            found = f".{name}".endswith(f".{target}")
+        if found:
+            return True
+    return False
 
 
 def check_sizes(c: AdapterConfig) -> None:

@@ -116,12 +116,13 @@ def test_other_spaces(tmp_path: Path) -> None:
             assert found == pytest.approx((grey,) * 3, abs=3)
 
 
-def test_broken_profiles_are_refused(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", icc_profile=ADOBE[:200])
-    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg", icc_profile=b"no profile")
-    for name in ("a.png", "b.jpg"):
-        with pytest.raises(ValueError, match=f"{name}: .*colour profile is broken"):
-            load_image(tmp_path / name)
+def test_broken_profiles_are_not_used_and_told_once_each(tmp_path: Path, capsys) -> None:
+    """As viewers do: the picture is there, and its numbers are taken as sRGB."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", icc_profile=ADOBE[:200])
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "b.png", icc_profile=b"no profile")
+    for name in ("a.png", "b.png", "a.png"):
+        assert load_image(tmp_path / name).getpixel((0, 0)) == (255, 0, 0)
+    assert capsys.readouterr().err.count("profile is broken") == 2
 
 
 def tiff(bits: int, photometric: int, form: int, pixels: bytes) -> bytes:

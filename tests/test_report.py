@@ -93,3 +93,16 @@ def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles()
     assert torch.allclose(cosine, Y @ Y.T, atol=1e-12, rtol=0) and (cosine[1] == 0).all()
     loss = (cosine.square().sum() - 3) / 12              # three are not zero
     assert abs(mole.orthogonality_loss(H, B, 4, scale=3.0) - loss) < 1e-12
+
+
+def test_a_sheet_that_fails_is_a_note_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    """As when sampling gives numbers that are not finite; the adapter goes on in training."""
+    def fails(*_: object) -> None:
+        raise ValueError("numbers that are not finite")
+    monkeypatch.setattr(train, "sample_sheet", fails)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--batch-size", "1", "--method",
+                                      "lora", "--steps", "2", "--save-every", "1", "--out",
+                                      str(tmp_path / "run")])
+    train.main()
+    assert capsys.readouterr().err.count("not finite") == 2
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2

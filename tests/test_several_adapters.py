@@ -198,7 +198,7 @@ def test_a_picture_is_not_made_of_numbers_that_are_not_finite(part: str, told: s
     last = pipe.dit.proj_out if part == "dit" else pipe.vae.decoder.conv_out
     last.bias.data = torch.full_like(last.bias, float("nan"))
     given = condition(pipe, ["a"], [], [])
-    with pytest.raises(ValueError, match=f"{told} gives numbers that are not finite.*--dtype"):
+    with pytest.raises(ValueError, match=f"{told} gives numbers that are not finite"):
         generate(pipe, given, seeded_noise([0], (64, 64)), steps=1)
     last.bias.data = torch.zeros_like(last.bias)
     assert np.isfinite(generate(pipe, given, seeded_noise([0], (64, 64)), steps=1)[0]).all()
