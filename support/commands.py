@@ -34,7 +34,9 @@ class Once(argparse.Action):
     def __call__(self, parser: "Parser", namespace: argparse.Namespace, values: object,
                  option: str | None = None) -> None:
         if self.dest in parser.given:
-            raise ValueError(f"{option or self.dest}: given twice, but it holds one value")
+            many = self.nargs == "+"
+            more = "write all its values after one" if many else "but it holds one value"
+            raise ValueError(f"{option or self.dest}: given twice, {more}")
         parser.given.add(self.dest)
         setattr(namespace, self.dest, values)
 

@@ -176,8 +176,8 @@ def check_training(args: argparse.Namespace) -> None:
     """Raises: ValueError for options that do not go together, before anything is read."""
     if args.cache_draws is not None and not args.cache:
         raise ValueError("--cache-draws belongs to --cache FOLDER")
-    if not args.resume and args.dry_run is None:
-        resume.check_free(args.out)
+    if args.dry_run is None:
+        resume.check_free(args.out, args.resume)
     if args.compile:
         devices.check_compiler()
     if args.compile and args.shard:

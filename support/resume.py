@@ -26,10 +26,17 @@ def holds_checkpoint(out: Path) -> bool:
     return any((out / name).is_file() for name in CHECKPOINTS)
 
 
-def check_free(out: Path) -> None:
-    """Raises: ValueError when the folder holds a run, which must not be written over."""
-    if holds_checkpoint(out) or (out / "adapter.safetensors").exists():
-        raise ValueError(f"{out} holds a run; add --resume to go on, or name another --out")
+def check_free(out: Path, wanted: bool) -> None:
+    """Raises: ValueError when the folder holds what must not be written over.
+
+    wanted: whether to go on from a checkpoint in it.
+    """
+    if holds_checkpoint(out):
+        if not wanted:
+            raise ValueError(f"{out} holds a run; add --resume to go on, or name another --out")
+    elif (out / "adapter.safetensors").exists():
+        raise ValueError(f"{out} holds an adapter, but no checkpoint to go on from; name another "
+                         "--out")
 
 
 def save_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers, step: int, number: int,

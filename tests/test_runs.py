@@ -421,3 +421,14 @@ def test_what_it_takes():
                                 ("AdamW", 5e-4 if name.endswith("router.weight") else 1e-3))
     lora = train.make_optimizers(make_pipeline("lora").adapter, 1e-3, 5e-4, "muon")
     assert [type(optimizer).__name__ for optimizer in lora] == ["Muon"]
+
+
+@pytest.mark.parametrize("rest", [[], ["--resume"]])
+def test_an_adapter_without_a_checkpoint_is_not_written_over(tmp_path, monkeypatch, rest):
+    """As where somebody has moved the checkpoints away, or names the embedded model's folder."""
+    (tmp_path / "adapter.safetensors").write_bytes(b"precious")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--steps", "1", "--out",
+                                      str(tmp_path), *rest])
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        train.main()
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"precious"]
