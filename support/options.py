@@ -190,14 +190,19 @@ def evaluate_options(tasks: list[str]) -> argparse.Namespace:
     """tasks: of the tiny world."""
     parser = Parser(description="Score a model and an adapter.",
                     usage="python evaluate.py --bench tiny [options]")
-    parser.add_argument("--bench", required=True, choices=["tiny"])
+    parser.add_argument("--bench", required=True, choices=["tiny"],
+                        help="tiny: the drawn world of the embedded model")
     add_model(parser)
     add_adapter(parser)
-    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks)
-    parser.add_argument("--number", type=COUNT, default=256, help="samples per task")
-    parser.add_argument("--steps", type=STEPS, default=12)
-    parser.add_argument("--guidance", type=GUIDANCE, default=2.5)
-    parser.add_argument("--out", type=NEW_FOLDER, default=Path("runs/evaluate"))
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, metavar="TASK",
+                        help=f"to score, by default all: {', '.join(tasks)}")
+    parser.add_argument("--number", type=COUNT, default=256,
+                        help="samples per task; %(default)s")
+    parser.add_argument("--steps", type=STEPS, default=12,
+                        help="from noise to picture; %(default)s")
+    parser.add_argument("--guidance", type=GUIDANCE, default=2.5, help="%(default)s")
+    parser.add_argument("--out", type=NEW_FOLDER, default=Path("runs/evaluate"),
+                        help="takes scores.json, table.md and sheet.png; %(default)s")
     return parser.parse_args()
 
 
