@@ -42,13 +42,13 @@ from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
 from support.public_sets import PUBLIC
 from support.recompute import recomputing
+from support.resume import Optimizers
 from support.tables import tell_skipped
 from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
 CONDITION_DROPOUT = 0.05                                 # chance that a clean condition is left out
 GUIDANCE = 1.0                                           # what the model is told while training
-Optimizers = list[torch.optim.Optimizer]
 Sources = list[tuple[Source, float]]                     # each with its weight
 
 

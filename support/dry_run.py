@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from mole import Adapter
 from support import devices, offload
+from support.resume import Optimizers
 from support.summary import counted
 
 GB, MB = 10 ** 9, 10 ** 6                                # bytes
-Optimizers = list[torch.optim.Optimizer]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -44,8 +44,11 @@ def bare(name: str) -> str:
 
 
 @cache
-def known_layers() -> dict[str, str]:
-    """Bare name -> name, in the folder's layout or the original's; # is a block's number."""
+def known_layers() -> tuple[re.Pattern, dict[str, str]]:
+    """What a trainer may call a layer; bare name -> name, in the folder's layout or the original's.
+
+    # is a block's number.
+    """
     with torch.device("meta"):
         model = FluxTransformer(DiTConfig(64, 1, 1, 8, 1, 8, 8, (2, 2, 4), guidance_embeds=True))
     ours = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -55,15 +58,16 @@ def known_layers() -> dict[str, str]:
               if key.startswith(("img_in", "txt_in", "final_layer")) == (not place)
               and all(name.strip(".") in ours for name in layouts.folder_names(place + key, table))]
     names = [re.sub(r"(?<=blocks\.)0", "#", name) for name in ours + theirs]
-    return {bare(name): name for name in names} | {bare(old): name for old, name in OLDER.items()}
+    known = {bare(name): name for name in names} | {bare(old): name for old, name in OLDER.items()}
+    return re.compile(f"{PREFIX}({'|'.join(known)})"), known
 
 
 def layer_named(module: str) -> str | None:
     """The layer that a trainer calls so, in the layout it speaks of; None for none."""
     number = re.search(r"(?<=blocks)\d+", bare(module))
     text = re.sub(r"(?<=blocks)\d+", "#", bare(module), count=1)
-    known = known_layers()
-    found = re.fullmatch(f"{PREFIX}({'|'.join(known)})", text)
+    pattern, known = known_layers()
+    found = pattern.fullmatch(text)
     return found and known[found[1]].replace("#", number[0] if number else "")
 
 

@@ -82,7 +82,7 @@ def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
     text = read_text(file)
     table = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
     if text.strip():
-        check_columns(file, text.strip().split("\n")[0])
+        check_columns(file, text.lstrip().partition("\n")[0].rstrip())
     try:
         names = [name for name in table.fieldnames or [] if name]
         if len(set(names)) < len(names):
