@@ -29,9 +29,10 @@ VIEWS = set("""view _unsafe_view transpose permute t expand unsqueeze squeeze sl
     split_with_sizes chunk detach alias as_strided unbind view_as_real view_as_complex
     _reshape_alias unfold lift_fresh diagonal""".split())        # these compute nothing
 SHAPE = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 1,
-         "attention_head_dim": 16, "joint_attention_dim": 64, "pooled_projection_dim": 768,
+         "attention_head_dim": 16, "joint_attention_dim": 64, "pooled_projection_dim": 64,
          "guidance_embeds": True, "in_channels": 64, "axes_dims_rope": (4, 6, 6)}
-ADAPTER = AdapterConfig(lora_rank=4, lora_alpha=4, rank=2, alpha=2)
+ADAPTER = AdapterConfig(lora_rank=4, lora_alpha=4, rank=2, alpha=2, resampler_width=64,
+                        resampler_heads=1)
 TEXT = 8                                                 # tokens
 
 
@@ -51,9 +52,8 @@ class Operations(TorchDispatchMode):
 def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
     """img, txt, pooled, t, guidance, img_ids: a target and a reference of four tokens each."""
     ids = torch.cat([position_ids(4, 4, index) for index in range(2)])
-    img, txt, pooled = (torch.randn(1, len(ids), 64), torch.randn(1, TEXT, 64),
-                        torch.randn(1, 768))
-    return (img.to(dtype), txt.to(dtype), pooled.to(dtype), torch.tensor([0.5]),
+    img, txt, pooled = (torch.randn(1, n, 64) for n in (len(ids), TEXT, 1))
+    return (img.to(dtype), txt.to(dtype), pooled[:, 0].to(dtype), torch.tensor([0.5]),
             torch.tensor([1.0]), ids)
 
 
