@@ -205,7 +205,7 @@ class Attention(nn.Module):
         return self.norm_added_q(q), self.norm_added_k(k), v                 # each (B, N, T, d)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, rotate: Callable = rotate) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with rotary positions; q may hold fewer, leading, tokens than k.
 
     q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D).

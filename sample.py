@@ -34,6 +34,7 @@ from support import (caching, commands, devices, export, jobs, layouts, offload,
 from support.files import files_of
 from support.fp8 import check_device
 from support.pictures import fitted, load_image, resize, save_picture, to_tensor
+from support.streaming import stream
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer
 from vae import AutoEncoder
 
@@ -57,6 +58,7 @@ class Pipeline:
     dtype: torch.dtype
     paths: dict[str, Path]                               # of each part
     cache: caching.Cache | None = None                   # of what the encoders gave before
+    run: Callable = call                                 # how training calls a block
 
 
 @dataclass
@@ -212,7 +214,7 @@ def generate(pipe: Pipeline, given: Conditioning, noise: Tensor, steps: int = 28
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E), by token (..., E).
     """
-    visit = offload.on_device if offload.fits(pipe.dit, pipe.device) else offload.stream
+    visit = offload.on_device if offload.fits(pipe.dit, pipe.device) else stream
     with torch.no_grad(), visit(pipe.dit, pipe.device) as run, merged_or_served(pipe, given):
         *_, latents = tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
                            total=steps, disable=not bar, leave=False)        # (B, C, h, w)

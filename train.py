@@ -19,7 +19,6 @@ import math
 import os
 import sys
 import time
-from operator import call
 
 import numpy as np
 import torch
@@ -85,7 +84,7 @@ def matching_loss(pipe: Pipeline, given: Conditioning, x0: Tensor, noise: Tensor
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise              # (B, I, P)
     guidance = torch.full_like(t, GUIDANCE)                                  # (B,)
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
-        run = recomputing(pipe.adapter, routing) if recompute else call
+        run = recomputing(pipe.adapter, routing, pipe.run) if recompute else pipe.run
         v = velocity(pipe.dit, xt.to(pipe.dtype), t, guidance, given, *size, run)  # (B, I, P)
     return {"flow": F.mse_loss(v.float(), noise - x0), "balance": routing.balance,
             "orthogonality": routing.orthogonality}

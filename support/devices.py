@@ -6,6 +6,9 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from shutil import which
 
 import torch
@@ -50,6 +53,13 @@ def memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available() -> int:
+    """Bytes of the computer's memory that can be had now; 0 where the system does not say."""
+    file = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+) kB", file.read_text()) if file.is_file() else None
+    return int(found[1]) * 1024 if found else 0
+
+
 def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
     """auto: bf16 on an accelerator; on a CPU only where it is fast and the model large.
 
@@ -62,11 +72,23 @@ def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
     return torch.bfloat16 if fast and large else torch.float32
 
 
-def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor,
+                   rotate: Callable = dit.rotate) -> Tensor:
     """dit.attend() in training: without units for bf16 its backward takes 10 times as long."""
     if q.requires_grad:
-        return dit.attend(q.float(), k.float(), v.float(), pe).to(v.dtype)
-    return dit.attend(q, k, v, pe)
+        return dit.attend(q.float(), k.float(), v.float(), pe, rotate).to(v.dtype)
+    return dit.attend(q, k, v, pe, rotate)
+
+
+def rotate_in_reals(x: Tensor, pe: Tensor) -> Tensor:
+    """dit.rotate() for compiled blocks. x (B, N, S, d), pe (S, d/2) complex.
+
+    The compiler makes one kernel of it, and none of complex products; uncompiled it is several
+    times as slow as those.
+    """
+    cos, sin = torch.view_as_real(pe).unbind(-1)         # each (S, d/2)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)   # each (B, N, S, d/2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
 def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
@@ -88,8 +110,11 @@ def check_compiler() -> None:
 
 def compile_blocks(model: nn.Module) -> None:
     """Have the blocks compiled when they first run; those of a kind share what is compiled."""
-    warnings.filterwarnings("ignore", ".*complex operators")     # rotate()'s are left as they are
+    warnings.filterwarnings("ignore", ".*complex operators")     # the positions' table is read
     warnings.filterwarnings("ignore", ".*_prims_common.check")   # the compiler's own business
     torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+    blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
+    attend = partial(blocks[0].attend, rotate=rotate_in_reals)   # one for all: it is looked at
+    for block in blocks:
+        block.attend = attend
         block.compile()

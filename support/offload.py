@@ -1,9 +1,10 @@
-"""Models larger than the device: their weights visit it, whole or block by block.
+"""Models larger than the device: their weights visit it, whole.
 
 sample.py calls it around every use of a part; nothing moves where a part is on its device already.
+A transformer for which there is no room visits block by block: support/streaming.py.
 """
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from operator import call
 
 import torch
@@ -36,44 +37,3 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[Callable]:
     finally:
         for t, home in kept:
             t.data = home
-
-
-@contextmanager
-def stream(model: nn.Module, device: torch.device) -> Iterator[Callable]:
-    """A `run` for the transformer: its blocks visit the device one after another.
-
-    While one computes, the next is on its way; there are never more than two.
-    """
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    copying = torch.cuda.Stream(device) if device.type == "cuda" else None
-    visits: dict[nn.Module, ExitStack] = {}
-
-    def wait() -> None:                                  # until what was asked has been computed
-        if copying:
-            torch.cuda.current_stream(device).synchronize()
-
-    def fetch(block: nn.Module) -> None:                 # ends when the copy does
-        if block not in visits:
-            visits[block] = ExitStack()
-            with torch.cuda.stream(copying) if copying else nullcontext():
-                visits[block].enter_context(on_device(block, device))
-
-    def run(block: nn.Module, *args: object) -> object:
-        fetch(block)
-        out = block(*args)                               # a GPU is asked, and not waited for
-        for ahead in blocks[blocks.index(block) + 1:][:1]:
-            fetch(ahead)
-        wait()
-        visits.pop(block).close()
-        return out
-
-    with ExitStack() as rest:
-        for part in model.children():
-            if not isinstance(part, nn.ModuleList):
-                rest.enter_context(on_device(part, device))
-        try:
-            yield run
-        finally:
-            wait()
-            for visit in visits.values():
-                visit.close()

@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -27,44 +26,6 @@ def test_parts_visit_the_device_and_come_back(bare):
     with offload.on_device(bare.vae, torch.float64):       # a type in place of a device
         assert {t.dtype for t in bare.vae.state_dict().values()} == {torch.float64}
     assert {name: t.data_ptr() for name, t in bare.vae.state_dict().items()} == before
-
-
-def test_blocks_are_streamed_one_ahead(bare, monkeypatch):
-    """A stand-in for the device counts who is there: the block at work and the next, never more."""
-    model, here, most, order = bare.dit, [], [], []
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    real = offload.on_device
-
-    @contextmanager
-    def counted(part, where):
-        here.append(part)
-        most.append(sum(b in here for b in blocks))
-        with real(part, torch.float64):                  # a type in place of a device
-            yield
-        here.remove(part)
-    monkeypatch.setattr(offload, "on_device", counted)
-    with offload.stream(model, torch.device("cpu")) as run:
-        assert {id(part) for part in here} == {id(part) for name, part in model.named_children()
-                                               if "blocks" not in name}
-        for block in blocks:
-            def work():
-                order.append(block)
-                assert {t.dtype for t in block.parameters()} == {torch.float64}
-            monkeypatch.setattr(block, "forward", work)
-            run(block)
-    assert order == blocks and max(most) == 2 and not here
-
-
-def test_a_streamed_model_makes_the_same_picture(trained, monkeypatch):
-    """The whole of generate(), where a device is said to lack room for the transformer."""
-    given, noise = condition(trained, ["make it red"], [], []), seeded_noise([0], (64, 64))
-    monkeypatch.setattr(export, "mergeable", lambda *_: False)               # streamed is unmerged
-    plain, _ = generate(trained, given, noise, steps=2)
-    real, calls = offload.stream, []
-    monkeypatch.setattr(offload, "stream", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(offload, "fits", lambda model, device: model is not trained.dit)
-    streamed, _ = generate(trained, given, noise, steps=2)
-    assert calls and np.array_equal(plain, streamed)
 
 
 def test_what_has_room_on_a_device(bare, monkeypatch):

@@ -12,7 +12,7 @@ import sample
 import weights
 from helpers import MODEL, PICTURE, ROOT, run_sample, run_train
 from sample import condition, denoise, generate, load_pipeline, Pipeline, seeded_noise
-from support import adapters, export, offload
+from support import adapters, export, offload, streaming
 from support.commands import file_and_strength
 from support.files import read_tensors, write_tensors
 from support.fp8 import NarrowLinear, to_fp8, Widened
@@ -62,7 +62,7 @@ def latents(pipe: Pipeline, way: str) -> Tensor:
     noise = seeded_noise([3], (64, 64))
     within = (export.merged(pipe.dit, pipe.adapter, given.txt, given.pooled) if way == "merged"
               else pipe.adapter.serve(given.txt, given.pooled) if pipe.adapter else torch.no_grad())
-    visit = offload.stream if way == "streamed" else offload.on_device
+    visit = streaming.stream if way == "streamed" else offload.on_device
     with torch.no_grad(), visit(pipe.dit, CPU) as run, within:
         *_, x = denoise(pipe, noise, given, 2, 2.5, run)
     return x

@@ -1,0 +1,136 @@
+"""Transformers larger than the device: their blocks visit it one after another, copied ahead.
+
+sample.generate() and train.prepare() call it where offload.fits() says that there is no room.
+"""
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from threading import Event, Thread
+
+import torch
+from torch import Tensor, nn
+
+from support import devices, offload
+
+SLAB = 2 ** 28                                           # bytes of page-locked memory taken at once
+
+
+class Lane:
+    """Copying to a device beside what it computes; at once where it has no streams of work."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.pins = self.copying is not None             # whether page-locked memory is faster
+
+    def send(self, homes: list[Tensor]) -> tuple[list[Tensor], object]:
+        """Ask for copies on the device, and give a mark of their arrival."""
+        with torch.cuda.stream(self.copying) if self.copying else nullcontext():
+            return [home.to(self.device, non_blocking=True) for home in homes], self.mark()
+
+    def mark(self) -> object:
+        """All that this device was asked for, on the current stream of work, until now."""
+        return torch.cuda.current_stream(self.device).record_event() if self.copying else None
+
+    def follow(self, mark: object) -> None:
+        """Have the device wait for it before what it is asked for from now on."""
+        if self.copying:
+            torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def wait(self, mark: object) -> None:
+        """Wait for it here."""
+        if self.copying:
+            mark.synchronize()
+
+    def locked(self, size: int) -> Tensor:
+        """Page-locked memory, which the device reads by itself, several times as fast."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class Slabs:
+    """Copies of tensors in page-locked memory; PyTorch would round each one up to a power of 2."""
+
+    def __init__(self, lane: Lane):
+        self.lane, self.slab, self.used = lane, torch.empty(0, dtype=torch.uint8), 0
+
+    def copy(self, home: Tensor) -> Tensor:
+        if self.used + home.nbytes > len(self.slab):
+            self.slab, self.used = self.lane.locked(max(SLAB, home.nbytes)), 0
+        room = self.slab[self.used:self.used + home.nbytes]
+        self.used += -(-home.nbytes // 64) * 64          # where the next one begins
+        return room.view(home.dtype).view(home.shape).copy_(home)
+
+
+def pin(homes: list[list[Tensor]], lane: Lane, stop: Event) -> None:
+    """Put page-locked copies in the place of weights, a block at a time, while there is memory."""
+    slabs, reserve = Slabs(lane), (1 - devices.ROOM) * devices.memory(torch.device("cpu"))
+    for i, block in enumerate(homes):
+        if stop.is_set() or devices.available() < reserve:
+            break
+        homes[i] = [home if home.is_pinned() else slabs.copy(home) for home in block]
+
+
+@dataclass
+class Visit:
+    """A block's weights on the device, once they have arrived."""
+    copies: list[Tensor]
+    arrival: object
+
+
+@contextmanager
+def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> Iterator[Callable]:
+    """A `run` for the transformer, forward and, where blocks are recomputed, backward.
+
+    While one block computes, the next is on its way; there are never more than two. Weights become
+    page-locked in the background, and stay so: the first step does not wait for it.
+    """
+    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    places = {block: i for i, block in enumerate(blocks)}
+    away = [[t for t in offload.weights_of(block) if t.device.type != device.type]
+            for block in blocks]
+    homes = [[t.data for t in block] for block in away]
+    lane, stop = lane or Lane(device), Event()
+    here: dict[int, Visit] = {}
+    last = -1                                            # the block that ran before
+
+    def fetch(i: int) -> None:
+        if 0 <= i < len(blocks) and i not in here:
+            here[i] = Visit(*lane.send(homes[i]))
+
+    def go_home(i: int) -> None:
+        for t, home in zip(away[i], homes[i]):
+            t.data = home
+
+    def run(block: nn.Module, *args: object) -> object:
+        nonlocal last
+        i, asked = places[block], lane.mark()            # backward passes too
+        fetch(i)
+        lane.follow(here[i].arrival)
+        for t, copy in zip(away[i], here[i].copies):
+            t.data = copy
+        out = block(*args)                               # a device is asked, and not waited for
+        lane.wait(asked)
+        for other in here.keys() - {i}:                  # all that used it is computed
+            go_home(other)
+            del here[other]
+        backward = i in (last, last - 1)                 # then they come in reverse
+        fetch(i - 1 if backward else i + 1)
+        last = i
+        return out
+
+    pinning = Thread(target=pin, args=(homes, lane, stop), daemon=True)
+    if lane.pins:
+        pinning.start()
+    with ExitStack() as rest:
+        for part in model.children():
+            if not isinstance(part, nn.ModuleList):
+                rest.enter_context(offload.on_device(part, device))
+        try:
+            yield run
+        finally:
+            stop.set()
+            if lane.pins:
+                pinning.join()
+            lane.wait(lane.mark())
+            for i in range(len(blocks)):
+                go_home(i)

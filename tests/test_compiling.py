@@ -1,0 +1,58 @@
+"""--compile, by the compiler that a user has: inductor, which the CPU has too."""
+import shutil
+
+import pytest
+import torch
+
+import dit
+import weights
+from dit import DiTConfig, FluxTransformer
+from mole import AdapterConfig
+from support import devices
+from support.recompute import recomputing
+
+CONFIG = DiTConfig(16, 1, 1, 16, 2, 8, 8, (4, 6, 6))
+ADAPTER = AdapterConfig(lora_rank=4, lora_alpha=4, rank=2, alpha=2, experts=4, top_k=2,
+                        resampler=False, dropout=0)
+
+
+def step(model, adapter, side, dtype, recompute):
+    """-> velocity and the adapter's gradients, all in one vector."""
+    torch.manual_seed(side)
+    ids = torch.cat([dit.position_ids(side, side, i) for i in range(2)])
+    img, txt, pooled = (torch.randn(1, len(ids), 16), torch.randn(1, 3, 8), torch.randn(1, 8))
+    given = (*(x.to(dtype) for x in (img, txt, pooled)), torch.tensor([0.7]), torch.ones(1), ids)
+    with adapter.serve(given[1], given[2], losses=True) as routing:
+        run = recomputing(adapter, routing) if recompute else lambda block, *args: block(*args)
+        v = model(*given, run=run)
+    adapter.zero_grad()
+    (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
+    return v.float().detach(), torch.cat([p.grad.flatten() for p in adapter.tensors().values()])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype, recompute, sides", [(torch.float32, False, (4,)),
+                                                     (torch.bfloat16, True, (4, 6, 8))])
+def test_a_step_compiled_by_inductor(dtype, recompute, sides):
+    """As it is without; the second size is compiled for any, so that the third needs nothing.
+
+    Without noise, as compiled noise is another.
+    """
+    results, graphs = {}, []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = FluxTransformer(CONFIG).to(dtype)
+        adapter = weights.new_adapter(model, ADAPTER).eval()
+        for p in adapter.tensors().values():             # experts that do something, each its own
+            torch.nn.init.normal_(p, std=0.1)
+        if compiled:
+            devices.compile_blocks(model)
+        for side in sides:
+            results[compiled, side] = step(model, adapter, side, dtype, recompute)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    limit = 1e-5 if dtype == torch.float32 else 0.05     # bf16 rounds elsewhere, by 1/256 each time
+    for side in sides:
+        for plain, own in zip(results[False, side], results[True, side]):
+            assert (plain - own).norm() < limit * plain.norm()
+    assert len(sides) == 1 or graphs[-1] == graphs[-2] > graphs[-3]
