@@ -75,7 +75,7 @@ def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
     if device.type == "cpu":                             # convolutions are (on a GPU they are not,
         vae.to(memory_format=torch.channels_last)        # with the norms between them)
     if device.type == "cpu" and dtype == torch.bfloat16 and not FAST_BF16:
-        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        for block in model.blocks:
             block.attend = attend_in_fp32
 
 
@@ -91,5 +91,5 @@ def compile_blocks(model: nn.Module) -> None:
     warnings.filterwarnings("ignore", ".*complex operators")     # rotate()'s are left as they are
     warnings.filterwarnings("ignore", ".*_prims_common.check")   # the compiler's own business
     torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+    for block in model.blocks:
         block.compile()

@@ -118,8 +118,7 @@ def parts_in(path: Path) -> dict[str, Path]:
 def only_size(vae: Path) -> tuple[int, int] | None:
     """The (W, H) of all pictures where the autoencoder's config.json is that of a small model."""
     file = vae / "config.json"
-    side = config_from(VAEConfig, read_json(file), file).sample_size if file.is_file() else 1024
-    return (side, side) if side < 512 else None
+    return config_from(VAEConfig, read_json(file), file).only_size if file.is_file() else None
 
 
 def model_paths(model: Path, tokenizers: Path | None = None,

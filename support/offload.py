@@ -44,7 +44,7 @@ def stream(model: nn.Module, device: torch.device) -> Iterator[Callable]:
 
     While one computes, the next is on its way; there are never more than two.
     """
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    blocks = model.blocks
     copying = torch.cuda.Stream(device) if device.type == "cuda" else None
     visits: dict[nn.Module, ExitStack] = {}
 
