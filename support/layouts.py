@@ -128,7 +128,7 @@ def model_paths(model: Path, tokenizers: Path | None = None,
     others: by part. Raises: FileNotFoundError; ValueError naming the option that is missing.
     """
     if not model.exists():
-        raise foreign.missing(model)
+        raise foreign.nothing_at(model)
     model = foreign.snapshot(model)
     found = parts_in(model) | {part: path for part, path in others.items() if path}
     if tokenizers:
@@ -142,7 +142,7 @@ def model_paths(model: Path, tokenizers: Path | None = None,
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
     for part, path in found.items():
         if not path.exists():
-            raise foreign.missing(path)
+            raise foreign.nothing_at(path)
         for file in path.iterdir() if part.startswith("tokenizer") and path.is_dir() else ():
             foreign.check_text(foreign.start_of(file) if file.is_file() else b"", file)
     return found

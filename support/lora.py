@@ -140,13 +140,17 @@ def of_layer(told: dict, pattern: str, layer: str, otherwise: object) -> object:
                  if re.fullmatch(rf"(.*\.)?({name})", layer)), otherwise)
 
 
-def strength(layer: str, found: dict[str, Tensor], told: dict, file: Path) -> float:
-    """What a layer's B A counts: alpha / r, with alpha beside it, in the settings, or r itself."""
+def alpha_and_scale(layer: str, found: dict[str, Tensor], told: dict,
+                    file: Path) -> tuple[float, float]:
+    """A layer's alpha, beside it, in the settings, or r itself; and what B A counts: alpha / r.
+
+    Rank-stabilised LoRAs (use_rslora) count alpha / sqrt(r).
+    """
     rank = len(found["A"])
     try:
         alpha = of_layer(told, "alpha_pattern", layer, told.get("lora_alpha", rank))
-        root = 0.5 if told.get("use_rslora") else 1
-        scale = float(found.get("alpha", alpha)) / rank ** root
+        alpha, root = float(found.get("alpha", alpha)), 0.5 if told.get("use_rslora") else 1
+        scale = alpha / rank ** root
         if not math.isfinite(scale):
             raise ValueError(f"{scale}")
         said = of_layer(told, "rank_pattern", layer, told.get("r", rank))
@@ -155,14 +159,14 @@ def strength(layer: str, found: dict[str, Tensor], told: dict, file: Path) -> fl
         raise ValueError(f"{file}: the alpha of {layer} is no number ({error})") from None
     if "alpha" not in found and said != rank:
         raise ValueError(f"{file}: {layer} has rank {rank}, its settings say {said}; so its "
-                         "strength is unknown")
-    return scale
+                         "scale is unknown")
+    return alpha, scale
 
 
-def ranks_and_strengths(file: Path) -> list[tuple[int, float]]:
-    """Of each layer, as the file says them. Raises: as read() does."""
+def ranks_and_scales(file: Path) -> list[tuple[int, float, float]]:
+    """Rank, alpha and scale of each layer, as the file says them. Raises: as read() does."""
     layers, told = layers_in(file)[0], settings_of(file)
-    return [(len(found["A"]), strength(layer, found, told, file))
+    return [(len(found["A"]), *alpha_and_scale(layer, found, told, file))
             for layer, found in layers.items()]
 
 
@@ -182,7 +186,7 @@ def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
               "as their rank, so that B A counts once", file=sys.stderr)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, found in layers.items():
-        B = found["B"].float() * strength(layer, found, told, file)
+        B = found["B"].float() * alpha_and_scale(layer, found, told, file)[1]
         new = {name.removesuffix(".weight"): (found["A"].float(), rows) for name, rows in
                layouts.to_folder("transformer", {f"{layer}.weight": B}).items()}
         if new.keys() & pairs.keys():

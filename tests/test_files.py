@@ -157,6 +157,15 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
         load(tmp_path, "vae")
 
 
+def test_a_shards_name_without_an_index_that_names_it_is_any_name(tmp_path: Path) -> None:
+    """Beside no index, or beside one of other files."""
+    file = tmp_path / "model-00003-of-00004.safetensors"
+    for write in (lambda folder: None, write_shards):
+        write(tmp_path)
+        with pytest.raises(FileNotFoundError, match="00003-of.*: no such file or folder$"):
+            read_tensors([file])
+
+
 def test_index_that_forgets_a_shard_leaves_tensors_missing(tmp_path: Path) -> None:
     weight_map = write_shards(tmp_path)
     write_index(tmp_path, {name: file for name, file in weight_map.items() if "00001" in file})

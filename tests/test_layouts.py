@@ -582,39 +582,3 @@ def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
     assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
     save_file(in_fp8(original("transformer"), scaled=True)[0], file)
     assert "fp8 with scales" in describe(file, weights.load).splitlines()[0]
-
-
-def test_adapters_are_described(tmp_path):
-    root = Path(weights.__file__).parent
-    assert "an adapter of train.py's" in describe(root / "tiny/adapter.safetensors", weights.load)
-    file = tmp_path / "lora.safetensors"
-    lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}), file)
-    lines = describe(file, weights.load).splitlines()
-    assert "an adapter that is a LoRA, 6 tensors" in lines[0]
-    assert lines[1] == "LoRA on 3 layers: rank 2, alpha 1, strength 0.5"
-    assert lines[2].startswith("fits neither the embedded model (width 128) nor FLUX.1-Kontext-dev "
-                               "(width 3072): its transformer_blocks.0.attn.to_q is 256 to 256")
-    assert lines[3] == f"python sample.py --instruction TEXT --adapter {file}"
-
-
-@pytest.mark.parametrize("width, out, told", [(128, 384, "the embedded model (width 128)"),
-                                              (3072, 9216, "FLUX.1-Kontext-dev (width 3072)")])
-def test_an_adapters_strength_and_the_model_that_it_fits_are_told(tmp_path, width, out, told):
-    names = ("double_blocks.1.img_attn.qkv", "double_blocks.2.txt_attn.qkv")
-    found = {name: (torch.ones(r, width), torch.ones(out, r), alpha)
-             for name, r, alpha in zip(names, (4, 6), (2., 12.))}
-    lora_file("comfy", found, tmp_path / "adapter_model.safetensors")
-    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        lines = describe(path, weights.load).splitlines()
-        assert "an adapter that is a LoRA, 12 tensors" in lines[0] and len(lines) == 4
-        assert lines[1] == "LoRA on 6 layers: rank 4 to 6, alpha 2 to 12, strength 0.5 to 2"
-        assert lines[2] == f"fits {told}"
-
-
-def test_an_adapter_of_ours_tells_its_experts():
-    root = Path(weights.__file__).parent
-    config = json.loads((root / "tiny/adapter.json").read_text())
-    lines = describe(root / "tiny/adapter.safetensors", weights.load).splitlines()
-    assert lines[1].startswith("LoRA on ") and f"rank {config['lora_rank']}, alpha" in lines[1]
-    assert "experts on " in lines[2] and "routed by instruction" in lines[2]
-    assert lines[3] == "fits the embedded model (width 128)"
