@@ -63,7 +63,9 @@ def adapter_kind(path: Path) -> str:
     file = found[0]
     if "adapter" in read_metadata(file):
         return "of train.py's"
-    return LORA if lora.is_lora(read_tensors([file])) else ""
+    tensors = read_tensors([file])
+    foreign.check_quantised(tensors, file)               # SVDQuant's factors are called lora too
+    return LORA if lora.is_lora(tensors) else ""
 
 
 def describe_adapter(path: Path, kind: str) -> list[str]:

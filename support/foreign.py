@@ -81,6 +81,11 @@ def check_quantised(names: Iterable[str], where: object) -> None:
 
 def nothing_at(path: Path) -> FileNotFoundError:
     """What to raise, and say, where there is nothing: a repository's name is not yet a folder."""
+    part = next((path.with_name(path.name + end) for end in UNFINISHED
+                 if path.with_name(path.name + end).is_file()), None)
+    if part:
+        return FileNotFoundError(f"{path}: no such file, but {part.name}, an unfinished download; "
+                                 f"let it end, or {AGAIN}")
     name = re.fullmatch(r"(?:https?:/+)?(?:huggingface\.co/|hf\.co/)?([\w.-]+/([\w.-]+?))/?"
                         r"(/(tree|blob|resolve)/.*)?", path.as_posix())
     if path.is_symlink():

@@ -127,11 +127,13 @@ def model_paths(model: Path, tokenizers: Path | None = None,
 
     others: by part. Raises: FileNotFoundError; ValueError naming the option that is missing.
     """
-    if not model.exists():
-        raise foreign.nothing_at(model)
+    for path in filter(None, (model, tokenizers)):
+        if not path.exists():
+            raise foreign.nothing_at(path)
     model = foreign.snapshot(model)
     found = parts_in(model) | {part: path for part, path in others.items() if path}
     if tokenizers:
+        tokenizers = foreign.snapshot(tokenizers)
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
     missing = dict.fromkeys(option for part, option in OPTIONS.items() if part not in found)
     if "--model" in missing:

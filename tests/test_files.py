@@ -95,6 +95,9 @@ def test_unfinished_and_lost_files_are_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="incomplete: is an unfinished download"):
         read_tensors([file])
+    with pytest.raises(FileNotFoundError, match="a.safetensors: no such file, but a.safetensors.inc"
+                       "omplete, an unfinished download; let it end, or download it again"):
+        read_tensors([tmp_path / "a.safetensors"])
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "blobs/12ab")
     with pytest.raises(FileNotFoundError, match="b.safetensors: is a link to .*12ab, which is not"):
         read_tensors([tmp_path / "b.safetensors"])

@@ -22,7 +22,7 @@ import vae
 import weights
 from helpers import KEYS
 from sample import load_pipeline
-from support import layouts, lora
+from support import adapters, layouts, lora
 from support.describe import describe
 from support.files import config_from, read_tensors, write_part
 from support.fp8 import NarrowLinear, to_fp8, Widened
@@ -231,6 +231,17 @@ def test_quantisations_are_named(tmp_path, whose):
             read(file)
 
 
+def test_a_quantised_files_own_factors_are_no_lora(tmp_path):
+    """Those of SVDQuant are called so; the file is named as what it is, as an adapter too."""
+    file, block = tmp_path / "svdq-fp4_r32-flux.1-kontext-dev.safetensors", "transformer_blocks.0"
+    save_file({f"{block}.mlp_fc1.lora_down": torch.zeros(4, 2), f"{block}.mlp_fc1.wscales":
+               torch.zeros(3), f"{block}.mlp_fc1.qweight": torch.zeros(3, dtype=torch.int8),
+               f"{block}.mlp_fc1.lora_up": torch.zeros(4, 2)}, file)
+    for read in (partial(describe, load=weights.load), adapters.read):
+        with pytest.raises(ValueError, match="is quantised by nunchaku .SVDQuant."):
+            read(file)
+
+
 def thin(number: int = 0) -> dict[str, Tensor]:
     """The original's weights by name, whole in their rows, with one column: the peers fix 3,072."""
     generator = torch.Generator().manual_seed(number)
@@ -280,7 +291,7 @@ def test_a_repositorys_name_is_no_folder_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = r"hf download someone/Some-Model\.1 --local-dir Some-Model\.1,"
     for name in ("someone/Some-Model.1", "https://huggingface.co/someone/Some-Model.1/tree/main"):
-        for read in (model_paths, partial(describe, load=weights.load)):
+        for read in (model_paths, partial(describe, load=weights.load), adapters.read):
             with pytest.raises(FileNotFoundError, match=told):
                 read(Path(name))
     Path("someone").mkdir()                              # then a slip in a local name is likelier
@@ -299,9 +310,22 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
     (upper / "refs/main").write_text("0a\n")
     for path in (upper, upper / "snapshots"):
         assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
+        assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)
+    found = model_paths(tiny / "tiny/model", tokenizers=upper)
+    assert found["tokenizer"] == upper / "snapshots/0a/tokenizer"
     (upper / "refs/main").unlink()                       # then the newest
     os.utime(upper / "snapshots/0b", (0, 0))
     assert model_paths(upper)["vae"] == upper / "snapshots/0a/vae"
+
+
+def test_an_adapter_in_the_cache_is_found_by_its_upper_folder(tmp_path, capsys):
+    folder = tmp_path / "models--someone--Some-LoRA/snapshots/0a"
+    folder.mkdir(parents=True)
+    lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}),
+              folder / "winter.safetensors")
+    for path in (tmp_path / "models--someone--Some-LoRA", folder.parent, folder):
+        assert adapters.read(path)[0]["lora_rank"] == 2
+        assert "rank 2, alpha 1, scale 0.5" in describe(path, weights.load)
 
 
 @pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer_2/tokenizer.json",
