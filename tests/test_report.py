@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import mole
@@ -105,6 +106,26 @@ def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch,
         assert re.match(r"map.png: the experts that \d instructions? chose; shares are 0\.\d+ from "
                         "even", printed) and ("between" in printed) == (what[0] == "--batch")
         assert {p.name for p in tmp_path.iterdir()} == {"jobs.jsonl", "map.png"}
+
+
+def test_the_readme_says_what_the_routing_shows(trained, tmp_path, monkeypatch, capsys):
+    """The picture is the one that its command makes; numbers and the clearest task are so."""
+    rows = ROOT / "tiny/examples/tasks.jsonl"
+    code, printed, _ = run_sample(monkeypatch, capsys, "--batch", rows, "--routing",
+                                  tmp_path / "map.png")
+    shown, made_now = (np.asarray(Image.open(file)).astype(int) for file in
+                       (ROOT / "tiny/examples/routing.png", tmp_path / "map.png"))
+    assert code == 0 and shown.shape == made_now.shape and abs(shown - made_now).mean() < 1
+    number = re.search(r"nearly even, ([\d.]+) from it", (ROOT / "README.md").read_text())[1]
+    assert f"shares are {number} from even" in printed
+    tasks: dict[str, list[str]] = {}
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        tasks.setdefault(row["task"], []).append(row["instruction"])
+    changing = {task: routing_maps.measures({task: routing_maps.shares(
+        trained.adapter, *encode_text(trained, texts))})["changing"]
+        for task, texts in tasks.items()}
+    assert min(changing, key=changing.get) == "move"
 
 
 def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys, short_model):
