@@ -23,7 +23,8 @@ from support.files import json_object, read_json, read_metadata, read_tensors
 FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?(\d?)[._](A|B|down|up)"
                     r"(?:\.(?!bias)\w+)?(?:\.weight)?")
 ALPHA = re.compile(r"(.+?)(?:[._]lora)?\.(?:lora_)?alpha")
-TEXT = re.compile(r"(lora_)?(te\d?|text_encoders?(_\d)?|text_model|clip(_[lg])?|t5(xxl)?)[._].+")
+TEXT = re.compile(r"(lora_|base_model\.model\.)?(te\d?|text_encoders?(_\d)?|text_model|clip(_[lg])?"
+                  r"|t5(xxl)?|bundle_emb)[._].+")      # the last: words that were trained
 OTHERS = {"DoRA": r"dora_scale|lora_magnitude_vector", "LoKr": r"lokr_", "LoHa": r"hada_",
           "OFT or BOFT": r"oft_", "LoCon's middle factor": r"lora_mid",
           "changed biases or whole layers": r"\.bias$|diff(_b)?$|(set|reshape)_weight$"}

@@ -81,7 +81,7 @@ def draw_similarity(similarity: Tensor) -> np.ndarray:
     panel.set_facecolor("lightgrey")                     # what NaN leaves free
     image = panel.imshow(similarity.numpy(), vmin=0, vmax=1)
     panel.set(title="how alike the experts' outputs are", xlabel="expert", ylabel="expert")
-    figure.colorbar(image, label="|cosine|, mean of the layers; grey: outputs still zero")
+    figure.colorbar(image, label="|cosine|, mean of the layers; grey: still zero")
     return pixels(figure)
 
 

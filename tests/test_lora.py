@@ -169,7 +169,10 @@ def written(file: Path, more: dict[str, Tensor] | None = None, **metadata: str) 
 @pytest.mark.parametrize("stem", ["lora_te_text_model_encoder_layers_0_mlp_fc1",
                                   "lora_te2_encoder_block_3_layer_0_SelfAttention_k", "lora_te3_a",
                                   "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-                                  "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo"])
+                                  "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo",
+                                  "text_encoders.clip_l.transformer.text_model.encoder.layers.0",
+                                  "base_model.model.text_model.encoder.layers.0.mlp.fc1",
+                                  "bundle_emb.word"])
 def test_text_encoders_parts_are_left_out_with_a_word(tmp_path: Path, capsys, stem: str) -> None:
     file = written(tmp_path / "a.safetensors", {f"{stem}.lora_down.weight": torch.ones(1, 3),
                                                 f"{stem}.lora_up.weight": torch.ones(3, 1)})
