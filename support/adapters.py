@@ -52,9 +52,6 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if (path / "train_config.json").is_file():
         return research.read(path)
     file = file_of(path)
-    if path.is_dir() and file.name not in FILE_NAMES:
-        print(f"note: {file}: taken as the adapter of {path}, which holds no other .safetensors "
-              "file", file=sys.stderr)
     stored = read_metadata(file).get("adapter")
     if stored is None:
         config, tensors = lora.read(file)
@@ -66,6 +63,9 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         if not t.float().isfinite().all():
             raise ValueError(f"{file}: {name} holds numbers that are not finite: its training has "
                              "diverged (take an earlier checkpoint), or the file is damaged")
+    if path.is_dir() and file.name not in FILE_NAMES:
+        print(f"note: {file}: taken as the adapter of {path}, which holds no other .safetensors "
+              "file", file=sys.stderr)
     return config, tensors
 
 

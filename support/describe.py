@@ -63,9 +63,7 @@ def adapter_kind(path: Path) -> str:
     file = found[0]
     if "adapter" in read_metadata(file):
         return "of train.py's"
-    tensors = read_tensors([file])
-    foreign.check_quantised(tensors, file)               # SVDQuant's factors are called lora too
-    return LORA if lora.is_lora(tensors) else ""
+    return LORA if lora.is_lora(read_tensors([file])) else ""
 
 
 def describe_adapter(path: Path, kind: str) -> list[str]:

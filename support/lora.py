@@ -99,7 +99,7 @@ def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str], str]
     """
     layers: dict[str, dict[str, Tensor]] = {}
     tensors, left_out = read_tensors([file]), []
-    foreign.check_quantised(tensors, file)
+    foreign.check_quantised(tensors, file)               # SVDQuant's factors are called lora too
     if not is_lora(tensors):
         raise ValueError(f"{file}: is no adapter of train.py's, and no LoRA of another tool")
     prefix = another_prefix([found[1] + found[2] for name in tensors if not TEXT.fullmatch(name)

@@ -154,7 +154,7 @@ def test_a_folders_only_file_is_its_adapter_whatever_its_name(tmp_path: Path, ca
     file = kohya(tmp_path).rename(tmp_path / "my_lora.safetensors")
     config, tensors = adapters.read(tmp_path)
     assert config["lora_rank"] == 4 and len(tensors) == 6
-    err = capsys.readouterr().err.splitlines()
+    err = capsys.readouterr().err.splitlines()           # its alpha is said: nothing else is told
     assert err == [f"note: {file}: taken as the adapter of {tmp_path}, which holds no other "
                    ".safetensors file"]
     lines = describe(tmp_path, weights.load).splitlines()
@@ -163,6 +163,9 @@ def test_a_folders_only_file_is_its_adapter_whatever_its_name(tmp_path: Path, ca
     file.with_name("other.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"holds 2 .safetensors files \(my_lora.*other.*name one"):
         adapters.read(tmp_path)
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors: is no adapter"):
+        adapters.read(ROOT / "tiny/model/vae")
+    assert not capsys.readouterr().err                   # no word of what is not taken
     file.rename(tmp_path / "adapter.safetensors")        # then it is the one
     assert adapters.read(tmp_path)[0]["lora_rank"] == 4 and not capsys.readouterr().err
 

@@ -82,7 +82,8 @@ def test_a_whole_file_is_read_however_its_length_is_spelt(tmp_path: Path, length
 
 @pytest.mark.parametrize("name, told", [
     ("model.safetensors.incomplete", "unfinished download; run `hf download` again"),
-    ("pytorch_model.bin", "pytorch_model.bin is not read; take the .safetensors"), ("notes", "$")])
+    ("pytorch_model.bin", "pytorch_model.bin is not read; take the .safetensors"), ("notes", "$"),
+    ("flux1-Q4_K.gguf", "flux1-Q4_K.gguf is not read; take the .safetensors")])
 def test_what_a_folder_without_weights_holds_is_said(tmp_path: Path, name: str, told: str) -> None:
     folder = written(tmp_path, "vae")
     (folder / "model.safetensors").rename(folder / name)
