@@ -89,7 +89,7 @@ def measures(use: dict[str, dict[str, Shares]]) -> dict[str, float]:
 
 def told(found: dict[str, float]) -> str:
     """The numbers of measures() in words."""
-    words = f"shares are {found['from_even']:.3f} from even"
+    words = f"shares are {found['from_even']:.3f} from even (half the sum of |p - 1/E|)"
     if "between" in found:
         words += (f", {found['between']:.3f} between instructions; of the kept experts "
                   f"{found['changing']:.0%} change from one instruction to another")

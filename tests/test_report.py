@@ -63,8 +63,8 @@ def test_the_measures_of_routing():
     changing = (1 / 2 + 1 / 2 + 1) / 3                   # of y: each two of the three
     assert abs(found["changing"] - changing / 2) < 1e-6
     assert routing_maps.told(found) == (
-        "shares are 0.250 from even, 0.167 between instructions; of the kept experts 33% change "
-        "from one instruction to another")
+        "shares are 0.250 from even (half the sum of |p - 1/E|), 0.167 between instructions; of "
+        "the kept experts 33% change from one instruction to another")
     alone = routing_maps.measures({"a": {"y": shared([one], [[1, 1, 0, 0]])}})
     assert alone == {"from_even": 0.75} and "between" not in routing_maps.told(alone)
     assert routing_maps.measures({}) == routing_maps.measures({"a": {}}) == {}
