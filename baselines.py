@@ -38,9 +38,11 @@ class SoftLinear(MoLELinear):
         super().__init__(*args)
         self.log_temperature = nn.Parameter(torch.zeros((), device=self.router.weight.device))
 
+    def logits(self, seen: Tensor) -> Tensor:            # (B, width) -> (B, E)
+        return super().logits(seen) / self.log_temperature.exp().clamp(min=0.01)
+
     def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        temperature = self.log_temperature.exp().clamp(min=0.01)
-        w = (self.logits(routing.z) / temperature).softmax(dim=-1)           # (B, E)
+        w = self.logits(routing.z).softmax(dim=-1)                           # (B, E)
         return w, w.new_zeros(())
 
 

@@ -182,14 +182,12 @@ class Attention(nn.Module):
 
     def __init__(self, c: DiTConfig, double: bool):
         super().__init__()
-        D, self.heads = c.width, c.num_attention_heads
-        self.norm_q, self.norm_k = (nn.RMSNorm(c.attention_head_dim, 1e-6) for _ in range(2))
+        D, d, self.heads = c.width, c.attention_head_dim, c.num_attention_heads
+        self.norm_q, self.norm_k = (nn.RMSNorm(d, 1e-6) for _ in range(2))
         self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
         if double:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (
-                nn.Linear(D, D) for _ in range(3))
-            self.norm_added_q, self.norm_added_k = (
-                nn.RMSNorm(c.attention_head_dim, 1e-6) for _ in range(2))
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(D, D) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = (nn.RMSNorm(d, 1e-6) for _ in range(2))
             self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(D, D)]), nn.Linear(D, D)
 
     def by_head(self, x: Tensor) -> Tensor:              # (B, S, D) -> (B, N, S, d)
@@ -309,6 +307,10 @@ class FluxTransformer(nn.Module):
         self.norm_out = FinalModulation(c.width)
         self.proj_out = nn.Linear(c.width, c.in_channels)
 
+    @property
+    def blocks(self) -> list[nn.Module]:                 # of both kinds, as they follow
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
     def forward(self, img: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor,
                 img_ids: Tensor, cond: Tensor | None = None, cond_ids: Tensor | None = None,
                 run: Callable = call) -> Tensor:
@@ -317,8 +319,7 @@ class FluxTransformer(nn.Module):
         Shapes: img (B, I+R, P), txt (B, T, T5 width), pooled (B, CLIP width), t and guidance (B,),
         img_ids (I+R, 3), cond (B, Q, P), cond_ids (Q, 3) -> (B, I+R, P).
         Units: t in [0, 1], 1 = pure noise; guidance is the scale itself, 2.5 by custom.
-        run(block, *args) calls one block, by default just so: the place for recomputing, or for
-        moving weights about.
+        run(block, *args) calls one block; others than the default recompute, or move weights about.
         Reference: arXiv 2506.15742; clean conditions: arXiv 2512.21788.
         """
         txt_ids = img_ids.new_zeros(txt.shape[1], 3)     # words have no place

@@ -245,8 +245,8 @@ def output_size(pipe: Pipeline, images: list[Image.Image],
     # Deviation: diffusers makes 1024x1024 by default, whatever the reference: crops, zooms, drift.
     if wanted is not None:
         return wanted
-    side = pipe.vae.config.sample_size
-    sizes = PREFERRED if side >= 512 else [(side, side)]
+    only = pipe.vae.config.only_size
+    sizes = [only] if only else PREFERRED
     aspect = images[0].width / images[0].height if images else 1
     return min(sizes, key=lambda size: abs(np.log(size[0] / size[1] / aspect)))
 
@@ -258,10 +258,9 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
     The picture to edit takes the output's size, so that the grids coincide. Conditions keep their
     aspect, the longer side at most 512, as in training; a model for small squares takes only those.
     """
-    side = pipe.vae.config.sample_size
     refs = [resize(image, size if i == 0 else output_size(pipe, [image], None))
             for i, image in enumerate(images)]
-    clean = [resize(image, fitted(image.size) if side >= 512 else (side, side)) for image in conds]
+    clean = [resize(image, pipe.vae.config.only_size or fitted(image.size)) for image in conds]
     return [to_tensor([p]) for p in refs], [to_tensor([p]) for p in clean]
 
 

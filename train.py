@@ -167,8 +167,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
     start, number = resume.start(args.out, adapter, optimizers, settings, args.resume, workers)
     if rank == 0:
         record.write_run(args, settings)
+        report.tell_missing()
     watching = rank == 0 or args.shard                   # --shard: a pass needs all processes
-    plots = rank == 0 and report.can_draw()
     shown = data.some_of_each(sources, args.seed) if watching else []
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method,
@@ -193,7 +193,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
             if rank == 0 and (due or stop):
                 resume.save_checkpoint(args.out, adapter, optimizers, step + 1, number, settings)
             if due and watching:
-                pictures = previews(pipe, shown, log if plots else None, step + 1)
+                pictures = previews(pipe, shown, log if rank == 0 else None, step + 1)
                 if rank == 0:
                     for name, picture in pictures.items():
                         save_picture(picture, args.out / f"{name}.png")
@@ -216,7 +216,7 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
 
 def previews(pipe: Pipeline, samples: list[Sample], log: record.Log | None,
              step: int) -> dict[str, np.ndarray]:
-    """Pictures of how training goes, by name; plots too if there is a log to draw."""
+    """Pictures of how training goes, by name; plots too if there is a log."""
     pipe.adapter.eval()
     try:
         pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
@@ -226,9 +226,9 @@ def previews(pipe: Pipeline, samples: list[Sample], log: record.Log | None,
     similarity = routing_maps.expert_similarity(         # with --shard a pass of all processes
         pipe.adapter, lambda: flow_loss(pipe, samples[:1], 0))
     if log:
-        use = {task: routing_maps.expert_use(pipe.adapter, *encode_text(pipe, list(texts)))
+        use = {task: routing_maps.shares(pipe.adapter, *encode_text(pipe, list(texts)))
                for task, texts in sorted(log.instructions.items())}
-        pictures |= report.draw_run(log.steps(), use, similarity)
+        pictures |= routing_maps.of_run(log, use, similarity)
     pipe.adapter.train()
     return pictures
 

@@ -30,6 +30,10 @@ class VAEConfig:
         """Pixels per latent position: every level but the last one halves the grid."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def only_size(self) -> tuple[int, int] | None:       # (W, H) of all that a small model knows
+        return (self.sample_size, self.sample_size) if self.sample_size < 512 else None
+
 
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""

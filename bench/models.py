@@ -100,8 +100,7 @@ def whole_dit(dtype: torch.dtype, rounds: int) -> None:
         p.data.normal_(std=0.02)
     peer.load_state_dict(ours.state_dict(), assign=True)         # the same weights: one copy
     peer.eval()
-    compiled(*ours.transformer_blocks, *ours.single_transformer_blocks,
-             *peer.transformer_blocks, *peer.single_transformer_blocks)
+    compiled(*ours.blocks, *peer.transformer_blocks, *peer.single_transformer_blocks)
     ids = torch.cat([dit.position_ids(128, 128), dit.position_ids(128, 128, 1)])
     img, txt, pooled = (torch.randn(shape, dtype=dtype) for shape in
                         ((1, len(ids), 64), (1, TEXT, 4096), (1, 768)))

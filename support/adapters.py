@@ -3,6 +3,7 @@
 weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,17 +16,27 @@ from support.files import check_tensors, json_object, read_metadata, read_tensor
 
 
 # What a folder holds its adapter in: of a run, of PEFT, of diffusers.
-NAMES = ("adapter.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+FILE_NAMES = ("adapter.safetensors", "adapter_model.safetensors",
+              "pytorch_lora_weights.safetensors")
+
+
+def files_in(path: Path) -> list[Path]:
+    """The file itself, the folder's one of FILE_NAMES, or else all its safetensors files."""
+    if not path.is_dir():
+        return [path]
+    known = [path / name for name in FILE_NAMES if (path / name).is_file()]
+    return known[:1] or sorted(path.glob("*.safetensors"))
 
 
 def file_of(path: Path) -> Path:
-    """The file itself, or the folder's. Raises: FileNotFoundError."""
-    if not path.is_dir():
-        return path
-    files = [path / name for name in NAMES if (path / name).is_file()]
+    """The file itself, or the folder's. Raises: FileNotFoundError; ValueError for several."""
+    files = files_in(path)
     if not files:
-        raise FileNotFoundError(f"{path}: holds no adapter, a file called {', '.join(NAMES)}"
+        raise FileNotFoundError(f"{path}: holds no adapter, a file called {', '.join(FILE_NAMES)}"
                                 f"{foreign.found_instead(path)}")
+    if len(files) > 1:
+        raise ValueError(f"{path}: holds {len(files)} .safetensors files ({files[0].name}, "
+                         f"{files[1].name}, ...), none called {', '.join(FILE_NAMES)}; name one")
     return files[0]
 
 
@@ -36,7 +47,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     PEFT or diffusers has written. Raises: FileNotFoundError, ValueError.
     """
     if not path.exists():
-        raise foreign.missing(path)
+        raise foreign.nothing_at(path)
     path = foreign.snapshot(path)
     if (path / "train_config.json").is_file():
         return research.read(path)
@@ -52,6 +63,9 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         if not t.float().isfinite().all():
             raise ValueError(f"{file}: {name} holds numbers that are not finite: its training has "
                              "diverged (take an earlier checkpoint), or the file is damaged")
+    if path.is_dir() and file.name not in FILE_NAMES:
+        print(f"note: {file}: taken as the adapter of {path}, which holds no other .safetensors "
+              "file", file=sys.stderr)
     return config, tensors
 
 

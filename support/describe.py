@@ -3,11 +3,11 @@
 weights.py calls it, and gives it its load().
 """
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
@@ -17,6 +17,7 @@ from text_encoder import CLIPTokenizer, T5Tokenizer
 
 RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
 LORA, RESEARCH = "that is a LoRA", "of the research code"
+TEXTS = "the instruction vector"                         # T5's width to CLIP's
 # Of an adapter's tensors: whether in or out of the layer is told, and by which dimension.
 SIZES = {"lora_A": (0, 1), "lora_B": (1, 0), "experts_A": (0, 0), "experts_B": (1, 1)}
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
@@ -47,7 +48,7 @@ def describe_part(part: str, path: Path, load: Callable) -> tuple[str, str]:
     return told, ""
 
 
-def span(values: list[float]) -> str:
+def span(values: Sequence[float]) -> str:
     least, most = min(values), max(values)
     return f"{least:g}" if least == most else f"{least:g} to {most:g}"
 
@@ -56,53 +57,70 @@ def adapter_kind(path: Path) -> str:
     """Whose adapter a file or folder holds; nothing for none."""
     if (path / "train_config.json").is_file():
         return RESEARCH
-    if path.is_dir() and not any((path / name).is_file() for name in adapters.NAMES):
+    found = adapters.files_in(path)
+    if len(found) != 1 or (path / "model_index.json").is_file():
         return ""
-    file = adapters.file_of(path)
+    file = found[0]
     if "adapter" in read_metadata(file):
         return "of train.py's"
     return LORA if lora.is_lora(read_tensors([file])) else ""
 
 
 def describe_adapter(path: Path, kind: str) -> list[str]:
-    """What an adapter is made of, how strong it is, and which model it fits, in lines."""
+    """What an adapter is made of, how much it adds, and which model it fits, in lines."""
     values, tensors = adapters.read(path)
     c = config_from(AdapterConfig, values, path, whole=True)
-    layers = sum(name.endswith(".lora_A") for name in tensors)
-    mixtures = sum(name.endswith(".experts_A") for name in tensors)
     targets.check_sizes(c)
-    pairs = (lora.ranks_and_strengths(adapters.file_of(path)) if kind == LORA else
-             [(c.lora_rank, c.lora_alpha / c.lora_rank)])
+    layers = sum(name.endswith(".lora_A") for name in tensors)
+    mixtures = [name.removesuffix(".experts_A") for name in tensors if name.endswith(".experts_A")]
+    by_token = sum(targets.matches(name, *c.token_targets) for name in mixtures)
     told = [f"{path}: an adapter {kind}, {tally(tensors)}"]
     if layers:
-        told.append(f"LoRA on {layers} layers: rank {span([r for r, _ in pairs])}, alpha "
-                    f"{span([r * s for r, s in pairs])}, strength {span([s for _, s in pairs])}")
+        ranks, alphas, scales = zip(*(
+            lora.ranks_and_scales(adapters.file_of(path)) if kind == LORA else
+            [(c.lora_rank, c.lora_alpha, c.lora_alpha / c.lora_rank)]))
+        told.append(f"LoRA on {layers} layer{'s' * (layers > 1)}: rank {span(ranks)}, alpha "
+                    f"{span(alphas)}, scale {span(scales)}")
     if mixtures:
-        told.append(f"{c.experts} experts on {mixtures} layers, {c.top_k} kept: rank {c.rank}, "
-                    f"alpha {c.alpha:g}, strength {c.alpha / c.rank:g}, routed by {c.routing}")
+        told.append(f"{c.experts} experts on {len(mixtures)} layers, {c.top_k} kept: rank {c.rank}"
+                    f", alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, routed by {c.routing}"
+                    + f", {by_token} of them by token" * (by_token > 0))
     return [*told, fits(tensors)]
 
 
-def fits(tensors: dict[str, Tensor]) -> str:
-    """Which of the models that are known here has an adapter's layers, in their sizes."""
-    sizes: dict[str, list[int]] = {}                     # of a layer: in, out
+def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Of each layer that an adapter's tensors belong to: how wide it takes and gives."""
+    sizes: dict[str, list[int]] = {}
     for name, t in tensors.items():
         layer, _, side = name.rpartition(".")
         if side in SIZES:
             place, dim = SIZES[side]
             sizes.setdefault(layer, [0, 0])[place] = t.shape[dim]
-    file = options.EMBEDDED / "transformer/config.json"
-    found = []
-    for model, config in (("the embedded model", config_from(DiTConfig, read_json(file), file)),
-                          ("FLUX.1-Kontext-dev", RELEASED)):
+    if "instruction.proj_in.weight" in tensors:
+        sizes[TEXTS] = [tensors["instruction.proj_in.weight"].shape[1],
+                        len(tensors["instruction.norm_out.weight"])]
+    return {layer: f"{wide} to {out}" for layer, (wide, out) in sizes.items()}
+
+
+def fits(tensors: dict[str, Tensor]) -> str:
+    """Which of the models that are known here has an adapter's layers, in their sizes."""
+    file, told = options.EMBEDDED / "transformer/config.json", {}
+    wanted = sizes_in(tensors)
+    for model, config in (("FLUX.1-Kontext-dev", RELEASED),
+                          ("the embedded model", config_from(DiTConfig, read_json(file), file))):
         with torch.device("meta"):
-            linears = dict(FluxTransformer(config).named_modules())
-        if all(layer in linears and [linears[layer].in_features, linears[layer].out_features]
-               == size for layer, size in sizes.items()):
+            known = {name: f"{m.in_features} to {m.out_features}" for name, m
+                     in FluxTransformer(config).named_modules() if isinstance(m, nn.Linear)}
+        known[TEXTS] = f"{config.joint_attention_dim} to {config.pooled_projection_dim}"
+        other = [f"{layer} is {size}, there {known.get(layer, 'is none')}"
+                 for layer, size in wanted.items() if known.get(layer) != size]
+        if not other:
             return f"fits {model} (width {config.width})"
-        found.append(f"{model} (width {config.width})")
-    layer, (wide, out) = next(iter(sizes.items()))
-    return f"fits neither {' nor '.join(found)}: its {layer} is {wide} to {out}"
+        told[f"{model} (width {config.width})"] = other
+    nearest = min(told, key=lambda model: len(told[model]))
+    return (f"fits neither {' nor '.join(told)}: of its {len(wanted)} layers {len(told[nearest])} "
+            f"are not {nearest.partition(' (')[0]}'s: {'; '.join(told[nearest][:3])}"
+            + "; ..." * (len(told[nearest]) > 3))
 
 
 def describe(path: Path, load: Callable) -> str:
@@ -111,7 +129,7 @@ def describe(path: Path, load: Callable) -> str:
     load(part, path, device): reads a part of a model, with all checks, as weights.load() does.
     """
     if not path.exists():
-        raise foreign.missing(path)
+        raise foreign.nothing_at(path)
     path = foreign.snapshot(path)
     sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)

@@ -97,7 +97,7 @@ def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
     if device.type == "cpu":                             # convolutions are (on a GPU they are not,
         vae.to(memory_format=torch.channels_last)        # with the norms between them)
     if device.type == "cpu" and dtype == torch.bfloat16 and not FAST_BF16:
-        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        for block in model.blocks:
             block.attend = attend_in_fp32
 
 
@@ -113,8 +113,7 @@ def compile_blocks(model: nn.Module) -> None:
     warnings.filterwarnings("ignore", ".*complex operators")     # the positions' table is read
     warnings.filterwarnings("ignore", ".*_prims_common.check")   # the compiler's own business
     torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions
-    blocks = (*model.transformer_blocks, *model.single_transformer_blocks)
-    attend = partial(blocks[0].attend, rotate=rotate_in_reals)   # one for all: it is looked at
-    for block in blocks:
+    attend = partial(model.blocks[0].attend, rotate=rotate_in_reals)     # one object for all, or
+    for block in model.blocks:                           # each block would be compiled by itself
         block.attend = attend
         block.compile()

@@ -65,7 +65,7 @@ def shard(model: nn.Module, adapter: nn.Module, device: torch.device) -> None:
     """
     from torch.distributed.fsdp import fully_shard  # takes a second to import
     own = set(adapter.tensors().values())
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+    for block in model.blocks:
         fully_shard(block.to(device), ignored_params=own)        # one at a time on the device
     for part in (adapter.instruction, *model.children()):
         if part is not None and not isinstance(part, nn.ModuleList):

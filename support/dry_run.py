@@ -84,8 +84,8 @@ def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
     """
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model.to_empty(device="cpu")
-        base, blocks = live.now, [sum(t.nbytes for t in offload.weights_of(block)) for block in (
-            *model.transformer_blocks, *model.single_transformer_blocks)]
+        base = live.now
+        blocks = [sum(t.nbytes for t in offload.weights_of(block)) for block in model.blocks]
         adapter, optimizers = adapt()
         own = live.now - base
         first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)

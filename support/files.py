@@ -112,7 +112,7 @@ def files_of(path: Path) -> list[Path]:
 def open_safetensors(file: Path) -> Iterator[safe_open]:
     """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
     if not file.is_file():
-        raise foreign.missing(file) if not file.exists() else FileNotFoundError(
+        raise foreign.nothing_at(file) if not file.exists() else FileNotFoundError(
             f"{file}: is a folder; name a file in it")
     foreign.check_weights(file)
     try:

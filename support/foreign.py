@@ -79,14 +79,20 @@ def check_quantised(names: Iterable[str], where: object) -> None:
                              "read; take a bf16 or an fp8 file of this model")
 
 
-def missing(path: Path) -> FileNotFoundError:
+def nothing_at(path: Path) -> FileNotFoundError:
     """What to raise, and say, where there is nothing: a repository's name is not yet a folder."""
+    part = next((path.with_name(path.name + end) for end in UNFINISHED
+                 if path.with_name(path.name + end).is_file()), None)
+    if part:
+        return FileNotFoundError(f"{path}: no such file, but {part.name}, an unfinished download; "
+                                 f"let it end, or {AGAIN}")
     name = re.fullmatch(r"(?:https?:/+)?(?:huggingface\.co/|hf\.co/)?([\w.-]+/([\w.-]+?))/?"
                         r"(/(tree|blob|resolve)/.*)?", path.as_posix())
     if path.is_symlink():
         return FileNotFoundError(f"{path}: is a link to {path.readlink()}, which is not there; "
                                  f"{AGAIN}")
-    if re.search(r"-\d+-of-\d+\.", path.name):
+    if any(path.name in index.read_text(errors="replace")
+           for index in path.parent.glob("*.safetensors.index.json")):
         return FileNotFoundError(f"{path}: no such file, though the index beside it names it; the "
                                  "same `hf download` again fetches what is missing")
     if name and not path.parent.exists() and path.suffix != ".safetensors":

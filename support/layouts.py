@@ -118,8 +118,7 @@ def parts_in(path: Path) -> dict[str, Path]:
 def only_size(vae: Path) -> tuple[int, int] | None:
     """The (W, H) of all pictures where the autoencoder's config.json is that of a small model."""
     file = vae / "config.json"
-    side = config_from(VAEConfig, read_json(file), file).sample_size if file.is_file() else 1024
-    return (side, side) if side < 512 else None
+    return config_from(VAEConfig, read_json(file), file).only_size if file.is_file() else None
 
 
 def model_paths(model: Path, tokenizers: Path | None = None,
@@ -128,11 +127,13 @@ def model_paths(model: Path, tokenizers: Path | None = None,
 
     others: by part. Raises: FileNotFoundError; ValueError naming the option that is missing.
     """
-    if not model.exists():
-        raise foreign.missing(model)
+    for path in filter(None, (model, tokenizers)):
+        if not path.exists():
+            raise foreign.nothing_at(path)
     model = foreign.snapshot(model)
     found = parts_in(model) | {part: path for part, path in others.items() if path}
     if tokenizers:
+        tokenizers = foreign.snapshot(tokenizers)
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
     missing = dict.fromkeys(option for part, option in OPTIONS.items() if part not in found)
     if "--model" in missing:
@@ -143,7 +144,7 @@ def model_paths(model: Path, tokenizers: Path | None = None,
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
     for part, path in found.items():
         if not path.exists():
-            raise foreign.missing(path)
+            raise foreign.nothing_at(path)
         for file in path.iterdir() if part.startswith("tokenizer") and path.is_dir() else ():
             foreign.check_text(foreign.start_of(file) if file.is_file() else b"", file)
     return found

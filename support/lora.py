@@ -4,6 +4,7 @@ adapters.read() comes here with a file that train.py has not written. Trainers p
 before a layer's name, and write it with dots or underscores: it is compared without either.
 """
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -15,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
-from support import layouts
+from support import foreign, layouts
 from support.files import json_object, read_json, read_metadata, read_tensors
 
 # to_q.lora_A.weight, to_q.lora_down.default.weight, to_q_lora.up.weight, qkv_lora1.down.weight
 FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?(\d?)[._](A|B|down|up)"
                     r"(?:\.(?!bias)\w+)?(?:\.weight)?")
 ALPHA = re.compile(r"(.+?)(?:[._]lora)?\.(?:lora_)?alpha")
-TEXT = re.compile(r"(lora_)?(te\d?|text_encoders?(_\d)?|text_model|clip(_[lg])?|t5(xxl)?)[._].+")
+TEXT = re.compile(r"(lora_|base_model\.model\.)?(te\d?|text_encoders?(_\d)?|text_model|clip(_[lg])?"
+                  r"|t5(xxl)?|bundle_emb)[._].+")      # the last: words that were trained
 OTHERS = {"DoRA": r"dora_scale|lora_magnitude_vector", "LoKr": r"lokr_", "LoHa": r"hada_",
           "OFT or BOFT": r"oft_", "LoCon's middle factor": r"lora_mid",
           "changed biases or whole layers": r"\.bias$|diff(_b)?$|(set|reshape)_weight$"}
 PREFIX = "(?:base|model|module|orig|mod|diffusion|transformer|unet|dit|flux|lora|lycoris)*"
+ELSEWHERE = re.compile(r"block|layer|control|vae|text|clip|t5|\d", re.I)    # in another prefix
 OLDER = {"transformer_blocks.#.attn.to_out": "transformer_blocks.#.attn.to_out.0",   # diffusers'
          "double_blocks.#.qkv1": "double_blocks.#.img_attn.qkv",             # and XLabs' processors
          "double_blocks.#.qkv2": "double_blocks.#.txt_attn.qkv",
@@ -71,6 +74,15 @@ def layer_named(module: str) -> str | None:
     return found and known[found[1]].replace("#", number[0] if number else "")
 
 
+def another_prefix(modules: list[str]) -> str:
+    """What stands before all layers' names and is none of the usual prefixes; often nothing."""
+    common = os.path.commonprefix(modules)
+    for end in (0, *(separator.end() for separator in re.finditer("[._]", common))):
+        if not ELSEWHERE.search(common[:end]) and all(layer_named(m[end:]) for m in modules):
+            return common[:end]
+    return ""
+
+
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors' names are those of a LoRA, of any kind."""
     others = "|".join(OTHERS.values())
@@ -78,15 +90,20 @@ def is_lora(names: Iterable[str]) -> bool:
         rf"(lora|lycoris).*({others})", name) for name in names)
 
 
-def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """What the file holds for each layer (A, B, alpha), and names of text encoders' tensors.
+def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str], str]:
+    """What the file holds for each layer (A, B, alpha), and two things to tell of.
+
+    Those are names of text encoders' tensors, and another_prefix() of all others.
 
     Raises: ValueError naming a foreign key, or a layer without both factors.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     tensors, left_out = read_tensors([file]), []
+    foreign.check_quantised(tensors, file)               # SVDQuant's factors are called lora too
     if not is_lora(tensors):
         raise ValueError(f"{file}: is no adapter of train.py's, and no LoRA of another tool")
+    prefix = another_prefix([found[1] + found[2] for name in tensors if not TEXT.fullmatch(name)
+                             and (found := FACTOR.fullmatch(name))])
     for name, t in tensors.items():
         if TEXT.fullmatch(name):
             left_out.append(name)
@@ -98,7 +115,8 @@ def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         if not factor and not alpha:
             raise ValueError(f"{file}: {name} is neither a factor of a LoRA nor its alpha; only "
                              "plain LoRA is read")
-        layer = layer_named(factor[1] + factor[2] if factor else alpha[1])
+        module = factor[1] + factor[2] if factor else alpha[1]
+        layer = layer_named(module.removeprefix(prefix))
         if layer is None:
             raise ValueError(f"{file}: {name} is no part of a LoRA for this transformer; no layer "
                              "of it is called so")
@@ -112,7 +130,7 @@ def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
         A, B = (found.get(side, torch.empty(0)) for side in "AB")            # none: refused
         if A.dim() != 2 or B.dim() != 2 or len(A) != B.shape[1] or not A.numel() * B.numel():
             raise ValueError(f"{file}: {layer} needs lora_A (r, in) and lora_B (out, r)")
-    return layers, left_out
+    return layers, left_out, prefix
 
 
 def settings_of(file: Path) -> dict:
@@ -140,13 +158,17 @@ def of_layer(told: dict, pattern: str, layer: str, otherwise: object) -> object:
                  if re.fullmatch(rf"(.*\.)?({name})", layer)), otherwise)
 
 
-def strength(layer: str, found: dict[str, Tensor], told: dict, file: Path) -> float:
-    """What a layer's B A counts: alpha / r, with alpha beside it, in the settings, or r itself."""
+def alpha_and_scale(layer: str, found: dict[str, Tensor], told: dict,
+                    file: Path) -> tuple[float, float]:
+    """A layer's alpha, beside it, in the settings, or r itself; and what B A counts: alpha / r.
+
+    Rank-stabilised LoRAs (use_rslora) count alpha / sqrt(r).
+    """
     rank = len(found["A"])
     try:
         alpha = of_layer(told, "alpha_pattern", layer, told.get("lora_alpha", rank))
-        root = 0.5 if told.get("use_rslora") else 1
-        scale = float(found.get("alpha", alpha)) / rank ** root
+        alpha, root = float(found.get("alpha", alpha)), 0.5 if told.get("use_rslora") else 1
+        scale = alpha / rank ** root
         if not math.isfinite(scale):
             raise ValueError(f"{scale}")
         said = of_layer(told, "rank_pattern", layer, told.get("r", rank))
@@ -155,14 +177,14 @@ def strength(layer: str, found: dict[str, Tensor], told: dict, file: Path) -> fl
         raise ValueError(f"{file}: the alpha of {layer} is no number ({error})") from None
     if "alpha" not in found and said != rank:
         raise ValueError(f"{file}: {layer} has rank {rank}, its settings say {said}; so its "
-                         "strength is unknown")
-    return scale
+                         "scale is unknown")
+    return alpha, scale
 
 
-def ranks_and_strengths(file: Path) -> list[tuple[int, float]]:
-    """Of each layer, as the file says them. Raises: as read() does."""
+def ranks_and_scales(file: Path) -> list[tuple[int, float, float]]:
+    """Rank, alpha and scale of each layer, as the file says them. Raises: as read() does."""
     layers, told = layers_in(file)[0], settings_of(file)
-    return [(len(found["A"]), strength(layer, found, told, file))
+    return [(len(found["A"]), *alpha_and_scale(layer, found, told, file))
             for layer, found in layers.items()]
 
 
@@ -172,7 +194,10 @@ def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
     Layers of lower rank are filled up with zeros, and scales go into B, so that one rank serves
     all; on a fused layer the slices of B share an A. Raises: ValueError naming a foreign key.
     """
-    (layers, left_out), told = layers_in(file), settings_of(file)
+    (layers, left_out, prefix), told = layers_in(file), settings_of(file)
+    if prefix:
+        print(f"note: {file}: all names begin with {prefix}, which is taken for the transformer",
+              file=sys.stderr)
     if left_out:
         print(f"note: {file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are "
               "left out; only those for the transformer are used", file=sys.stderr)
@@ -182,7 +207,7 @@ def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
               "as their rank, so that B A counts once", file=sys.stderr)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, found in layers.items():
-        B = found["B"].float() * strength(layer, found, told, file)
+        B = found["B"].float() * alpha_and_scale(layer, found, told, file)[1]
         new = {name.removesuffix(".weight"): (found["A"].float(), rows) for name, rows in
                layouts.to_folder("transformer", {f"{layer}.weight": B}).items()}
         if new.keys() & pairs.keys():

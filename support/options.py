@@ -97,8 +97,8 @@ def sample_options() -> argparse.Namespace:
                         help="write the adapter, as this instruction routes it, as a plain LoRA; "
                         "a picture too only with --out")
     parser.add_argument("--routing", type=Path, metavar="PICTURE",
-                        help="draw which experts each layer chose, for --instruction or, by task, "
-                        "for a --batch; pictures too only with --out")
+                        help="draw the experts' shares in each layer, and which are kept, for "
+                        "--instruction or, by task, for a --batch; pictures too only with --out")
     return parser.parse_args()
 
 

@@ -27,7 +27,7 @@ PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", 
             ".bmp", ".dib", ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pnm", ".qoi")
 
 
-ADDRESS = re.compile(r"\b(https?|ftp|s3|gs|file):/", re.I)
+ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)     # Path makes one / of two
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def missing(path: str) -> str:
     """Why there is no picture file at a path, in words."""
     if os.path.isdir(path):
         return "is a folder; name one picture"
-    if ADDRESS.search(path):                             # Path has made one / of two
+    if ADDRESS.search(path):
         return "is an address; save that picture as a file, and name the file"
     return "no such picture file"
 

@@ -99,6 +99,14 @@ class Log:
             with self.file.open("a") as log:
                 log.write(line + "\n")
 
+    def add(self, more: dict[str, float]) -> None:
+        """Put more into the last step's line."""
+        if more:
+            *before, last = self.file.read_text().splitlines(True)
+            line = json.loads(last) | {name: round(v, 6) for name, v in more.items()}
+            with replacing(self.file) as aside:
+                aside.write_text("".join([*before, json.dumps(line) + "\n"]))
+
     def steps(self) -> list[dict]:
         """All steps that were written."""
         return [json.loads(line) for line in self.file.read_text().splitlines()]

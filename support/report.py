@@ -1,8 +1,10 @@
 """Plots of a training run, with matplotlib: losses, routing, how alike the experts are.
 
-train.previews() calls draw_run() each time that a checkpoint is due; sample.py --routing draws one.
+routing_maps.of_run() calls draw_run() each time that train.py has a checkpoint due; sample.py
+--routing draws one.
 """
 import sys
+import textwrap
 from importlib.util import find_spec
 
 import numpy as np
@@ -10,12 +12,15 @@ from torch import Tensor
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed; says what will be missing without it."""
-    if find_spec("matplotlib"):
-        return True
-    print("note: loss.png, routing.png and experts.png are drawn by matplotlib, which is not "
-          "installed", file=sys.stderr)
-    return False
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def tell_missing() -> None:
+    """Say what a run will lack without matplotlib."""
+    if not can_draw():
+        print("note: loss.png, routing.png and experts.png are drawn by matplotlib, which is not "
+              "installed", file=sys.stderr)
 
 
 def pixels(figure: "matplotlib.figure.Figure") -> np.ndarray:    # noqa: F821
@@ -41,22 +46,30 @@ def draw_losses(steps: list[dict]) -> np.ndarray:
     return pixels(figure)
 
 
-def draw_routing(use: dict[str, dict[str, Tensor]]) -> np.ndarray:
-    """Heat map of routing_maps.expert_use() by task: a panel each, layers down, experts across.
+def draw_routing(use: dict[str, dict[str, tuple[Tensor, Tensor]]], words: str) -> np.ndarray:
+    """Map of routing_maps.shares() by task: a panel each, layers down, experts across.
 
-    -> (height, width, 3) uint8.
+    Colours say the shares p before top k, white where they are even, on one scale for all pictures;
+    dots say which experts are kept, by their area how often. -> (height, width, 3) uint8.
     """
     from matplotlib.figure import Figure
     layers = list(next(iter(use.values())))
-    top = max(w.max().item() for found in use.values() for w in found.values())
-    figure = Figure((3.5 + 2 * len(use), 1.5 + 0.2 * len(layers)), layout="constrained")
+    experts = next(iter(use.values()))[layers[0]][0].shape[1]
+    figure = Figure((3.5 + 2 * len(use), 2 + 0.2 * len(layers)), layout="constrained")
     panels = figure.subplots(1, len(use), sharey=True, squeeze=False)[0]
     for panel, (task, found) in zip(panels, use.items()):
-        w = np.stack([mean.cpu().numpy() for mean in found.values()])        # (layers, E)
-        image = panel.imshow(w, vmin=0, vmax=top, aspect="auto")
+        p, kept = (np.stack([both[i].float().mean(0).cpu().numpy() for both in found.values()])
+                   for i in range(2))                                        # (layers, E)
+        image = panel.imshow(p, "RdBu_r", vmin=0, vmax=2 / experts, aspect="auto")
+        row, column = np.indices(kept.shape)
+        panel.scatter(column, row, 80 * kept, "black", linewidths=0)
         panel.set(title=task, xlabel="expert")
+        panel.set_xticks(range(experts))
     panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
-    figure.colorbar(image, ax=panels, label="mean weight")
+    bar = figure.colorbar(image, ax=panels, label="share before top k, mean", extend="max")
+    bar.set_ticks([0, 1 / experts, 2 / experts], labels=["0", f"1/{experts}, even", f"2/{experts}"])
+    figure.suptitle(textwrap.fill(f"{words}; dots: kept, their area how often", 40 + 30 * len(use)),
+                    fontsize=9)
     return pixels(figure)
 
 
@@ -65,18 +78,21 @@ def draw_similarity(similarity: Tensor) -> np.ndarray:
     from matplotlib.figure import Figure
     figure = Figure((5, 4), layout="constrained")
     panel = figure.subplots()
+    panel.set_facecolor("lightgrey")                     # what NaN leaves free
     image = panel.imshow(similarity.numpy(), vmin=0, vmax=1)
     panel.set(title="how alike the experts' outputs are", xlabel="expert", ylabel="expert")
-    figure.colorbar(image, label="|cosine|, mean of the layers")
+    figure.colorbar(image, label="|cosine|, mean of the layers; grey: still zero")
     return pixels(figure)
 
 
-def draw_run(steps: list[dict], use: dict[str, dict[str, Tensor]],
+def draw_run(steps: list[dict], use: dict[str, dict[str, tuple[Tensor, Tensor]]], words: str,
              similarity: Tensor | None) -> dict[str, np.ndarray]:
     """All plots of a run, by name; those of experts only where there are some."""
+    if not can_draw():
+        return {}
     plots = {"loss": draw_losses(steps)}
     if any(use.values()):
-        plots["routing"] = draw_routing(use)
+        plots["routing"] = draw_routing(use, words)
     if similarity is not None:
         plots["experts"] = draw_similarity(similarity)
     return plots

@@ -1,16 +1,21 @@
 """Which experts an instruction chooses, and how alike they are: in a line, numbers, a picture.
 
 sample.py asks for the line and for --routing, train.previews() for the pictures of a run.
+
+Key: B instructions; E experts; k kept; p a router's shares before the top k are kept.
 """
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mole import Adapter, MoLELinear, inner_products
 from support import report
 from support.pictures import save_picture
+from support.record import Log
 
 
 def routed(adapter: Adapter | None) -> list[MoLELinear]:
@@ -40,11 +45,55 @@ def experts_line(adapter: Adapter | None, weights: dict[str, Tensor]) -> str:
             + ", ".join(f"{e}: {mean[e]:.2f}" for e in top))
 
 
-def expert_use(adapter: Adapter, txt: Tensor, pooled: Tensor) -> dict[str, Tensor]:
-    """Mean weight of each expert, (E,), in each layer that instructions route, by its name."""
+class Shares(NamedTuple):
+    """What a layer's router gives each of B instructions."""
+    p: Tensor                                            # (B, E), before the top k are kept
+    kept: Tensor                                         # (B, E), True for those that serve
+
+
+def shares(adapter: Adapter, txt: Tensor, pooled: Tensor) -> dict[str, Shares]:
+    """Of each layer that instructions route, by its name; for an adapter in eval mode."""
     with torch.no_grad(), adapter.serve(txt, pooled) as routing:
-        return {layer.name: layer.routing_weights(routing.z, routing)[0].mean(0)
+        return {layer.name: Shares(layer.logits(routing.z).softmax(-1),
+                                   layer.routing_weights(routing.z, routing)[0] > 0)
                 for layer in routed(adapter)}
+
+
+def distance(p: Tensor, q: Tensor) -> float:
+    """Half the sum of |p - q| over the experts, (..., E), a mean over all else.
+
+    That is the part that would have to move: 0 where the two are equal, 1 where they share nothing.
+    """
+    return 0.5 * (p - q).abs().sum(-1).mean().item()
+
+
+def measures(use: dict[str, dict[str, Shares]]) -> dict[str, float]:
+    """What shares() found, by task, in numbers; none where nothing is routed.
+
+    from_even: distance of p from 1 / E; it is 1 - 1 / E where one expert has all.
+    between: distance of an instruction's p from the mean of all; this and the next for several.
+    changing: the part of the kept experts that an instruction does not share with another one.
+    """
+    layers = list(zip(*(found.values() for found in use.values())))      # of each, Shares by task
+    if not layers:
+        return {}
+    p, kept = (torch.stack([torch.cat([by_task[i] for by_task in layer]) for layer in layers])
+               for i in range(2))                                            # (layers, B, E)
+    found = {"from_even": distance(p, torch.full_like(p, 1 / p.shape[-1]))}
+    if (number := p.shape[1]) > 1:
+        often = kept.float().sum(1)                      # (layers, E): how many keep the expert
+        pairs = (often * (number - often)).sum(-1) / (often.sum(-1) * (number - 1))
+        found |= {"between": distance(p, p.mean(1, keepdim=True)), "changing": pairs.mean().item()}
+    return found
+
+
+def told(found: dict[str, float]) -> str:
+    """The numbers of measures() in words."""
+    words = f"shares are {found['from_even']:.3f} from even (half the sum of |p - 1/E|)"
+    if "between" in found:
+        words += (f", {found['between']:.3f} between instructions; of the kept experts "
+                  f"{found['changing']:.0%} change from one instruction to another")
+    return words
 
 
 def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Tensor]],
@@ -55,10 +104,11 @@ def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Te
     """
     if not routed(adapter):
         raise ValueError(f"--routing {file}: no layer here is routed by the instruction")
-    use = {task: expert_use(adapter, *encode([j.instruction for j in jobs if j.task == task]))
+    use = {task: shares(adapter, *encode([j.instruction for j in jobs if j.task == task]))
            for task in dict.fromkeys(j.task for j in jobs)}
-    save_picture(report.draw_routing(use), file)
-    print(f"{file}: the experts that {len(jobs)} instruction{'s'[:len(jobs) - 1]} chose")
+    words = told(measures(use))
+    save_picture(report.draw_routing(use, words), file)
+    print(f"{file}: the experts that {len(jobs)} instruction{'s'[:len(jobs) - 1]} chose; {words}")
 
 
 def cosines(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
@@ -72,7 +122,10 @@ def cosines(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
 
 
 def expert_similarity(adapter: Adapter, forward: Callable[[], object]) -> Tensor | None:
-    """|cosine| of the experts' outputs in a pass, a mean over layers and calls: (E, E), or None."""
+    """|cosine| of the experts' outputs in a pass, (E, E), or None.
+
+    A mean over the layers and calls where both have an output; NaN where nowhere.
+    """
     found = []
 
     def compare(layer: MoLELinear, args: tuple, _: Tensor) -> None:
@@ -84,4 +137,17 @@ def expert_similarity(adapter: Adapter, forward: Callable[[], object]) -> Tensor
         forward()
     for hook in hooks:
         hook.remove()
-    return torch.stack(found).mean(0).cpu() if found else None
+    if not found:
+        return None
+    every = torch.stack(found)                           # (calls, E, E)
+    alive = every.diagonal(dim1=1, dim2=2) > 0.99        # (calls, E); less: zero, or next to it
+    both = alive[:, :, None] & alive[:, None]            # (calls, E, E)
+    return ((every * both).sum(0) / both.sum(0)).cpu()
+
+
+def of_run(log: Log, use: dict[str, dict[str, Shares]],
+           similarity: Tensor | None) -> dict[str, np.ndarray]:
+    """Write measures() into the line of a run's last step; -> the run's plots, by name."""
+    found = measures(use)
+    log.add(found)
+    return report.draw_run(log.steps(), use, told(found) if found else "", similarity)

@@ -84,7 +84,7 @@ def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> 
     While one block computes, the next is on its way; there are never more than two. Weights become
     page-locked in the background, and stay so: the first step does not wait for it.
     """
-    blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+    blocks = model.blocks
     places = {block: i for i, block in enumerate(blocks)}
     away = [[t for t in offload.weights_of(block) if t.device.type != device.type]
             for block in blocks]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from support.files import parse_json
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
+from support.pictures import ADDRESS
 
 MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
 LONGEST = 4096                                           # letters of a path: more, no system opens
 OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".sqlite")
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:image/", re.I)
 
 
 @contextmanager

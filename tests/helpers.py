@@ -258,7 +258,8 @@ def made(pipe, instructions, images, conds, noise, steps):
 
 def expert_use(pipe: sample.Pipeline, texts: list[str]) -> dict[str, torch.Tensor]:
     """Mean weight of each expert in each layer that instructions route."""
-    return routing_maps.expert_use(pipe.adapter, *sample.encode_text(pipe, texts))
+    found = routing_maps.shares(pipe.adapter, *sample.encode_text(pipe, texts))
+    return {name: (p * kept).mean(0) for name, (p, kept) in found.items()}
 
 
 # ------------------------------------------------------------- public data sets, a few rows of each

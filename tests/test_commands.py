@@ -273,6 +273,7 @@ def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, wo
     ('{"instruction": "a", "image": "in.png"}', "'image' may be the picture to edit or the one"),
     ('{"prompt": "a", "control_image": "in.png"}', "'control_image' may be"),
     ('{"prompt": "a", "src_img": "http://a.b/in.png"}', "address"),
+    ('{"prompt": "a", "src_img": "hf://a/in.png"}', "address"),
     ('{"instruction": "a\\ud800"}', "Unicode")])
 def test_broken_batches_are_named_before_anything_is_made(tmp_path, monkeypatch, capsys, row,
                                                           words):
@@ -299,7 +300,9 @@ def test_rows_of_training_data_are_a_batch(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given, words", [
-    ("https://a.b/c.png", "is an address; save that picture"), (".", "is a folder; name one")])
+    ("https://a.b/c.png", "is an address; save that picture"), ("hf://a/b.png", "is an address"),
+    ("data:image/png;base64,iV", "is an address"), ("a:b/c.png", "no such picture file"),
+    (".", "is a folder; name one")])
 def test_what_is_no_picture_file_is_named(tmp_path, monkeypatch, capsys, given, words):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--image", given)

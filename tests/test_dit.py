@@ -211,8 +211,8 @@ def test_run_sees_every_block_once_and_conditions_ignore_the_time() -> None:
             return block(*args)
         out = model(**(x | dict(t=torch.full((2,), t))), run=run)
         assert torch.equal(out, model(**(x | dict(t=torch.full((2,), t)))))
-        assert [block for block, _ in seen[t]] == [*model.transformer_blocks,
-                                                   *model.single_transformer_blocks]
+        assert [block for block, _ in seen[t]] == model.blocks
+        assert model.blocks == [*model.transformer_blocks, *model.single_transformer_blocks]
     (_, late), (_, early) = seen[0.9][0], seen[0.1][0]
     assert torch.equal(late[2][1], early[2][1])          # what modulates the conditions
     assert not torch.equal(late[2][0], early[2][0])      # and the rest

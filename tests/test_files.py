@@ -82,7 +82,8 @@ def test_a_whole_file_is_read_however_its_length_is_spelt(tmp_path: Path, length
 
 @pytest.mark.parametrize("name, told", [
     ("model.safetensors.incomplete", "unfinished download; run `hf download` again"),
-    ("pytorch_model.bin", "pytorch_model.bin is not read; take the .safetensors"), ("notes", "$")])
+    ("pytorch_model.bin", "pytorch_model.bin is not read; take the .safetensors"), ("notes", "$"),
+    ("flux1-Q4_K.gguf", "flux1-Q4_K.gguf is not read; take the .safetensors")])
 def test_what_a_folder_without_weights_holds_is_said(tmp_path: Path, name: str, told: str) -> None:
     folder = written(tmp_path, "vae")
     (folder / "model.safetensors").rename(folder / name)
@@ -95,6 +96,9 @@ def test_unfinished_and_lost_files_are_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="incomplete: is an unfinished download"):
         read_tensors([file])
+    with pytest.raises(FileNotFoundError, match="a.safetensors: no such file, but a.safetensors.inc"
+                       "omplete, an unfinished download; let it end, or download it again"):
+        read_tensors([tmp_path / "a.safetensors"])
     (tmp_path / "b.safetensors").symlink_to(tmp_path / "blobs/12ab")
     with pytest.raises(FileNotFoundError, match="b.safetensors: is a link to .*12ab, which is not"):
         read_tensors([tmp_path / "b.safetensors"])
@@ -155,6 +159,15 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     told = "00002-of-00002.safetensors: no such file.*again fetches what is missing"
     with pytest.raises(FileNotFoundError, match=told):
         load(tmp_path, "vae")
+
+
+def test_a_shards_name_without_an_index_that_names_it_is_any_name(tmp_path: Path) -> None:
+    """Beside no index, or beside one of other files."""
+    file = tmp_path / "model-00003-of-00004.safetensors"
+    for write in (lambda folder: None, write_shards):
+        write(tmp_path)
+        with pytest.raises(FileNotFoundError, match="00003-of.*: no such file or folder$"):
+            read_tensors([file])
 
 
 def test_index_that_forgets_a_shard_leaves_tensors_missing(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import vae
 import weights
 from helpers import KEYS
 from sample import load_pipeline
-from support import layouts, lora
+from support import adapters, layouts, lora
 from support.describe import describe
 from support.files import config_from, read_tensors, write_part
 from support.fp8 import NarrowLinear, to_fp8, Widened
@@ -231,6 +231,17 @@ def test_quantisations_are_named(tmp_path, whose):
             read(file)
 
 
+def test_a_quantised_files_own_factors_are_no_lora(tmp_path):
+    """Those of SVDQuant are called so; the file is named as what it is, as an adapter too."""
+    file, block = tmp_path / "svdq-fp4_r32-flux.1-kontext-dev.safetensors", "transformer_blocks.0"
+    save_file({f"{block}.mlp_fc1.lora_down": torch.zeros(4, 2), f"{block}.mlp_fc1.wscales":
+               torch.zeros(3), f"{block}.mlp_fc1.qweight": torch.zeros(3, dtype=torch.int8),
+               f"{block}.mlp_fc1.lora_up": torch.zeros(4, 2)}, file)
+    for read in (partial(describe, load=weights.load), adapters.read):
+        with pytest.raises(ValueError, match="is quantised by nunchaku .SVDQuant."):
+            read(file)
+
+
 def thin(number: int = 0) -> dict[str, Tensor]:
     """The original's weights by name, whole in their rows, with one column: the peers fix 3,072."""
     generator = torch.Generator().manual_seed(number)
@@ -280,7 +291,7 @@ def test_a_repositorys_name_is_no_folder_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = r"hf download someone/Some-Model\.1 --local-dir Some-Model\.1,"
     for name in ("someone/Some-Model.1", "https://huggingface.co/someone/Some-Model.1/tree/main"):
-        for read in (model_paths, partial(describe, load=weights.load)):
+        for read in (model_paths, partial(describe, load=weights.load), adapters.read):
             with pytest.raises(FileNotFoundError, match=told):
                 read(Path(name))
     Path("someone").mkdir()                              # then a slip in a local name is likelier
@@ -299,9 +310,22 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
     (upper / "refs/main").write_text("0a\n")
     for path in (upper, upper / "snapshots"):
         assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
+        assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)
+    found = model_paths(tiny / "tiny/model", tokenizers=upper)
+    assert found["tokenizer"] == upper / "snapshots/0a/tokenizer"
     (upper / "refs/main").unlink()                       # then the newest
     os.utime(upper / "snapshots/0b", (0, 0))
     assert model_paths(upper)["vae"] == upper / "snapshots/0a/vae"
+
+
+def test_an_adapter_in_the_cache_is_found_by_its_upper_folder(tmp_path, capsys):
+    folder = tmp_path / "models--someone--Some-LoRA/snapshots/0a"
+    folder.mkdir(parents=True)
+    lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}),
+              folder / "winter.safetensors")
+    for path in (tmp_path / "models--someone--Some-LoRA", folder.parent, folder):
+        assert adapters.read(path)[0]["lora_rank"] == 2
+        assert "rank 2, alpha 1, scale 0.5" in describe(path, weights.load)
 
 
 @pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer_2/tokenizer.json",
@@ -582,39 +606,3 @@ def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
     assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
     save_file(in_fp8(original("transformer"), scaled=True)[0], file)
     assert "fp8 with scales" in describe(file, weights.load).splitlines()[0]
-
-
-def test_adapters_are_described(tmp_path):
-    root = Path(weights.__file__).parent
-    assert "an adapter of train.py's" in describe(root / "tiny/adapter.safetensors", weights.load)
-    file = tmp_path / "lora.safetensors"
-    lora_file("kohya", some_lora({"double_blocks.0.img_attn.qkv": torch.ones(768, 256)}), file)
-    lines = describe(file, weights.load).splitlines()
-    assert "an adapter that is a LoRA, 6 tensors" in lines[0]
-    assert lines[1] == "LoRA on 3 layers: rank 2, alpha 1, strength 0.5"
-    assert lines[2].startswith("fits neither the embedded model (width 128) nor FLUX.1-Kontext-dev "
-                               "(width 3072): its transformer_blocks.0.attn.to_q is 256 to 256")
-    assert lines[3] == f"python sample.py --instruction TEXT --adapter {file}"
-
-
-@pytest.mark.parametrize("width, out, told", [(128, 384, "the embedded model (width 128)"),
-                                              (3072, 9216, "FLUX.1-Kontext-dev (width 3072)")])
-def test_an_adapters_strength_and_the_model_that_it_fits_are_told(tmp_path, width, out, told):
-    names = ("double_blocks.1.img_attn.qkv", "double_blocks.2.txt_attn.qkv")
-    found = {name: (torch.ones(r, width), torch.ones(out, r), alpha)
-             for name, r, alpha in zip(names, (4, 6), (2., 12.))}
-    lora_file("comfy", found, tmp_path / "adapter_model.safetensors")
-    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        lines = describe(path, weights.load).splitlines()
-        assert "an adapter that is a LoRA, 12 tensors" in lines[0] and len(lines) == 4
-        assert lines[1] == "LoRA on 6 layers: rank 4 to 6, alpha 2 to 12, strength 0.5 to 2"
-        assert lines[2] == f"fits {told}"
-
-
-def test_an_adapter_of_ours_tells_its_experts():
-    root = Path(weights.__file__).parent
-    config = json.loads((root / "tiny/adapter.json").read_text())
-    lines = describe(root / "tiny/adapter.safetensors", weights.load).splitlines()
-    assert lines[1].startswith("LoRA on ") and f"rank {config['lora_rank']}, alpha" in lines[1]
-    assert "experts on " in lines[2] and "routed by instruction" in lines[2]
-    assert lines[3] == "fits the embedded model (width 128)"

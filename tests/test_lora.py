@@ -62,10 +62,54 @@ def test_every_layer_is_found_under_every_trainers_name(tmp_path: Path, trainer:
         tensors |= pair(stem, after, torch.full((1, 1), i), torch.full((1, 1), -i))
         tensors[f"{stem}.alpha"] = torch.tensor(float(i))
     save_file(tensors, tmp_path / "lora.safetensors")
-    found, _ = lora.layers_in(tmp_path / "lora.safetensors")
-    assert sorted(found) == sorted(layout)
+    found, _, prefix = lora.layers_in(tmp_path / "lora.safetensors")
+    assert sorted(found) == sorted(layout) and not prefix
     for i, name in enumerate(layout):
         assert [found[name][kind].item() for kind in ("A", "B", "alpha")] == [i, -i, i]
+
+
+@pytest.mark.parametrize("prefix, other", [("student.", "student."), ("generator_", "generator_"),
+                                           ("pipe.dit.", "pipe."), ("my-net.module_", "my-net.")])
+@pytest.mark.parametrize("layout, between", [(FOLDER, "."), (FOLDER, "_"), (ORIGINAL, "."),
+                                             (ORIGINAL, "_")])
+def test_any_prefix_that_all_names_share_is_cut_off_with_a_word(
+        tmp_path: Path, capsys, prefix: str, other: str, layout: list[str], between: str) -> None:
+    """Be it all layers, or one; beside what is for text encoders. other: what is not usual."""
+    for names in (layout, layout[-1:], layout[9:10]):
+        tensors = {"text_encoder.a.lora_A.weight": torch.ones(1, 1)}
+        for i, name in enumerate(names):
+            stem = prefix + name.replace(".", between)
+            tensors |= pair(stem, PEFT, torch.full((1, 1), i), torch.full((1, 1), -i))
+        save_file(tensors, tmp_path / "lora.safetensors")
+        found, left_out, cut = lora.layers_in(tmp_path / "lora.safetensors")
+        assert {name: layer["A"].item() for name, layer in found.items()} == {
+            name: i for i, name in enumerate(names)}
+        assert cut == other and len(left_out) == 1
+    stem = prefix + "transformer_blocks.0.attn.to_q".replace(".", between)
+    save_file(pair(stem, PEFT, torch.ones(1, 4), torch.ones(4, 1)), tmp_path / "lora.safetensors")
+    lora.read(tmp_path / "lora.safetensors")
+    assert f"all names begin with {other}, which is taken for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [
+    "controlnet.transformer_blocks.0.attn.to_q", "transformer_blocks.0.other.proj_out",
+    "single_blocks.0.final_layer.linear", "lora_unet_mid_block_attentions_0_proj_out",
+    "student.nowhere.to_q", "vae.proj_out"])
+def test_not_every_prefix_is_the_transformers(tmp_path: Path, name: str) -> None:
+    save_file(pair(name, PEFT, torch.ones(1, 4), torch.ones(4, 1)), tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"{name}.lora_A.weight is no part of a LoRA for this"):
+        lora.read(tmp_path / "lora.safetensors")
+
+
+def test_two_prefixes_are_not_both_the_transformers(tmp_path: Path) -> None:
+    """As of a student and its teacher in one file: neither is guessed."""
+    tensors = {}
+    for prefix in ("student", "teacher"):
+        tensors |= pair(f"{prefix}.transformer_blocks.0.attn.to_q", PEFT, torch.ones(1, 4),
+                        torch.ones(4, 1))
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="is no part of a LoRA for this transformer"):
+        lora.read(tmp_path / "lora.safetensors")
 
 
 def test_the_first_diffusers_loras_of_attention_are_found(tmp_path: Path) -> None:
@@ -125,7 +169,10 @@ def written(file: Path, more: dict[str, Tensor] | None = None, **metadata: str) 
 @pytest.mark.parametrize("stem", ["lora_te_text_model_encoder_layers_0_mlp_fc1",
                                   "lora_te2_encoder_block_3_layer_0_SelfAttention_k", "lora_te3_a",
                                   "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
-                                  "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo"])
+                                  "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo",
+                                  "text_encoders.clip_l.transformer.text_model.encoder.layers.0",
+                                  "base_model.model.text_model.encoder.layers.0.mlp.fc1",
+                                  "bundle_emb.word"])
 def test_text_encoders_parts_are_left_out_with_a_word(tmp_path: Path, capsys, stem: str) -> None:
     file = written(tmp_path / "a.safetensors", {f"{stem}.lora_down.weight": torch.ones(1, 3),
                                                 f"{stem}.lora_up.weight": torch.ones(3, 1)})

@@ -97,7 +97,7 @@ def test_models_are_made_ready_for_their_device(device, dtype, fast, layout, wid
     devices.ready(model, vae, torch.device(device), dtype)
     assert vae.weight.is_contiguous(memory_format=torch.channels_last) == layout
     assert torch.equal(vae.weight, weight)
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+    for block in model.blocks:
         assert (block.attend is devices.attend_in_fp32) == wide
 
 
@@ -216,8 +216,7 @@ def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     shared = told_by_dry_run(monkeypatch, capsys, "--shard")
     bare = load_pipeline(MODEL, None, "cpu", "float32").dit
-    blocks = [sum(t.nbytes for t in block.parameters()) for block in (
-        *bare.transformer_blocks, *bare.single_transformer_blocks)]
+    blocks = [sum(t.nbytes for t in block.parameters()) for block in bare.blocks]
     away = (sum(blocks) - 2 * max(blocks)) * 2 / 3
     for name, size in whole.items():
         less = away if name in ("transformer, frozen", "together") else 0

@@ -4,15 +4,34 @@ The rules: which file stands at the top and how long it may be; which way import
 fit on a page; rooms of support that say who calls them.
 """
 import ast
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from helpers import ROOT
+import data
+import test_describe
+import test_layouts
+import test_public_sets
+import train
+import weights
+from dit import DiTConfig, FluxTransformer
+from helpers import (assert_equal, MODEL, ROOT, run_sample, run_train, SETS, write_set,
+                     write_shards, written)
+from support import adapters, layouts, research
+from support.describe import RELEASED
+from support.files import config_from, read_json, read_tensors
+from support.fp8 import NarrowLinear
+from support.public_sets import PUBLIC
 
 README = (ROOT / "README.md").read_text()
 LINES = {"mole": 270, "dit": 340, "vae": 200, "text_encoder": 310, "weights": 270, "sample": 330,
@@ -106,6 +125,161 @@ def test_files_that_the_readme_shows_exist():
 def test_committed_weights_stay_small():
     size = sum(file.stat().st_size for file in (ROOT / "tiny").rglob("*.safetensors"))
     assert 0 < size <= 16_000_000
+
+
+# --------------------------------------------------------------------------------------- what loads
+
+def section(title: str) -> str:
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_your_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """The two commands, in one step each and elsewhere; all files that they name are there."""
+    train_line, sample_line = re.findall(r"```sh\n(.*?)```", section("Your own data"),
+                                         re.S)[0].splitlines()
+    words = {"--steps 20": "--steps 1", "runs/own": str(tmp_path / "own"),
+             "own.png": f"{tmp_path / 'own.png'} --steps 1"}
+    for run, line in ((run_train, train_line), (run_sample, sample_line)):
+        for old, new in words.items():
+            line = line.replace(old, new)
+        monkeypatch.setattr(train, "previews", lambda *_: {})
+        code, _, err = run(monkeypatch, capsys, *shlex.split(line)[2:])
+        assert code == 0, err
+    assert {"own", "own.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def model_folder(folder: Path) -> None:
+    for part in weights.PARTS:
+        written(folder / "one" / part, part)
+        write_shards(folder / "shards" / part, part)
+        assert_equal(weights.load(part, folder / "one" / part), part)
+        assert_equal(weights.load(part, folder / "shards" / part), part)
+    cached = folder / "models--a--b/snapshots/0a"
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(MODEL)
+    assert layouts.model_paths(folder / "models--a--b")["vae"] == cached / "vae"
+
+
+def one_part(part: str, folder: Path) -> None:
+    wanted = test_layouts.from_folder(part, folder / part)
+    for prefix in ("", layouts.PREFIXES[part][0]):
+        for tensors in (test_layouts.original(part), test_layouts.tensors_of(part)):
+            save_file({prefix + name: t for name, t in tensors.items()}, folder / "a.safetensors")
+            test_layouts.assert_same(part, weights.load(part, folder / "a.safetensors"), wanted)
+
+
+def in_fp8(folder: Path) -> None:
+    for scaled, old, new in ((False, "", ""), (True, "", ""),
+                             (True, ".scale_weight", ".weight_scale")):
+        tensors, _ = test_layouts.in_fp8(test_layouts.original("transformer"), scaled)
+        save_file({name.replace(old, new): t for name, t in tensors.items()},
+                  folder / "a.safetensors")
+        model = weights.load("transformer", folder / "a.safetensors")
+        layer = model.transformer_blocks[0].attn.to_k
+        assert isinstance(layer, NarrowLinear) and (layer.scale is not None) == scaled
+    test_layouts.test_fp8_may_have_a_scale_for_each_row_under_the_newer_names(folder, (-1, 1))
+
+
+def adapter(path: Path, model: str = "released") -> int:
+    """Put it on the model without weights that it is for -> its number of layers."""
+    file = MODEL / "transformer/config.json"
+    config = RELEASED if model == "released" else config_from(DiTConfig, read_json(file), file)
+    with torch.device("meta"):
+        return len(weights.load_adapter(FluxTransformer(config), path).layers)
+
+
+def of_train(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run/adapter.safetensors").symlink_to(ROOT / "tiny/adapter.safetensors")
+    assert adapter(folder / "run", "tiny") == adapter(folder / "run/adapter.safetensors", "tiny")
+
+
+def of_the_paper(folder: Path) -> None:
+    file = ROOT / "tiny/adapter.safetensors"
+    research.write(*adapters.read(file), file, folder / "four")
+    assert len(list((folder / "four").iterdir())) == 4
+    assert adapter(folder / "four", "tiny") == adapter(file, "tiny")
+
+
+def lora_of(kind: str, layers: int, folder: Path) -> None:
+    """By its file, and by its folder."""
+    path = test_describe.LORAS[kind][0](folder)
+    assert adapter(path) == adapter(folder) == layers
+
+
+def of_kohya_with_text(folder: Path) -> None:
+    file = test_describe.kohya(folder)
+    more = {f"{stem}.lora_{side}.weight": torch.ones(1, 1) for side in ("down", "up") for stem in (
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_a")}
+    save_file(read_tensors([file]) | more, folder / "more.safetensors")
+    assert adapter(folder / "more.safetensors") == adapter(file) == 3
+
+
+def under_another_prefix(folder: Path) -> None:
+    tensors = read_tensors([test_describe.bfl(folder)])
+    save_file({f"student.{name}": t for name, t in tensors.items()}, folder / "lora.safetensors")
+    assert adapter(folder / "lora.safetensors") == 4
+
+
+def draws(source: str | Path, named: dict | None = None) -> None:
+    found, _ = data.open_source(str(source), public=named or {})
+    assert found.draw(np.random.default_rng(0), 1)[0].instruction
+
+
+def tables_of_data(folder: Path) -> None:
+    own = folder / "own"
+    shutil.copytree(ROOT / "tiny/examples/own", own)
+    draws(own)
+    rows = [json.loads(line) for line in (own / "metadata.jsonl").read_text().splitlines()]
+    (own / "metadata.jsonl").rename(own / "list.jsonl")
+    draws(own / "list.jsonl")
+    (own / "metadata.csv").write_text("target,instruction,images\n" + "\n".join(
+        f"{row['target']},{row['instruction']},{row['images'][0]}" for row in rows))
+    draws(own)
+    (own / "metadata.csv").rename(own / "list.csv")
+    draws(own / "list.csv")
+
+
+def with_texts(folder: Path) -> None:
+    (folder / "control").mkdir()
+    shutil.copy(ROOT / "tiny/examples/own/after/1.png", folder / "1.png")
+    shutil.copy(ROOT / "tiny/examples/own/before/1.png", folder / "control/1.png")
+    (folder / "1.txt").write_text("make it red")
+    draws(folder)
+
+
+def public_sets_of_data(folder: Path) -> None:
+    for name in SETS:
+        (folder / name).mkdir()
+        write_set(folder / name, name)
+        draws(f"{name}={folder / name}", PUBLIC)
+    (folder / "plain").mkdir()
+    draws(f"coco={test_public_sets.coco_folder(folder / 'plain')}", PUBLIC)
+
+
+LOADS = {
+    "a model's folder": model_folder, "a transformer's file": partial(one_part, "transformer"),
+    "a transformer in fp8": in_fp8, "an adapter of `train.py`": of_train,
+    "an autoencoder, CLIP, T5": lambda folder: [one_part(part, folder) for part in (
+        "vae", "text_encoder", "text_encoder_2")],
+    "an adapter of the paper's code": of_the_paper,
+    "a LoRA of diffusers": partial(lora_of, "diffusers, rank-stabilised", 1),
+    "a LoRA in the original's names": partial(lora_of, "BFL", 4),
+    "a LoRA of kohya's scripts": of_kohya_with_text,
+    "a LoRA of PEFT": partial(lora_of, "PEFT", 1), "a LoRA of XLabs": partial(lora_of, "XLabs", 3),
+    "a LoRA under another prefix": under_another_prefix,
+    "`metadata.jsonl`, `metadata.csv`": tables_of_data, "pictures with texts": with_texts,
+    "a public set": public_sets_of_data}
+
+
+def test_every_row_of_what_loads_is_known_here():
+    table = section("Your own data").split("**What loads**")[1]
+    assert sorted(re.findall(r"^\| (.+?) \|", table, re.M)[1:]) == sorted(LOADS)
+
+
+@pytest.mark.parametrize("row", LOADS)
+def test_what_loads_does(row, tmp_path):
+    LOADS[row](tmp_path)
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -1,16 +1,20 @@
 """Pictures of how it goes: support/report.py, routing_maps.py."""
 import json
+import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import mole
 import train
-from helpers import expert_use, made, make_pipeline, ROOT, run_sample, samples
-from sample import seeded_noise
+from helpers import expert_use, made, make_pipeline, moles, ROOT, run_sample, samples
+from sample import encode_text, seeded_noise
 from support import report, routing_maps
 
 
@@ -23,17 +27,73 @@ def test_the_use_of_experts_is_what_sampling_reports(trained):
         assert torch.allclose(mean, (chosen[0][name][0] + chosen[1][name][0]) / 2, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["instructmole", "pooled", "soft"])
+def test_shares_are_those_that_serve_and_the_weights_that_are_kept(method):
+    """p of every expert, kept or not; the soft routing keeps all, by its temperature."""
+    pipe = make_pipeline(method)
+    pipe.adapter.eval()
+    txt, pooled = encode_text(pipe, ["a red star in the top", "make the circle blue"])
+    layer = routing_maps.routed(pipe.adapter)[1]
+    with torch.no_grad(), pipe.adapter.serve(txt, pooled) as routing:
+        w, _ = layer.routing_weights(routing.z, routing)
+        logits = routing.z @ layer.router.weight.T
+    p, kept = routing_maps.shares(pipe.adapter, txt, pooled)[layer.name]
+    temperature = layer.log_temperature.exp() if method == "soft" else 1
+    assert torch.allclose(p, (logits / temperature).softmax(-1), atol=1e-6)
+    assert torch.equal(p * kept, w)
+    most = layer.config.experts if method == "soft" else layer.config.top_k
+    assert kept.dtype == torch.bool and (kept.sum(1) == most).all()
+
+
+def shared(p: list[list[float]], kept: list[list[int]]) -> routing_maps.Shares:
+    return routing_maps.Shares(torch.tensor(p), torch.tensor(kept).bool())
+
+
+def test_the_measures_of_routing():
+    """Two layers of four experts, three instructions in two tasks; numbers by hand."""
+    even, one = [0.25] * 4, [1., 0., 0., 0.]
+    use = {"a": {"x": shared([even, even], [[1, 1, 0, 0]] * 2),
+                 "y": shared([one, even], [[1, 1, 0, 0], [1, 0, 1, 0]])},
+           "b": {"x": shared([even], [[1, 1, 0, 0]]), "y": shared([one], [[0, 0, 1, 1]])}}
+    found = routing_maps.measures(use)
+    assert abs(found["from_even"] - (0 + 0.75 * 2 / 3) / 2) < 1e-6
+    mean = [0.75, 1 / 12, 1 / 12, 1 / 12]                # of y: one, even, one
+    apart = [sum(abs(a - b) for a, b in zip(p, mean)) / 2 for p in (one, even, one)]
+    assert abs(found["between"] - sum(apart) / 6) < 1e-6
+    changing = (1 / 2 + 1 / 2 + 1) / 3                   # of y: each two of the three
+    assert abs(found["changing"] - changing / 2) < 1e-6
+    assert routing_maps.told(found) == (
+        "shares are 0.250 from even (half the sum of |p - 1/E|), 0.167 between instructions; of "
+        "the kept experts 33% change from one instruction to another")
+    alone = routing_maps.measures({"a": {"y": shared([one], [[1, 1, 0, 0]])}})
+    assert alone == {"from_even": 0.75} and "between" not in routing_maps.told(alone)
+    assert routing_maps.measures({}) == routing_maps.measures({"a": {}}) == {}
+
+
+def colours(picture: np.ndarray, *wanted: list[int]) -> list[int]:
+    """How many pixels have each colour."""
+    return [int((picture == colour).all(-1).sum()) for colour in wanted]
+
+
 def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch, capsys):
-    """Cells have the colours of their weights; every task has a panel."""
-    layers = [f"layer {i}" for i in range(3)]
-    use = {task: {name: torch.eye(3)[i] for i, name in enumerate(order)}
-           for task, order in (("one", layers), ("two", layers))}
-    one, both = (report.draw_routing({task: use[task] for task in tasks})
-                 for tasks in (["one"], ["one", "two"]))
-    bright, dark = ([253, 231, 36], [68, 1, 84])         # 1 and 0 in matplotlib's colour map
-    share = [(one == colour).all(-1).sum() for colour in (bright, dark)]
-    assert 0.4 < share[0] / share[1] < 0.6               # three cells of nine hold 1
-    assert both.shape[1] > one.shape[1]
+    """Cells have the colours of their shares, white for even ones; what is kept has a dot."""
+    white, full = (matplotlib.colormaps["RdBu_r"](place, bytes=True)[:3] for place in (0.5, 1.0))
+    black, layers = (0, 0, 0), [f"layer {i}" for i in range(4)]
+
+    def drawn(p: torch.Tensor, kept: torch.Tensor, *tasks: str) -> np.ndarray:
+        found = {name: routing_maps.Shares(p[i][None], kept[i][None].bool())
+                 for i, name in enumerate(layers)}
+        return report.draw_routing(dict.fromkeys(tasks, found), "words")
+    even, one, none = torch.full((4, 4), 0.25), torch.eye(4), torch.zeros(4, 4)
+    blank = colours(drawn(even, none, "one"), white, full, black)
+    assert blank[0] > 10_000
+    dotted = colours(drawn(even, one, "one"), white, full, black)
+    more = colours(drawn(even, one + one.flip(1), "one"), white, full, black)
+    assert dotted[2] - blank[2] > 100 and abs(more[2] - 2 * dotted[2] + blank[2]) < 20
+    decided = colours(drawn(one, none, "one"), white, full, black)
+    cells = decided[1] - blank[1], blank[0] - decided[0]             # a quarter red, no cell white
+    assert 0.2 < cells[0] / cells[1] < 0.3
+    assert drawn(one, none, "one", "two").shape[1] > drawn(one, none, "one").shape[1]
 
     rows = [{"instruction": "a star", "task": "t2i"},
             {"instruction": "make it red", "task": "edit"}]
@@ -42,8 +102,30 @@ def test_routing_is_drawn_by_task_without_making_pictures(tmp_path, monkeypatch,
     adapter = ("--adapter", ROOT / "tiny/adapter.safetensors")
     for what in (("--batch", "jobs.jsonl"), ("--instruction", "a star")):
         code, printed, _ = run_sample(monkeypatch, capsys, *what, *adapter, "--routing", "map.png")
-        assert code == 0 and len(printed.splitlines()) == 1 and "map.png" in printed
+        assert code == 0 and len(printed.splitlines()) == 1
+        assert re.match(r"map.png: the experts that \d instructions? chose; shares are 0\.\d+ from "
+                        "even", printed) and ("between" in printed) == (what[0] == "--batch")
         assert {p.name for p in tmp_path.iterdir()} == {"jobs.jsonl", "map.png"}
+
+
+def test_the_readme_says_what_the_routing_shows(trained, tmp_path, monkeypatch, capsys):
+    """The picture is the one that its command makes; numbers and the clearest task are so."""
+    rows = ROOT / "tiny/examples/tasks.jsonl"
+    code, printed, _ = run_sample(monkeypatch, capsys, "--batch", rows, "--routing",
+                                  tmp_path / "map.png")
+    shown, made_now = (np.asarray(Image.open(file)).astype(int) for file in
+                       (ROOT / "tiny/examples/routing.png", tmp_path / "map.png"))
+    assert code == 0 and shown.shape == made_now.shape and abs(shown - made_now).mean() < 1
+    number = re.search(r"nearly even, ([\d.]+) from it", (ROOT / "README.md").read_text())[1]
+    assert f"shares are {number} from even" in printed
+    tasks: dict[str, list[str]] = {}
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        tasks.setdefault(row["task"], []).append(row["instruction"])
+    changing = {task: routing_maps.measures({task: routing_maps.shares(
+        trained.adapter, *encode_text(trained, texts))})["changing"]
+        for task, texts in tasks.items()}
+    assert min(changing, key=changing.get) == "move"
 
 
 def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys, short_model):
@@ -55,10 +137,14 @@ def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys, short_model):
                                           str(short_model), *rest])
         train.main()
         return {file.name for file in Path(rest[-1]).iterdir()}
+    def told() -> list[bool]:
+        lines = (tmp_path / "all/log.jsonl").read_text().splitlines()
+        return [{"from_even", "between", "changing"} <= json.loads(line).keys() for line in lines]
     always = {"adapter.safetensors", "checkpoint.pt", "checkpoint_before.pt", "log.jsonl",
               "run.json", "samples_000001.png", "samples_000002.png"}
     assert files("--out", str(tmp_path / "all")) == always | {"loss.png", "routing.png",
                                                               "experts.png"}
+    assert told() == [False, True]                       # one instruction has no other yet
     assert files("--method", "lora", "--out", str(tmp_path / "lora")) == always | {"loss.png"}
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     capsys.readouterr()
@@ -81,6 +167,32 @@ def test_similarity_of_experts_is_that_of_their_outputs():
     found = routing_maps.expert_similarity(
         pipe.adapter, lambda: train.flow_loss(pipe, [sample], 0))
     assert torch.allclose(found, torch.stack([(Y @ Y.T).abs() for Y in wanted]).mean(0), atol=1e-4)
+
+
+def test_experts_that_are_still_zero_are_like_none():
+    """The diagonal is 1 of all that have an output in a layer, no number for those that have none.
+
+    They count in no mean; what stays free of colour is grey.
+    """
+    pipe, sample = make_pipeline(), samples("move", 1)[0]
+    layers, r = moles(pipe.adapter), pipe.adapter.config.rank
+    for layer in layers:
+        layer.experts_B.data[:r] = 0                     # the first is zero in every layer
+    for layer in layers[1:]:
+        layer.experts_B.data[r:2 * r] = 0                # the second lives in one
+    alone = []
+    layers[0].register_forward_hook(lambda layer, args, _: alone.append(routing_maps.cosines(
+        args[0] @ layer.experts_A, layer.experts_B, layer.config.experts).abs()))
+    found = routing_maps.expert_similarity(pipe.adapter.eval(),
+                                           lambda: train.flow_loss(pipe, [sample], 0))
+    assert found[0].isnan().all() and found[:, 0].isnan().all()
+    assert torch.allclose(found[1:, 1:].diagonal(), torch.ones(len(found) - 1))
+    assert found[1:, 1:].isfinite().all()
+    assert torch.allclose(found[1, 1:], torch.stack(alone).mean(0)[1, 1:], atol=1e-6)
+    grey = [211, 211, 211]
+    some, all_of_them = (colours(report.draw_similarity(t), grey)[0]
+                         for t in (torch.ones(2, 2), torch.full((2, 2), float("nan"))))
+    assert some < 500 and all_of_them > 10_000           # some: the edges of letters
 
 
 def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles():

@@ -77,7 +77,7 @@ def test_sizes(bare):
     class Big:                                           # stands for the released autoencoder
         class vae:
             class config:
-                sample_size = 1024
+                only_size = None
     def size(w: int, h: int) -> tuple[int, int]:
         return output_size(Big, [Image.new("RGB", (w, h))], None)
     assert len(PREFERRED) == 17 and all(w % 16 == h % 16 == 0 for w, h in PREFERRED)

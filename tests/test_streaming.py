@@ -50,17 +50,13 @@ def at_home(monkeypatch):
     monkeypatch.setattr(offload, "on_device", lambda *_: nullcontext())
 
 
-def blocks_of(model):
-    return [*model.transformer_blocks, *model.single_transformer_blocks]
-
-
 def addresses(model):
-    return [[t.data_ptr() for t in offload.weights_of(block)] for block in blocks_of(model)]
+    return [[t.data_ptr() for t in offload.weights_of(block)] for block in model.blocks]
 
 
 def test_the_next_block_is_copied_while_one_computes(bare, monkeypatch, at_home):
     """Asked for before what this block computes is waited for, and after the one before it left."""
-    lane, homes, blocks = Lane(), addresses(bare.dit), blocks_of(bare.dit)
+    lane, homes, blocks = Lane(), addresses(bare.dit), bare.dit.blocks
     with streaming.stream(bare.dit, ELSEWHERE, lane) as run:
         for i, block in enumerate(blocks):
             def work():
@@ -80,7 +76,7 @@ def test_the_next_block_is_copied_while_one_computes(bare, monkeypatch, at_home)
 
 
 def test_a_failure_leaves_every_block_at_home(bare, monkeypatch, at_home):
-    homes, blocks = addresses(bare.dit), blocks_of(bare.dit)
+    homes, blocks = addresses(bare.dit), bare.dit.blocks
     def fail():
         raise RuntimeError("out of memory")
     monkeypatch.setattr(blocks[1], "forward", fail)
@@ -113,7 +109,7 @@ def test_a_streamed_model_trains_alike(monkeypatch, at_home):
     pipe, batch, lane = make_pipeline(), [(3, samples("move"))], Lane()
     losses = train.accumulate(pipe, batch, 1.0, recompute=True)
     wanted = gradients(pipe)
-    blocks, order = blocks_of(pipe.dit), []
+    blocks, order = pipe.dit.blocks, []
     trained = {id(p) for p in pipe.adapter.tensors().values()}
     real = offload.weights_of
     monkeypatch.setattr(offload, "weights_of", lambda block: [
@@ -141,7 +137,7 @@ def test_weights_become_page_locked_without_being_waited_for(monkeypatch, at_hom
         return plain(size)
     lane.locked = slow
     values = {name: t.clone() for name, t in pipe.dit.state_dict().items()}
-    before, blocks = addresses(pipe.dit), blocks_of(pipe.dit)
+    before, blocks = addresses(pipe.dit), pipe.dit.blocks
     with streaming.stream(pipe.dit, ELSEWHERE, lane) as run:
         for block in blocks:
             block.forward = lambda: None

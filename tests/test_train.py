@@ -38,7 +38,7 @@ def test_compiled_blocks_train_alike():
         return graph.forward
     plain = train.accumulate(pipe, batch, 1.0), gradients(pipe)
     torch._dynamo.reset()
-    for block in (*pipe.dit.transformer_blocks, *pipe.dit.single_transformer_blocks):
+    for block in pipe.dit.blocks:
         block.compile(backend=counted, fullgraph=True)
     losses = train.accumulate(pipe, batch, 1.0, recompute=True)
     assert len(graphs) == 4                              # of 9 blocks, as first and last differ

@@ -1,4 +1,6 @@
 """vae.py against diffusers, on random weights, small and in fp32."""
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -25,6 +27,12 @@ def vae_peer(model: vae.AutoEncoder) -> AutoencoderKL:
         use_quant_conv=False, use_post_quant_conv=False)
     peer.load_state_dict(model.state_dict(), strict=True)
     return peer.eval().requires_grad_(False)
+
+
+def test_only_a_small_model_knows_one_size():
+    config = small_vae().config
+    for side, wanted in ((64, (64, 64)), (511, (511, 511)), (512, None), (1024, None)):
+        assert replace(config, sample_size=side).only_size == wanted
 
 
 VAES = [((8, 16, 24), 1, 24, 40), ((8, 8, 16, 16), 2, 32, 16),

@@ -410,7 +410,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     for optimizer, saved in zip(optimizers, state["optimizers"] if state["step"] else ()):
         optimizer.load_state_dict(saved)
     model["dit"].to(FAST)
-    for block in (*model["dit"].transformer_blocks, *model["dit"].single_transformer_blocks):
+    for block in model["dit"].blocks:
         if compiled:
             block.compile(dynamic=False)
     parameters = list(model.parameters())
