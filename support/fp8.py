@@ -1,14 +1,19 @@
-"""Weights in 8 bits: kept so, and widened where they are used.
+"""Weights in 8 bits: kept so, and widened where they are used or, with --matmul, multiplied so.
 
 weights.assign() makes such layers where a file has them; train.py asks for them with --base-dtype.
+sample.load_pipeline() asks for products in 8 bits: of tokens with the frozen weights of the blocks.
 """
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import ScalingType
+
+import dit
 
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+LARGEST = 448                                            # of e4m3; all that is narrowed here is so
 
 
 class Widened(torch.autograd.Function):
@@ -46,17 +51,80 @@ def narrow(layer: nn.Linear, scale: Tensor | None) -> None:
     layer.register_buffer("scale", scale, persistent=False)
 
 
+def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, channels) -> the same in e4m3, and the scale (rows, 1) fp32 that it is to be times."""
+    scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
 def to_fp8(model: nn.Module) -> None:
     """Keep the linear layers' weights in 8 bits, each row with a scale of its own."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype not in FP8:
-            W = layer.weight.float()
-            scale = W.abs().amax(1, keepdim=True).clamp(min=1e-30) / 448     # 448: the largest
-            layer.weight.data = (W / scale).to(torch.float8_e4m3fn)
+            layer.weight.data, scale = by_row(layer.weight.float())
             narrow(layer, scale)
+
+
+class Multiplied(Widened):
+    """Widened, but for its forward: x is narrowed too, each token by a scale of its own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, scale: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(W, scale)
+        ctx.kind = x.dtype
+        tokens, token_scale = by_row(x.flatten(0, -2))   # (tokens, in), (tokens, 1)
+        y = F.scaled_mm(tokens, W.T, token_scale, ScalingType.RowWise, scale.view(1, -1),
+                        ScalingType.RowWise, output_dtype=torch.bfloat16, use_fast_accum=True)
+        y = y.to(x.dtype) if b is None else y.to(x.dtype) + b                # (tokens, out)
+        return y.view(*x.shape[:-1], -1)
+
+
+class MultipliedLinear(NarrowLinear):
+    """A frozen linear layer that multiplies in 8 bits forward; in backward its weight is widened.
+
+    Eq.: y = t W_s^T * s_W + b, where t is x / s_t rounded to e4m3, s_t = max |x| / 448 for each
+    token, and W_s, s_W are the same for each row of W.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:              # (..., in) -> (..., out)
+        return Multiplied.apply(x, self.weight, self.scale, self.bias)
+
+
+def multiply_in_fp8(model: dit.FluxTransformer) -> None:
+    """Have the blocks' linear layers on tokens multiply in 8 bits.
+
+    Weights that are e4m3 already stay as they are, with their scales. Modulations, which see one
+    vector for all tokens, and layers whose sides are no multiple of 16 stay as they are.
+    """
+    for block in model.blocks:
+        modulations = {id(layer) for part in block.modules() if isinstance(part, dit.Modulation)
+                       for layer in part.modules()}
+        for layer in block.modules():
+            if (isinstance(layer, nn.Linear) and id(layer) not in modulations
+                    and layer.in_features % 16 == layer.out_features % 16 == 0):
+                multiply(layer)
+
+
+def multiply(layer: nn.Linear) -> None:
+    """Make a layer one that multiplies in 8 bits, in its place."""
+    W, scale = layer.weight.data, getattr(layer, "scale", None)
+    if W.dtype != torch.float8_e4m3fn:
+        W, scale = by_row(Widened.wide(W, scale, torch.float32))
+    rows = torch.ones(len(W), 1, device=W.device)
+    layer.weight.data = W
+    narrow(layer, rows if scale is None else rows * scale.float())
+    layer.__class__ = MultipliedLinear
 
 
 def check_device(kinds: Iterable[torch.dtype], device: torch.device | str, where: object) -> None:
     """Raises: ValueError for fp8 on a device that holds none."""
     if torch.device(device).type == "mps" and FP8 & set(kinds):
         raise ValueError(f"{where}: mps holds no fp8; take a bf16 file, or --device cpu")
+
+
+def check_products(device: torch.device) -> None:
+    """Raises: ValueError for a device that does not multiply in 8 bits."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if not able:
+        raise ValueError(f"--matmul fp8: {device} does not multiply in 8 bits; that needs a CUDA "
+                         "device of compute capability 8.9 or more. Leave it out")

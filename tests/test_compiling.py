@@ -11,11 +11,6 @@ from mole import AdapterConfig
 from support import devices
 from support.recompute import recomputing
 
-CONFIG = DiTConfig(16, 1, 1, 16, 2, 8, 8, (4, 6, 6))
-ADAPTER = AdapterConfig(lora_rank=4, lora_alpha=4, rank=2, alpha=2, experts=4, top_k=2,
-                        resampler=False, dropout=0)
-
-
 def step(model, adapter, side, dtype, recompute):
     """-> velocity and the adapter's gradients, all in one vector."""
     torch.manual_seed(side)
@@ -31,20 +26,24 @@ def step(model, adapter, side, dtype, recompute):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("dtype, recompute, sides", [(torch.float32, False, (4,)),
-                                                     (torch.bfloat16, True, (4, 6, 8))])
-def test_a_step_compiled_by_inductor(dtype, recompute, sides):
+@pytest.mark.parametrize("dtype, recompute, doubles, sides", [
+    (torch.float32, False, 1, (4,)), (torch.bfloat16, True, 0, (4, 6, 8))])
+def test_a_step_compiled_by_inductor(dtype, recompute, doubles, sides):
     """As it is without; the second size is compiled for any, so that the third needs nothing.
 
-    Without noise, as compiled noise is another.
+    One block, as each takes half a minute; without noise, as compiled noise is another.
     """
     results, graphs = {}, []
     torch._dynamo.reset()
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = FluxTransformer(CONFIG).to(dtype)
-        adapter = weights.new_adapter(model, ADAPTER).eval()
-        for p in adapter.tensors().values():             # experts that do something, each its own
+        config = DiTConfig(16, doubles, 1 - doubles, 16, 2, 8, 8, (4, 6, 6))
+        model = FluxTransformer(config).to(dtype)
+        adapter = weights.new_adapter(model, AdapterConfig(
+            lora_targets=("attn.to_q",), lora_rank=4, mole_targets=(
+                "ff.net.2" if doubles else "single_transformer_blocks.*.proj_out",),
+            rank=2, experts=4, top_k=2, resampler=False)).eval()
+        for p in adapter.tensors().values():             # so that all do something
             torch.nn.init.normal_(p, std=0.1)
         if compiled:
             devices.compile_blocks(model)
