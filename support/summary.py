@@ -75,10 +75,12 @@ def per_batch(source: object, size: int) -> tuple[int, float]:
     return sum(source.sizes), sum(max(1, size // n) for n in counts) / len(counts)
 
 
-def tell(args: argparse.Namespace, sources: list[tuple[object, float]]) -> None:
+def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
+         held_out: object = None) -> None:
     """Print what each source holds and how long a pass over it takes; one process speaks for all.
 
-    sources: with their weights. Raises: FileNotFoundError, ValueError for a broken tokenizer.
+    sources: with their weights; held_out: a validation.HeldOut.
+    Raises: FileNotFoundError, ValueError for a broken tokenizer.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -99,3 +101,5 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]]) -> None:
             cut = told_cut((row.instruction for row in source.checked_rows()), tokens)
             for line in rows_of(source) + ([cut] if cut else []):
                 say(f"  {line}")
+    for line in held_out.about(tokens, [source for source, _ in sources]) if held_out else []:
+        say(line)
