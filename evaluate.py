@@ -11,6 +11,7 @@ Run: python evaluate.py --bench tiny --number 64         # two minutes on two co
      python evaluate.py --data tiny/examples/own         # seconds
 """
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def score_source(pipe: Pipeline, source: Source, args: argparse.Namespace) -> No
 # ----------------------------------------------------------------------------------------- command
 
 def check(args: argparse.Namespace) -> None:
-    """Raises: ValueError for options that do not go together, and for scores that are there."""
+    """Raises: ValueError for what does not go together, or where scores are or cannot be put."""
     if (args.bench is None) == (args.data is None):
         raise ValueError("give either --bench tiny or --data SOURCE")
     if args.data == "tiny":
@@ -189,6 +190,9 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')}: not together with "
                              f"{'--bench' if args.bench else '--data'}")
+    near = next(filter(Path.exists, (args.out, *args.out.absolute().parents)))
+    if not (near.is_dir() and os.access(near, os.W_OK)):
+        raise ValueError(f"--out {args.out}: {near} is no folder that may be written to")
     there = [name for name in FILES if (args.out / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"--out {args.out}: holds {there[0]} already; name another --out, or add "
