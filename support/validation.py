@@ -58,8 +58,8 @@ class HeldOut:
             return []
         rows = (counted(per_batch(self.source, 1)[0], "row") if hasattr(self.source, "contents")
                 else "samples without end")
-        lines = [f"--validate {self.name}: {rows}; {len(self.samples)} are looked at, at "
-                 f"{len(TIMES)} times each, of which {min(SHOWN, len(self.samples))} are shown"]
+        lines = [f"--validate {self.name}: {rows}; loss on {len(self.samples)} of them, at "
+                 f"{len(TIMES)} times each; shown: {min(SHOWN, len(self.samples))}"]
         if hasattr(self.source, "checked_rows"):
             lines += [f"  {line}" for line in rows_of(self.source)]
         own = fingerprint(self.source)
