@@ -57,13 +57,14 @@ def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: f
 
 
 def write(out: Path, numbers: object, text: str, sheet: np.ndarray) -> None:
-    """FILES, each whole or not at all."""
+    """FILES, each whole or not at all; the table is printed too."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scores.json", numbers)
     with replacing(out / "table.md") as aside:
         aside.write_text(text + "\n", encoding="utf-8")
     save_picture(sheet, out / "sheet.png")
-    print(f"\n{text}\n")
+    for line in ("", *text.split("\n"), ""):
+        summary.say(line)
 
 
 # ---------------------------------------------------------------------------------- the tiny world
@@ -141,7 +142,7 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
 # ------------------------------------------------------------------------------- pairs of one's own
 
 def score_pairs(pipe: Pipeline, samples: Iterable[Sample], steps: int, guidance: float,
-                total: int | None = None) -> tuple[list[dict], np.ndarray]:
+                total: int) -> tuple[list[dict], np.ndarray]:
     """Make and score a picture for every sample -> rows of scores.json, the sheet of the first."""
     rows, shown, texts = [], [], []
     for place, s in enumerate(tqdm(samples, desc="pictures", total=total)):
@@ -151,7 +152,7 @@ def score_pairs(pipe: Pipeline, samples: Iterable[Sample], steps: int, guidance:
         rows.append(about | compare(picture, s.target, pictures_given(s)))
         if place < SHOWN:
             shown.append([*pictures_given(s), picture, s.target])
-            texts.append(f"{place}: {s.instruction} ({rows[-1]['model']['psnr']:.1f} dB)")
+            texts.append(f"{place}, {rows[-1]['model']['psnr']:.1f} dB: {s.instruction}")
     if not rows:
         raise ValueError("--data: holds no row that can be used")
     return rows, grid(shown, texts, lines=2, gap=4)
@@ -162,9 +163,8 @@ def score_source(pipe: Pipeline, source: Source, args: argparse.Namespace) -> No
 
     Raises: ValueError when there are none.
     """
-    total, _ = summary.per_batch(source, 1)
-    rows, sheet = score_pairs(pipe, islice(source.all(), args.number), args.steps, args.guidance,
-                              min(total, args.number or total))
+    total = min(number_of(source), args.number or sys.maxsize)
+    rows, sheet = score_pairs(pipe, islice(source.all(), total), args.steps, args.guidance, total)
     if hasattr(source, "checked_rows"):                  # a folder, whose rows have names
         for own, row in zip(rows, source.checked_rows()):
             own["where"] = row.where
@@ -199,13 +199,17 @@ def check(args: argparse.Namespace) -> None:
                          "--overwrite")
 
 
+def number_of(source: Source) -> int:
+    """Samples that source.all() gives, at most: one for a row, or for each number of conditions."""
+    return summary.per_batch(source, 1)[0] * len(getattr(source, "conditions", [1]))
+
+
 def open_pairs(args: argparse.Namespace, bad: list[str] | None) -> Source:
     """The source of --data; says what was understood of it. Raises: as data.open_one() does."""
     size = layouts.only_size(args.vae or args.model / "vae")
     source = open_one(args.data, {}, PUBLIC, size, args.data_root, bad)
-    rows, _ = summary.per_batch(source, 1)
-    less = f"; of these the first {args.number:,}" if args.number and args.number < rows else ""
-    summary.say(f"{args.data}: {summary.counted(rows, 'row')}{less}")
+    less = f"; scored: the first {args.number:,}" if args.number else ""
+    summary.say(f"{args.data}: {summary.counted(number_of(source), 'sample')}{less}")
     for line in summary.rows_of(source) if hasattr(source, "checked_rows") else []:
         summary.say(f"  {line}")
     return source

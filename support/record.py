@@ -111,8 +111,7 @@ class Log:
                 log.write(json.dumps(entry) + "\n")
 
     def told(self, losses: dict[str, float]) -> dict[str, str]:
-        """What the progress line says of a step: its losses, and the last one on held-out samples.
-        """
+        """What the progress line says: a step's losses, and the last one on held-out samples."""
         return {name: f"{value:.4f}" for name, value in (losses | self.checked).items()}
 
     def steps(self) -> list[dict]:

@@ -104,7 +104,7 @@ def test_a_row_s_picture_is_what_its_place_as_seed_makes(tmp_path, monkeypatch, 
     code, out, err = run(monkeypatch, capsys, "--data", OWN, "--steps", 2, "--number", 3,
                          "--guidance", 2, "--out", tmp_path / "s")
     assert code == 0, err
-    assert out.splitlines()[:3] == [f"{OWN}: 4 rows; of these the first 3",
+    assert out.splitlines()[:3] == [f"{OWN}: 4 samples; scored: the first 3",
                                     "  rows with 1 reference (4)", "  targets of 64x64 (4)"]
     found = json.loads((tmp_path / "s/scores.json").read_text())
     assert found["data"] == str(OWN) and found["steps"] == 2 and found["guidance"] == 2
@@ -176,6 +176,11 @@ def test_public_sets_and_bad_rows(tmp_path, monkeypatch, capsys, bare):
     assert code == 0 and "bad lines of the data, skipped: 1" in err
     found = json.loads((tmp_path / "s/scores.json").read_text())
     assert len(found["rows"]) == 23                      # of 36; 12 have no instruction
+    parquet.write_table(pyarrow.Table.from_pylist(SETS["subjectspatial"]()), tmp_path / "b.parquet")
+    code, out, _ = run(monkeypatch, capsys, "--data", f"subjectspatial={tmp_path}/b.parquet",
+                       "--number", 4, "--out", tmp_path / "b")               # 1, 2 or 3 conditions
+    assert code == 0 and "b.parquet: 9 samples; scored: the first 4\n" in out
+    assert len(json.loads((tmp_path / "b/scores.json").read_text())["rows"]) == 4
     none = [row | {"edited_prompt_list": []} for row in rows]                # no instruction
     parquet.write_table(pyarrow.Table.from_pylist(none), tmp_path / "a.parquet")
     code, _, err = run(monkeypatch, capsys, *source, "--out", tmp_path / "n")

@@ -93,6 +93,8 @@ def test_which_samples_are_looked_at(tmp_path):
     assert [s.instruction for s in tiny[0]] == [s.instruction for s in tiny[1]]
     assert len(tiny[0]) == 32 and all(s.scene.held_out() for s in tiny[0])
     assert len({s.task for s in tiny[0]}) > 7
+    with pytest.raises(ValueError, match="--validate a: holds no row that can be used"):
+        HeldOut("a", type("Empty", (), {"all": lambda *_: iter(())})())
 
 
 # ------------------------------------------------------------------------------------------- a run
