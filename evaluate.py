@@ -210,7 +210,7 @@ def open_pairs(args: argparse.Namespace, bad: list[str] | None) -> Source:
     source = open_one(args.data, {}, PUBLIC, size, args.data_root, bad)
     less = f"; scored: the first {args.number:,}" if args.number else ""
     summary.say(f"{args.data}: {summary.counted(number_of(source), 'sample')}{less}")
-    for line in summary.rows_of(source) if hasattr(source, "checked_rows") else []:
+    for line in summary.understood(source):
         summary.say(f"  {line}")
     return source
 

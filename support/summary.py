@@ -66,6 +66,17 @@ def rows_of(source: object) -> list[str]:
     return lines + [f"left out: {line}" for line in source.left_out]
 
 
+def understood(source: object) -> list[str]:
+    """Lines about a source that is not trained on: a folder's rows, a public set's files."""
+    if hasattr(source, "checked_rows"):
+        return rows_of(source)
+    if not hasattr(source, "contents"):
+        return []
+    files = Counter(file.name for file, *_ in source.groups)
+    return [f"read from {', '.join([*files][:SHOWN])}{', ...' if len(files) > SHOWN else ''}; of a "
+            "folder those called dev, test or val are left out, unless one is named itself"]
+
+
 def per_batch(source: object, size: int) -> tuple[int, float]:
     """A source's rows, and how many of them a batch of `size` has on average."""
     if hasattr(source, "checked_rows"):                  # a folder: a batch is of one group

@@ -17,7 +17,7 @@ from support import layouts
 from support.pictures import grid, to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
-from support.summary import counted, per_batch, rows_of, told_cut
+from support.summary import counted, per_batch, told_cut, understood
 from text_encoder import T5Tokenizer
 
 MOST = 32                                                # samples that are looked at
@@ -60,8 +60,7 @@ class HeldOut:
                 else "samples without end")
         lines = [f"--validate {self.name}: {rows}; loss on {len(self.samples)} of them, at "
                  f"{len(TIMES)} times each; shown: {min(SHOWN, len(self.samples))}"]
-        if hasattr(self.source, "checked_rows"):
-            lines += [f"  {line}" for line in rows_of(self.source)]
+        lines += [f"  {line}" for line in understood(self.source)]
         own = fingerprint(self.source)
         if own and own in map(fingerprint, trained):
             lines.append("  note: this is trained on too; its loss will not say when to stop")

@@ -179,7 +179,7 @@ def test_public_sets_and_bad_rows(tmp_path, monkeypatch, capsys, bare):
     parquet.write_table(pyarrow.Table.from_pylist(SETS["subjectspatial"]()), tmp_path / "b.parquet")
     code, out, _ = run(monkeypatch, capsys, "--data", f"subjectspatial={tmp_path}/b.parquet",
                        "--number", 4, "--out", tmp_path / "b")               # 1, 2 or 3 conditions
-    assert code == 0 and "b.parquet: 9 samples; scored: the first 4\n" in out
+    assert code == 0 and "b.parquet: 9 samples; scored: the first 4\n  read from b.parquet; " in out
     assert len(json.loads((tmp_path / "b/scores.json").read_text())["rows"]) == 4
     none = [row | {"edited_prompt_list": []} for row in rows]                # no instruction
     parquet.write_table(pyarrow.Table.from_pylist(none), tmp_path / "a.parquet")

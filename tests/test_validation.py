@@ -11,10 +11,11 @@ from PIL import Image
 import data
 import train
 from dit import pack
-from helpers import make_pipeline, ROOT, run_train
+from helpers import make_pipeline, ROOT, run_train, write_set
 from sample import condition, encode_picture
 from support import record, report, validation
 from support.pictures import to_tensor
+from support.public_sets import PUBLIC
 from support.validation import HeldOut
 from test_runs import together
 from tiny.world import TinyWorld
@@ -250,6 +251,17 @@ def test_what_was_understood_is_said(tmp_path, bare):
     assert HeldOut("tiny", TinyWorld(held_out=True)).about(bare.t5_tokens, [TinyWorld()]) == [
         "--validate tiny: samples without end; loss on 32 of them, at 4 times each; shown: 8"]
     assert HeldOut(None).about(bare.t5_tokens, []) == []
+
+
+def test_a_public_set_says_which_files_it_reads(tmp_path, bare):
+    """A folder's held-out files are those that training leaves out: one is named itself."""
+    for name in ("dev", "train"):
+        write_set(tmp_path, "musar").rename(tmp_path / f"{name}.parquet")
+    for path, name in ((tmp_path, "train"), (tmp_path / "dev.parquet", "dev")):
+        source = data.open_one(f"musar={path}", {}, PUBLIC, (64, 64), option="--validate")
+        lines = HeldOut("m", source).about(bare.t5_tokens, [])
+        assert lines[0].startswith("--validate m: 4 rows; loss on 4 of them")
+        assert lines[1].startswith(f"  read from {name}.parquet; of a folder those called dev, ")
 
 
 @pytest.mark.parametrize("value, words", [
