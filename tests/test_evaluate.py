@@ -75,6 +75,16 @@ def test_the_score_forgives_what_the_eye_forgives():
     assert not evaluate.success(far, sample)             # mean squared error above the threshold
 
 
+def test_sample_number_i_starts_from_its_own_seed(trained):
+    """In a batch as alone, but for rounding."""
+    samples = world.tiny_test("add", 2)
+    both = evaluate.make_pictures(trained, samples, 2, 2.5, 5)
+    for i, s in enumerate(samples):
+        alone, other = (evaluate.make_pictures(trained, [s], 2, 2.5, seed)[0]
+                        for seed in (5 + i, 6 - i))
+        assert scores.psnr(both[i], alone) > 55 > scores.psnr(both[i], other)
+
+
 # ------------------------------------------------------------------------------- pairs of one's own
 
 OWN = ROOT / "tiny/examples/own"
