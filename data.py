@@ -172,14 +172,25 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
         name, value = text, 1.0
     if not 0 < value < float("inf"):
         raise ValueError(f"--data {text}: the weight must be a positive number")
+    return open_one(name, named, public, size, root, bad, draws), value
+
+
+def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
+             public: dict[str, Callable[..., Source]] = {}, size: tuple[int, int] | None = None,
+             root: Path | None = None, bad: list[str] | None = None, draws: int | None = None,
+             option: str = "--data") -> Source:
+    """A source by its name alone, as open_source() takes it; option: for its errors."""
     if name in named:
-        return named[name](), value
+        return named[name]()
     kind, equals, path = name.partition("=")
     if equals and kind in public:
-        return public[kind](path, size, bad, draws), value
+        return public[kind](path, size, bad, draws)
     if equals and not Path(name).exists():
-        raise ValueError(f"--data {text}: no public set {kind!r}; there are {', '.join(public)}")
-    return Folder(name, size, root, bad), value
+        raise ValueError(f"{option} {name}: no public set {kind!r}; there are {', '.join(public)}")
+    if not Path(name).exists():
+        raise FileNotFoundError(f"{option} {name}: not found; it must be a folder of data, or a "
+                                ".jsonl or .csv file")
+    return Folder(name, size, root, bad)
 
 
 def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: int = 0,

@@ -1,28 +1,73 @@
-"""Scores on held-out samples: success and PSNR per task of the tiny world.
+"""Scores on held-out samples: success in the tiny world, nearness on pairs of one's own.
 
-A picture is a success when its mean squared error to the exact drawing is below 0.03 (pixels in
-[-1, 1]) and it is nearer to that drawing than to every picture that was given and to the drawing of
-every scene that differs in one attribute: a colour, a shape, a place, a missing or surplus object,
-the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the first input.
+--bench tiny: success and PSNR per task. A picture is a success when its mean squared error to the
+exact drawing is below 0.03 (pixels in [-1, 1]) and it is nearer to that drawing than to every
+picture that was given and to the drawing of every scene that differs in one attribute: a colour, a
+shape, a place, a missing or surplus object, the background.
+--data SOURCE: PSNR, SSIM and MS-SSIM of the model's picture for each row, to the row's target.
+Beside each score: that of copying the first picture given. Definitions: support/scores.py.
 
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
+     python evaluate.py --data tiny/examples/own         # seconds
 """
+import argparse
+import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from data import Sample, stack
+from data import Sample, Source, open_one, stack
 from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
-from support import commands, options
+from support import commands, layouts, options, summary
 from support.files import replacing, write_json
 from support.pictures import grid, save_picture
+from support.public_sets import PUBLIC
+from support.scores import compare, left_open, means, pairs_table, psnr, squared_error
+from support.tables import tell_skipped
 from tiny import world
 from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 
 THRESHOLD = 0.03                                         # of the mean squared error
+SHOWN = 16                                               # rows of one's own on the sheet
+FILES = ("scores.json", "table.md", "sheet.png")         # what --out takes
 
+
+def pictures_given(sample: Sample) -> list[np.ndarray]:
+    """All pictures that a sample comes with."""
+    return [*sample.images, *sample.conds]
+
+
+def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
+                  first: int = 0, batch_size: int = 64) -> list[np.ndarray]:
+    """The model's pictures for samples of one kind; sample number i starts from seed first + i."""
+    pictures, size = [], samples[0].target.shape[1::-1]
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start:start + batch_size]
+        given = condition(pipe, [s.instruction for s in batch], stack(s.images for s in batch),
+                          stack(s.conds for s in batch))
+        seeds = list(range(first + start, first + start + len(batch)))
+        noise = seeded_noise(seeds, size, pipe.vae.config.latent_channels)
+        pictures += list(generate(pipe, given, noise, steps, guidance)[0])
+    return pictures
+
+
+def write(out: Path, numbers: object, text: str, sheet: np.ndarray) -> None:
+    """FILES, each whole or not at all; the table is printed too."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "scores.json", numbers)
+    with replacing(out / "table.md") as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+    save_picture(sheet, out / "sheet.png")
+    for line in ("", *text.split("\n"), ""):
+        summary.say(line)
+
+
+# ---------------------------------------------------------------------------------- the tiny world
 
 @dataclass
 class Score:
@@ -35,16 +80,6 @@ class Score:
     copy_psnr: float | None
 
 
-def pictures_given(sample: Sample) -> list[np.ndarray]:
-    """All pictures that a sample comes with."""
-    return [*sample.images, *sample.conds]
-
-
-def squared_error(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean squared difference of two uint8 pictures, in units of [-1, 1]."""
-    return float(np.square((a.astype(np.float32) - b) / 127.5).mean())
-
-
 def success(picture: np.ndarray, sample: Sample) -> bool:
     """Whether a picture (H, W, 3) uint8 is what a tiny-world sample asks for."""
     error = squared_error(picture, sample.target)
@@ -54,38 +89,19 @@ def success(picture: np.ndarray, sample: Sample) -> bool:
     return error < THRESHOLD and all(squared_error(picture, p) > error for p in others)
 
 
-def psnr(picture: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, at most 60."""
-    return float(10 * np.log10(4 / max(squared_error(picture, target), 4e-6)))
-
-
 def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Score:
     """Score pictures against their samples, of one task; and the first picture given, if any."""
-    scores = np.array([[(success(p, s), psnr(p, s.target)) for p in (made, *pictures_given(s)[:1])]
-                       for made, s in zip(pictures, samples)])   # (samples, 1 or 2, 2)
-    means = scores.mean(0).tolist()
+    found = np.array([[(success(p, s), psnr(p, s.target)) for p in (made, *pictures_given(s)[:1])]
+                      for made, s in zip(pictures, samples)])    # (samples, 1 or 2, 2)
+    means = found.mean(0).tolist()
     return Score(task, len(samples), *means[0], *(means[1] if len(means) > 1 else (None, None)))
 
 
-def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
-                  batch_size: int = 64) -> list[np.ndarray]:
-    """The model's pictures for samples of one task; sample number i starts from seed i."""
-    pictures = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start:start + batch_size]
-        given = condition(pipe, [s.instruction for s in batch], stack(s.images for s in batch),
-                          stack(s.conds for s in batch))
-        noise = seeded_noise(list(range(start, start + len(batch))), (world.SIZE, world.SIZE),
-                             pipe.vae.config.latent_channels)
-        pictures += list(generate(pipe, given, noise, steps, guidance)[0])
-    return pictures
-
-
-def table(scores: list[Score]) -> str:
+def table(found: list[Score]) -> str:
     """A Markdown table, with the means of the edits and of the tasks that the base never saw."""
-    rows = list(scores)
+    rows = list(found)
     for name, tasks in (("mean of edits", EDITS), ("mean of new tasks", NEW_TASKS)):
-        part = [s for s in scores if s.task in tasks]
+        part = [s for s in found if s.task in tasks]
         if len(part) == len(tasks):
             means = (float(np.mean([getattr(s, key) for s in part]))
                      for key in ("success", "psnr", "copy_success", "copy_psnr"))
@@ -112,30 +128,112 @@ def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
 
 def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidance: float,
                out: Path) -> list[Score]:
-    """Score every task, and write scores.json, table.md and sheet.png into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    results, scores = {}, []
+    """Score every task, and write FILES into `out`."""
+    results, found = {}, []
     for task in tasks:
         samples = world.tiny_test(task, number)
         results[task] = samples, make_pictures(pipe, samples, steps, guidance)
-        scores.append(measure(task, results[task][1], samples))
-        print(f"{task:12} {scores[-1].success:6.1%}  {scores[-1].psnr:5.1f} dB", flush=True)
-    write_json(out / "scores.json", [vars(score) for score in scores])
-    with replacing(out / "table.md") as aside:
-        aside.write_text(table(scores) + "\n", encoding="utf-8")
-    save_picture(contact_sheet(results), out / "sheet.png")
-    return scores
+        found.append(measure(task, results[task][1], samples))
+        print(f"{task:12} {found[-1].success:6.1%}  {found[-1].psnr:5.1f} dB", flush=True)
+    write(out, [vars(score) for score in found], table(found), contact_sheet(results))
+    return found
+
+
+# ------------------------------------------------------------------------------- pairs of one's own
+
+def score_pairs(pipe: Pipeline, samples: Iterable[Sample], steps: int, guidance: float,
+                total: int) -> tuple[list[dict], np.ndarray]:
+    """Make and score a picture for every sample -> rows of scores.json, the sheet of the first."""
+    rows, shown, texts = [], [], []
+    for place, s in enumerate(tqdm(samples, desc="pictures", total=total)):
+        picture, = make_pictures(pipe, [s], steps, guidance, place)
+        about = {"place": place, "instruction": s.instruction, "task": s.task,
+                 "size": list(s.target.shape[1::-1])}
+        rows.append(about | compare(picture, s.target, pictures_given(s)))
+        if place < SHOWN:
+            shown.append([*pictures_given(s), picture, s.target])
+            texts.append(f"{place}, {rows[-1]['model']['psnr']:.1f} dB: {s.instruction}")
+    if not rows:
+        raise ValueError("--data: holds no row that can be used")
+    return rows, grid(shown, texts, lines=2, gap=4)
+
+
+def score_source(pipe: Pipeline, source: Source, args: argparse.Namespace) -> None:
+    """Score the pairs of --data, all or the first --number, and write FILES into --out.
+
+    Raises: ValueError when there are none.
+    """
+    total = min(number_of(source), args.number or sys.maxsize)
+    rows, sheet = score_pairs(pipe, islice(source.all(), total), args.steps, args.guidance, total)
+    if hasattr(source, "checked_rows"):                  # a folder, whose rows have names
+        for own, row in zip(rows, source.checked_rows()):
+            own["where"] = row.where
+    cut = summary.told_cut((row["instruction"] for row in rows), pipe.t5_tokens)
+    write(args.out, {
+        "data": args.data, "model": str(args.model), "steps": args.steps,
+        "adapters": [f"{file}:{strength:g}" for file, strength in options.adapters_of(args)],
+        "guidance": args.guidance, "means": means(rows), "rows": rows}, pairs_table(rows), sheet)
+    for line in left_open(rows) + ([cut] if cut else []):
+        print(f"note: {line}", file=sys.stderr)
+    print(f"{args.out}/sheet.png: given, result, truth of the first {min(SHOWN, len(rows))}")
+
+
+# ----------------------------------------------------------------------------------------- command
+
+def check(args: argparse.Namespace) -> None:
+    """Raises: ValueError for what does not go together, or where scores are or cannot be put."""
+    if (args.bench is None) == (args.data is None):
+        raise ValueError("give either --bench tiny or --data SOURCE")
+    if args.data == "tiny":
+        raise ValueError("--data tiny: the tiny world has scores of its own: --bench tiny")
+    for name in ("data_root", "skip_bad") if args.bench else ("tasks",):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: not together with "
+                             f"{'--bench' if args.bench else '--data'}")
+    near = next(filter(Path.exists, (args.out, *args.out.absolute().parents)))
+    if not (near.is_dir() and os.access(near, os.W_OK)):
+        raise ValueError(f"--out {args.out}: {near} is no folder that may be written to")
+    there = [name for name in FILES if (args.out / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"--out {args.out}: holds {there[0]} already; name another --out, or add "
+                         "--overwrite")
+
+
+def number_of(source: Source) -> int:
+    """Samples that source.all() gives, at most: one for a row, or for each number of conditions."""
+    return summary.per_batch(source, 1)[0] * len(getattr(source, "conditions", [1]))
+
+
+def open_pairs(args: argparse.Namespace, bad: list[str] | None) -> Source:
+    """The source of --data; says what was understood of it. Raises: as data.open_one() does."""
+    size = layouts.only_size(args.vae or args.model / "vae")
+    source = open_one(args.data, {}, PUBLIC, size, args.data_root, bad)
+    less = f"; scored: the first {args.number:,}" if args.number else ""
+    summary.say(f"{args.data}: {summary.counted(number_of(source), 'sample')}{less}")
+    for line in summary.understood(source):
+        summary.say(f"  {line}")
+    return source
 
 
 def main() -> None:
-    args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS))
+    args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS), PUBLIC)
+    check(args)
+    args.steps = args.steps or (12 if args.bench else 28)
+    bad: list[str] | None = [] if args.skip_bad else None
+    source = open_pairs(args, bad) if args.data else None
     pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
+    if source:
+        try:
+            score_source(pipe, source, args)
+        finally:
+            tell_skipped(bad)
+        return
     if pipe.vae.config.sample_size != world.SIZE:
         raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")
-    tasks = list(dict.fromkeys(args.tasks))              # each once
-    scores = bench_tiny(pipe, tasks, args.number, args.steps, args.guidance, args.out)
-    print(f"\n{table(scores)}\n\n{args.out}/sheet.png: given, instruction, result, truth")
+    tasks = list(dict.fromkeys(args.tasks or BASE_TASKS + NEW_TASKS))        # each once
+    bench_tiny(pipe, tasks, args.number or 256, args.steps, args.guidance, args.out)
+    print(f"{args.out}/sheet.png: given, instruction, result, truth")
 
 
 if __name__ == "__main__":

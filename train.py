@@ -17,7 +17,6 @@ Run: python train.py --data tiny --steps 20 --out runs/try
 import argparse
 import math
 import os
-import sys
 import time
 
 import numpy as np
@@ -43,6 +42,7 @@ from support.public_sets import PUBLIC
 from support.recompute import recomputing
 from support.resume import Optimizers
 from support.tables import tell_skipped
+from support.validation import HeldOut, noted, open_held_out
 from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
@@ -158,8 +158,8 @@ def update(args: argparse.Namespace, adapter: Adapter, optimizers: Optimizers, s
 
 # ---------------------------------------------------------------------------------------- the loop
 
-def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: dict,
-          rank: int, workers: int) -> None:
+def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: HeldOut,
+          settings: dict, rank: int, workers: int) -> None:
     """Run the steps that are left. Of the micro-batches, this process takes every workers-th."""
     adapter = pipe.adapter.train()
     router_lr = args.lr / 2 if args.router_lr is None else args.router_lr
@@ -187,45 +187,43 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, settings: 
             norm = update(args, adapter, optimizers, step, losses["loss"])
             samples = [s for _, batch in micro_batches for s in batch]
             log.write(step, losses, norm, samples, time.time() - began)
-            bar.set_postfix({name: f"{value:.4f}" for name, value in losses.items()}, refresh=False)
             last = step + 1 == args.steps
             due = last or (step + 1) % args.save_every == 0
             if rank == 0 and (due or stop):
                 resume.save_checkpoint(args.out, adapter, optimizers, step + 1, number, settings)
             if due and watching:
-                pictures = previews(pipe, shown, log if rank == 0 else None, step + 1)
-                if rank == 0:
-                    for name, picture in pictures.items():
-                        save_picture(picture, args.out / f"{name}.png")
+                pictures = previews(pipe, shown, held_out, log, step + 1)
+                for name, picture in pictures.items() if rank == 0 else ():
+                    save_picture(picture, args.out / f"{name}.png")
+            bar.set_postfix(log.told(losses), refresh=False)
             if stop and not last:
                 bar.close()
                 resume.leave(step + 1, rank, asked)
 
 
+def answer(pipe: Pipeline, s: Sample) -> np.ndarray:
+    """What the model makes of a sample, (H, W, 3) uint8."""
+    given = condition(pipe, [s.instruction], stack([s.images]), stack([s.conds]))
+    noise = seeded_noise([0], s.target.shape[1::-1], pipe.vae.config.latent_channels)
+    return generate(pipe, given, noise, steps=12)[0][0]
+
+
 def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
     """One row per sample: what was given, what the model makes of it, what was wanted."""
-    rows = []
-    for s in samples:
-        height, width = s.target.shape[:2]
-        noise = seeded_noise([0], (width, height), pipe.vae.config.latent_channels)
-        given = condition(pipe, [s.instruction], stack([s.images]), stack([s.conds]))
-        result, _ = generate(pipe, given, noise, steps=12)
-        rows.append([*s.images, *s.conds, result[0], s.target])
-    return grid(rows, [s.instruction for s in samples])
+    return grid([[*s.images, *s.conds, answer(pipe, s), s.target] for s in samples],
+                [s.instruction for s in samples])
 
 
-def previews(pipe: Pipeline, samples: list[Sample], log: record.Log | None,
+def previews(pipe: Pipeline, samples: list[Sample], held_out: HeldOut, log: record.Log,
              step: int) -> dict[str, np.ndarray]:
-    """Pictures of how training goes, by name; plots too if there is a log."""
+    """Pictures of how training goes, by name, and plots; log takes the loss held out."""
     pipe.adapter.eval()
-    try:
-        pictures = {f"samples_{step:06d}": sample_sheet(pipe, samples)}
-    except ValueError as error:                          # training goes on without
-        print(f"note: no samples are shown after step {step}: {error}", file=sys.stderr)
-        pictures = {}
+    pictures = held_out.check(log, step, pipe, condition, encode_picture, matching_loss, answer)
+    with noted(f"no samples are shown after step {step}"):
+        pictures[f"samples_{step:06d}"] = sample_sheet(pipe, samples)
     similarity = routing_maps.expert_similarity(         # with --shard a pass of all processes
         pipe.adapter, lambda: flow_loss(pipe, samples[:1], 0))
-    if log:
+    if log.rank == 0:
         use = {task: routing_maps.shares(pipe.adapter, *encode_text(pipe, list(texts)))
                for task, texts in sorted(log.instructions.items())}
         pictures |= routing_maps.of_run(log, use, similarity)
@@ -290,7 +288,8 @@ def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, ident
         caching.encode_all(pipe.cache, samples, encode, models, pipe.device, rank, workers)
 
 
-def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources) -> None:
+def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources,
+            held_out: HeldOut) -> None:
     """Load the model, put a new adapter on it, and train that."""
     rank, workers = distributed.join(args)
     if args.base_dtype == "fp8":
@@ -311,7 +310,7 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources) -
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = record.settings_of(args, config, identity, sources, workers)
-    train(args, pipe, sources, settings, rank, workers)
+    train(args, pipe, sources, held_out, settings, rank, workers)
     if rank == 0:
         count = sum(p.numel() for p in pipe.adapter.tensors().values())
         print(f"{args.out / 'adapter.safetensors'}: {count:,} parameters, {args.steps} steps")
@@ -325,10 +324,11 @@ def main() -> None:
     config = weights.adapter_config(args.method, file)
     bad: list[str] | None = [] if args.skip_bad else None
     sources = open_sources(args, bad)
+    held_out = open_held_out(args, data.open_one, TinyWorld, PUBLIC, bad)
     try:
-        summary.tell(args, sources)
+        summary.tell(args, sources, held_out)
         if args.dry_run is None:
-            prepare(args, config, sources)
+            prepare(args, config, sources, held_out)
         elif int(os.environ.get("RANK", 0)) == 0:        # one speaks for all
             tell_memory(args, config, sources)
     finally:

@@ -12,6 +12,8 @@ from support.commands import (COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE,
                               Parser, checked, file_and_strength, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
+SOURCE = ("a folder (metadata.jsonl or .csv, or pictures with .txt), a .jsonl or .csv file, or a "
+          "public set: ")
 
 
 # ------------------------------------------------------------------------------ shared by several
@@ -102,20 +104,25 @@ def sample_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
-    """What train.py draws from. public: names of the public sets."""
-    parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
-                        help="tiny, a folder (metadata.jsonl or .csv, or pictures with .txt), a "
-                        f".jsonl or .csv file, or a public set: {'=PATH, '.join(public)}=PATH; "
-                        "one drawn per batch")
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How pairs are read, by training and by scoring."""
     parser.add_argument("--data-root", type=FOLDER, metavar="FOLDER", help="that no path in the "
                         "data may leave; by default the folder of the file that names it")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave bad lines out, one in ten at most; list them at the end")
+
+
+def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
+    """What train.py draws from. public: names of the public sets."""
+    parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
+                        help=f"tiny, {SOURCE}{'=PATH, '.join(public)}=PATH; one drawn per batch")
+    add_reading(parser)
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
                         "picture once, before training, and keep that here")
     parser.add_argument("--cache-draws", type=COUNT, metavar="N", help="with --cache: ways "
                         "to draw a row of a public set (wording, conditions, boxes); else one")
+    parser.add_argument("--validate", metavar="SOURCE", help="at each --save-every, the loss and a "
+                        "sheet of pictures on these held-out pairs; a source as for --data")
 
 
 def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespace:
@@ -186,23 +193,28 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError("--shard: splits the model over processes; start them with torchrun")
 
 
-def evaluate_options(tasks: list[str]) -> argparse.Namespace:
-    """tasks: of the tiny world."""
+def evaluate_options(tasks: list[str], public: Iterable[str]) -> argparse.Namespace:
+    """tasks: of the tiny world; public: names of the public sets."""
     parser = Parser(description="Score a model and an adapter.",
-                    usage="python evaluate.py --bench tiny [options]")
-    parser.add_argument("--bench", required=True, choices=["tiny"],
+                    usage="python evaluate.py (--bench tiny | --data SOURCE) [options]")
+    parser.add_argument("--bench", choices=["tiny"],
                         help="tiny: the drawn world of the embedded model")
+    parser.add_argument("--data", metavar="SOURCE", help="pairs of your own, held out of training: "
+                        f"{SOURCE}{'=PATH, '.join(public)}=PATH")
+    add_reading(parser)
     add_model(parser)
     add_adapter(parser)
-    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, metavar="TASK",
-                        help=f"to score, by default all: {', '.join(tasks)}")
-    parser.add_argument("--number", type=COUNT, default=256,
-                        help="samples per task; %(default)s")
-    parser.add_argument("--steps", type=STEPS, default=12,
-                        help="from noise to picture; %(default)s")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, metavar="TASK",
+                        help=f"of --bench tiny, by default all: {', '.join(tasks)}")
+    parser.add_argument("--number", type=COUNT, help="samples per task, by default 256; of --data "
+                        "the first rows, by default all")
+    parser.add_argument("--steps", type=STEPS, help="from noise to picture; by default 12, with "
+                        "--data 28, as sample.py")
     parser.add_argument("--guidance", type=GUIDANCE, default=2.5, help="%(default)s")
     parser.add_argument("--out", type=NEW_FOLDER, default=Path("runs/evaluate"),
                         help="takes scores.json, table.md and sheet.png; %(default)s")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="put these in the place of others in --out")
     return parser.parse_args()
 
 

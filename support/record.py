@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +75,7 @@ def write_run(args: argparse.Namespace, settings: dict) -> None:
 
 
 class Log:
-    """log.jsonl, a line for each step; only the first process writes.
+    """log.jsonl, a line for each step and for each check; only the first process writes.
 
     done: steps that a resumed run has behind it; what the file says beyond them is done anew.
     """
@@ -82,31 +83,45 @@ class Log:
     def __init__(self, out: Path, done: int, rank: int):
         self.file, self.rank = out / "log.jsonl", rank
         self.instructions: dict[str, deque[str]] = {}    # the last ones of each task
+        self.checked: dict[str, float] = {}              # the last loss on held-out samples
         if rank == 0:
             before = self.file.read_text().splitlines(True) if self.file.is_file() else []
+            steps = [re.fullmatch(r'{"step": (\d+), .*}\n', line) for line in before]  # or torn
             with replacing(self.file) as aside:
-                aside.write_text("".join(before[:done]))
+                aside.write_text("".join(found[0] for found in steps
+                                         if found and int(found[1]) < done))
 
     def write(self, step: int, losses: dict[str, float], norm: float, samples: list,
               seconds: float) -> None:
         """What a step drew and gave. norm: of the gradients, before they are clipped."""
         for s in samples:
             self.instructions.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
-        line = json.dumps({"step": step, **{name: round(v, 6) for name, v in losses.items()},
-                           "norm": round(norm, 4), "tasks": sorted({s.task for s in samples}),
-                           "seconds": round(seconds, 3)})
+        self.add({"step": step, **{name: round(v, 6) for name, v in losses.items()},
+                  "norm": round(norm, 4), "tasks": sorted({s.task for s in samples}),
+                  "seconds": round(seconds, 3)})
+
+    def check(self, step: int, loss: float, source: str) -> None:
+        """The loss on held-out samples of a source, after a step."""
+        self.checked = {"validation": loss}
+        self.add({"step": step, "validation": round(loss, 6), "source": source})
+
+    def add(self, entry: dict) -> None:
         if self.rank == 0:
             with self.file.open("a") as log:
-                log.write(line + "\n")
+                log.write(json.dumps(entry) + "\n")
 
-    def add(self, more: dict[str, float]) -> None:
+    def told(self, losses: dict[str, float]) -> dict[str, str]:
+        """What the progress line says: a step's losses, and the last one on held-out samples."""
+        return {name: f"{value:.4f}" for name, value in (losses | self.checked).items()}
+
+    def extend(self, more: dict[str, float]) -> None:
         """Put more into the last step's line."""
-        if more:
-            *before, last = self.file.read_text().splitlines(True)
-            line = json.loads(last) | {name: round(v, 6) for name, v in more.items()}
-            with replacing(self.file) as aside:
-                aside.write_text("".join([*before, json.dumps(line) + "\n"]))
+        lines = self.steps()
+        last = [line for line in lines if "loss" in line][-1]
+        last.update({name: round(v, 6) for name, v in more.items()})
+        with replacing(self.file) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def steps(self) -> list[dict]:
-        """All steps that were written."""
+        """All steps that were written, and the checks between them."""
         return [json.loads(line) for line in self.file.read_text().splitlines()]

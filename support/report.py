@@ -31,9 +31,15 @@ def pixels(figure: "matplotlib.figure.Figure") -> np.ndarray:    # noqa: F821
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def draw_losses(steps: list[dict]) -> np.ndarray:
-    """What log.jsonl says of every step, a panel for each kind -> (height, width, 3) uint8."""
+def draw_losses(entries: list[dict]) -> np.ndarray:
+    """What log.jsonl says of every step, a panel for each kind -> (height, width, 3) uint8.
+
+    Beside the flow loss stands that on held-out samples, of the source that was named last.
+    """
     from matplotlib.figure import Figure
+    steps = [entry for entry in entries if "flow" in entry]
+    checks = [entry for entry in entries if "validation" in entry]
+    checks = [entry for entry in checks if entry["source"] == checks[-1]["source"]]
     smooth = max(1, len(steps) // 50)                    # steps in a running mean
     figure, numbers = Figure((9, 6), layout="constrained"), [step["step"] for step in steps]
     for panel, name in zip(figure.subplots(2, 2).flat,
@@ -41,6 +47,11 @@ def draw_losses(steps: list[dict]) -> np.ndarray:
         values = [step[name] for step in steps]
         panel.plot(numbers, values, alpha=0.3)
         panel.plot(numbers[smooth - 1:], np.convolve(values, np.ones(smooth) / smooth, "valid"))
+        if name == "flow" and checks:
+            panel.plot([entry["step"] for entry in checks],
+                       [entry["validation"] for entry in checks], "o-", color="black",
+                       markersize=3, label="validation")
+            panel.legend()
         panel.set(title="norm of the gradients" if name == "norm" else f"{name} loss",
                   xlabel="step")
     return pixels(figure)

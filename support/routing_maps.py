@@ -149,5 +149,6 @@ def of_run(log: Log, use: dict[str, dict[str, Shares]],
            similarity: Tensor | None) -> dict[str, np.ndarray]:
     """Write measures() into the line of a run's last step; -> the run's plots, by name."""
     found = measures(use)
-    log.add(found)
+    if found:
+        log.extend(found)
     return report.draw_run(log.steps(), use, told(found) if found else "", similarity)

@@ -66,6 +66,17 @@ def rows_of(source: object) -> list[str]:
     return lines + [f"left out: {line}" for line in source.left_out]
 
 
+def understood(source: object) -> list[str]:
+    """Lines about a source that is not trained on: a folder's rows, a public set's files."""
+    if hasattr(source, "checked_rows"):
+        return rows_of(source)
+    if not hasattr(source, "contents"):
+        return []
+    files = Counter(file.name for file, *_ in source.groups)
+    return [f"read from {', '.join([*files][:SHOWN])}{', ...' if len(files) > SHOWN else ''}; of a "
+            "folder those called dev, test or val are left out, unless one is named itself"]
+
+
 def per_batch(source: object, size: int) -> tuple[int, float]:
     """A source's rows, and how many of them a batch of `size` has on average."""
     if hasattr(source, "checked_rows"):                  # a folder: a batch is of one group
@@ -75,10 +86,12 @@ def per_batch(source: object, size: int) -> tuple[int, float]:
     return sum(source.sizes), sum(max(1, size // n) for n in counts) / len(counts)
 
 
-def tell(args: argparse.Namespace, sources: list[tuple[object, float]]) -> None:
+def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
+         held_out: object = None) -> None:
     """Print what each source holds and how long a pass over it takes; one process speaks for all.
 
-    sources: with their weights. Raises: FileNotFoundError, ValueError for a broken tokenizer.
+    sources: with their weights; held_out: a validation.HeldOut.
+    Raises: FileNotFoundError, ValueError for a broken tokenizer.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -99,3 +112,5 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]]) -> None:
             cut = told_cut((row.instruction for row in source.checked_rows()), tokens)
             for line in rows_of(source) + ([cut] if cut else []):
                 say(f"  {line}")
+    for line in held_out.about(tokens, [source for source, _ in sources]) if held_out else []:
+        say(line)

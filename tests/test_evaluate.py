@@ -1,12 +1,20 @@
-"""evaluate.py: the score of the tiny world."""
+"""evaluate.py: the score of the tiny world, and scores of pairs of one's own."""
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pyarrow
 import pytest
+from PIL import Image
+from pyarrow import parquet
 
 import evaluate
-from data import Sample
+from data import Folder, Sample
+from helpers import ROOT, SETS, run_command
+from sample import Pipeline
+from support import scores
 from tiny import world
 from tiny.world import BASE_TASKS, BIG, FIGURES, NEW_TASKS, SHAPES, SMALL, Scene, Thing
 
@@ -67,7 +75,174 @@ def test_the_score_forgives_what_the_eye_forgives():
     assert not evaluate.success(far, sample)             # mean squared error above the threshold
 
 
-def test_psnr_and_error_are_in_the_units_they_claim():
-    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    assert evaluate.squared_error(black, white) == 4     # from -1 to 1
-    assert evaluate.psnr(black, white) == 0
+def test_sample_number_i_starts_from_its_own_seed(trained):
+    """In a batch as alone, but for rounding."""
+    samples = world.tiny_test("add", 2)
+    both = evaluate.make_pictures(trained, samples, 2, 2.5, 5)
+    for i, s in enumerate(samples):
+        alone, other = (evaluate.make_pictures(trained, [s], 2, 2.5, seed)[0]
+                        for seed in (5 + i, 6 - i))
+        assert scores.psnr(both[i], alone) > 55 > scores.psnr(both[i], other)
+
+
+# ------------------------------------------------------------------------------- pairs of one's own
+
+OWN = ROOT / "tiny/examples/own"
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command -> exit code, stdout, stderr but for the progress bar."""
+    code, out, err = run_command(monkeypatch, capsys, "evaluate.py", evaluate.main, *arguments)
+    return code, out, "\n".join(line for line in err.splitlines() if "it/s]" not in line).strip()
+
+
+def told_truth(monkeypatch, bare: Pipeline, shift: int = 0) -> list[tuple[int, int, float]]:
+    """Have each row answered by the target of a row so many after it -> seeds, steps, guidance."""
+    asked, targets = [], [s.target for s in Folder(OWN, (64, 64)).all()]
+
+    def make(_: object, samples: list, steps: int, guidance: float, first: int) -> list:
+        asked.append((first, steps, guidance))
+        assert np.array_equal(samples[0].target, targets[first])
+        return [targets[(first + shift) % len(targets)]]
+    monkeypatch.setattr(evaluate, "make_pictures", make)
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda **_: bare)
+    return asked
+
+
+def test_a_row_s_picture_is_what_its_place_as_seed_makes(tmp_path, monkeypatch, capsys, trained):
+    """The whole way, with the embedded model; numbers, table and sheet are of these pictures."""
+    code, out, err = run(monkeypatch, capsys, "--data", OWN, "--steps", 2, "--number", 3,
+                         "--guidance", 2, "--out", tmp_path / "s")
+    assert code == 0, err
+    assert out.splitlines()[:3] == [f"{OWN}: 4 samples; scored: the first 3",
+                                    "  rows with 1 reference (4)", "  targets of 64x64 (4)"]
+    found = json.loads((tmp_path / "s/scores.json").read_text())
+    assert found["data"] == str(OWN) and found["steps"] == 2 and found["guidance"] == 2
+    assert found["adapters"] == [f"{ROOT}/tiny/adapter.safetensors:1"]
+    rows = list(Folder(OWN, (64, 64)).all())[:3]
+    for place, (s, row) in enumerate(zip(rows, found["rows"], strict=True)):
+        picture = evaluate.make_pictures(trained, [s], 2, 2, place)[0]
+        assert row["place"] == place and row["instruction"] == s.instruction
+        assert row["where"].endswith(f"metadata.jsonl line {place + 1}") and row["size"] == [64, 64]
+        assert row["model"]["psnr"] == pytest.approx(scores.psnr(picture, s.target), abs=0.5)
+        assert row["model"]["ssim"] == pytest.approx(scores.ssim(picture, s.target), abs=0.02)
+        assert row["copy"] == scores.scores(s.images[0], s.target)
+        assert row["model"]["ms_ssim"] is None
+    mean = np.mean([row["model"]["psnr"] for row in found["rows"]])
+    assert found["means"]["model"]["psnr"] == pytest.approx(mean)
+    text = (tmp_path / "s/table.md").read_text()
+    assert f"| mean of all | 3 | {mean:.1f} dB |" in text and text in out
+    assert err == ("note: MS-SSIM needs 176 pixels on the shorter side; 3 of 3 pictures have "
+                   "fewer, and no MS-SSIM")
+    with Image.open(tmp_path / "s/sheet.png") as sheet:
+        assert sheet.size == (3 * 68 + 4, 3 * (64 + 28))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_truth_scores_best_and_another_row_s_does_not(tmp_path, monkeypatch, capsys, bare,
+                                                          shift):
+    asked = told_truth(monkeypatch, bare, shift)
+    assert run(monkeypatch, capsys, "--data", OWN, "--out", tmp_path)[0] == 0
+    assert asked == [(place, 28, 2.5) for place in range(4)]             # steps as sample.py's
+    for row in json.loads((tmp_path / "scores.json").read_text())["rows"]:
+        if shift:
+            assert row["model"]["psnr"] < 30 and row["model"]["ssim"] < 0.95
+        else:
+            assert row["model"]["psnr"] == 60 and row["model"]["ssim"] == 1
+
+
+def test_what_is_cut_and_what_gives_no_picture_is_said(tmp_path, monkeypatch, capsys, bare):
+    shutil.copytree(OWN, tmp_path / "own")
+    file = tmp_path / "own/metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["instruction"] = "make the red circle on the left blue " * 9
+    rows[1] |= {"images": [], "task": "made|new"}
+    rows[2]["note"] = "n"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    told_truth(monkeypatch, bare)
+    monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest: [samples[0].target])
+    code, out, err = run(monkeypatch, capsys, "--data", tmp_path / "own", "--out", tmp_path / "s")
+    assert code == 0 and "left unread, entries without a known name: note (1)" in out
+    assert "note: the ends of 1 text are lost: the model reads" in err
+    assert "note: 1 of 4 rows give no picture that could be copied" in err
+    found = json.loads((tmp_path / "s/scores.json").read_text())
+    assert sum(row["copy"] is None for row in found["rows"]) == 1
+    table = (tmp_path / "s/table.md").read_text().splitlines()           # a line for each task
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| –", "| made/new", "| mean of all"]
+    assert table[3].endswith("| 60.0 dB | – | 1.000 | – | – | – |")
+
+
+def test_public_sets_and_bad_rows(tmp_path, monkeypatch, capsys, bare):
+    """As train.py takes them; with --skip-bad the bad rows are listed at the end."""
+    told_truth(monkeypatch, bare)
+    monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest: [samples[0].target])
+    rows = SETS["omniedit"]() * 6
+    rows[1] = rows[1] | {"src_img": {"bytes": b"no picture", "path": None}}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = ("--data", f"omniedit={tmp_path}/a.parquet")
+    code, _, err = run(monkeypatch, capsys, *source, "--out", tmp_path / "s")
+    assert code == 2 and "row 1" in err and not (tmp_path / "s").exists()
+    code, out, err = run(monkeypatch, capsys, *source, "--out", tmp_path / "s", "--skip-bad")
+    assert code == 0 and "bad lines of the data, skipped: 1" in err
+    found = json.loads((tmp_path / "s/scores.json").read_text())
+    assert len(found["rows"]) == 23                      # of 36; 12 have no instruction
+    parquet.write_table(pyarrow.Table.from_pylist(SETS["subjectspatial"]()), tmp_path / "b.parquet")
+    code, out, _ = run(monkeypatch, capsys, "--data", f"subjectspatial={tmp_path}/b.parquet",
+                       "--number", 4, "--out", tmp_path / "b")               # 1, 2 or 3 conditions
+    assert code == 0 and "b.parquet: 9 samples; scored: the first 4\n  read from b.parquet; " in out
+    assert len(json.loads((tmp_path / "b/scores.json").read_text())["rows"]) == 4
+    none = [row | {"edited_prompt_list": []} for row in rows]                # no instruction
+    parquet.write_table(pyarrow.Table.from_pylist(none), tmp_path / "a.parquet")
+    code, _, err = run(monkeypatch, capsys, *source, "--out", tmp_path / "n")
+    assert code == 2 and "no row that can be used" in err and not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize("what", [
+    ["--data", OWN], ["--bench", "tiny", "--tasks", "t2i", "--number", 1, "--steps", 1]],
+    ids=["data", "bench"])
+def test_scores_are_not_written_over_unasked(tmp_path, monkeypatch, capsys, bare, what):
+    """They join a run's files; one of theirs that is there is refused, before a model is read."""
+    (tmp_path / "adapter.safetensors").write_bytes(b"precious")
+    told_truth(monkeypatch, bare)
+    if what[0] == "--bench":
+        monkeypatch.undo()
+    assert run(monkeypatch, capsys, *what, "--out", tmp_path)[0] == 0
+    files = {"scores.json", "table.md", "sheet.png"}
+    assert {file.name for file in tmp_path.iterdir()} == files | {"adapter.safetensors"}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_pipeline", None)       # is not asked
+        for name in sorted(files):
+            for file in files - {name}:
+                (tmp_path / file).unlink(missing_ok=True)
+            (tmp_path / name).write_bytes(b"kept")
+            code, out, err = run(patch, capsys, *what, "--out", tmp_path)
+            assert code == 2 and not out and len(err.splitlines()) == 1
+            assert f"holds {name} already; name another --out, or add --overwrite" in err
+            assert (tmp_path / name).read_bytes() == b"kept"
+    assert run(monkeypatch, capsys, *what, "--out", tmp_path, "--overwrite")[0] == 0
+    assert all((tmp_path / name).read_bytes() != b"kept" for name in files)
+    assert (tmp_path / "adapter.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "give either --bench tiny or --data SOURCE"),
+    (["--bench", "tiny", "--data", OWN], "give either --bench tiny or --data SOURCE"),
+    (["--bench", "gone"], "--bench"), (["--data", "gone"], "--data gone: not found"),
+    (["--data", f"{OWN}:2"], f"--data {OWN}:2: not found"),              # one source, no weight
+    (["--data", "cooc=gone"], "--data cooc=gone: no public set 'cooc'"),
+    (["--data", "coco=gone"], "gone: not found"), (["--data", "tiny"], "--bench tiny"),
+    (["--data", OWN, "--tasks", "t2i"], "--tasks: not together with --data"),
+    (["--bench", "tiny", "--tasks", "gone"], "--tasks"),
+    (["--bench", "tiny", "--skip-bad"], "--skip-bad: not together with --bench"),
+    (["--bench", "tiny", "--data-root", "."], "--data-root: not together with --bench"),
+    (["--data", OWN, "--data-root", "gone"], "--data-root"),
+    (["--data", OWN, "--number", "0"], "--number"), (["--data", OWN, "--steps", "0"], "--steps"),
+    (["--data", OWN, "--guidance", "-1"], "--guidance"),
+    (["--data", OWN, "--out", __file__], "--out"),
+    (["--data", OWN, "--out", f"{__file__}/below"], "--out"),
+    (["--data", OWN, "--data", OWN], "--data: given twice")])
+def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(evaluate, "load_pipeline", None)     # is not asked
+    out = [] if "--out" in arguments else ["--out", tmp_path / "s"]
+    code, _, err = run(monkeypatch, capsys, *arguments, *out)
+    assert code == 2 and words in err and len(err.splitlines()) == 1 and not any(tmp_path.iterdir())

@@ -417,11 +417,13 @@ def neighbours(scene: Scene) -> Iterator[Scene]:
 class TinyWorld:
     """Endless samples of the tiny world, for training. `tasks` may restrict it, e.g. BASE_TASKS.
 
+    held_out: of the scenes that are never trained on, as tiny_sample() takes it.
     A group is as likely as its tasks are together; an edit, which a base knows, counts half, and
     a task of two conditions twice.
     """
 
-    def __init__(self, tasks: tuple[str, ...] = BASE_TASKS + NEW_TASKS):
+    def __init__(self, tasks: tuple[str, ...] = BASE_TASKS + NEW_TASKS, held_out: bool = False):
+        self.held_out = held_out
         self.groups = [group for tasks_of in GROUPS
                        if (group := [t for t in tasks_of if t in tasks])]
         sizes = np.array([sum(.5 if task in EDITS else 2 if task in PAIRS else 1 for task in group)
@@ -432,7 +434,7 @@ class TinyWorld:
              nearby: np.random.Generator | None = None) -> list[Sample]:
         """`size` samples that are given the same number of pictures."""
         group = self.groups[rng.choice(len(self.groups), p=self.chances)]
-        return [tiny_sample(rng, pick(rng, group)) for _ in range(size)]
+        return [tiny_sample(rng, pick(rng, group), self.held_out) for _ in range(size)]
 
 
 def tiny_test(task: str, number: int, seed: int = 0) -> list[Sample]:
