@@ -22,7 +22,6 @@ def test_metadata(tmp_path: Path) -> None:
 BROKEN = {
     "empty": lambda file: file.write_bytes(b""),
     "garbage": lambda file: file.write_bytes(bytes(range(256)) * 8),
-    "text": lambda file: file.write_text("once upon a time there was a file"),
     "no JSON": lambda file: raw_file(file, b"{nope"),
     "header longer than the file":
         lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
@@ -62,6 +61,9 @@ FOREIGN = {
     "is a pickle .*safetensors": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
     "is an archive; unpack": b"\x1f\x8b\x08" + bytes(30),
     "HDF5": b"\x89HDF\r\n" + bytes(30),
+    "is text, not weights": "once upon a time there was a fil\u00e9".encode()[:-1],
+    "is a picture, not weights": b"\x89PNG\r\n\x1a\n" + bytes(30),
+    "is a picture, not": b"\xff\xd8\xff\xe0" + bytes(30),
     "begins with zeros: the download did not end": bytes(5000)}
 
 
