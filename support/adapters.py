@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mole import Adapter, LoRALinear, MoLELinear
 from support import foreign, lora, research
+from support.commands import file_and_strength
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
 
 
@@ -27,6 +28,37 @@ def file_of(path: Path) -> Path:
         raise FileNotFoundError(f"{path}: holds no adapter, a file called {', '.join(NAMES)}"
                                 f"{foreign.found_instead(path)}")
     return files[0]
+
+
+def files_in(path: Path) -> list[Path]:
+    """All files of an adapter: the paper's folder has four. Raises: FileNotFoundError."""
+    path = foreign.snapshot(path)
+    if (path / "train_config.json").is_file():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [file_of(path)]
+
+
+def chosen(given: object, model: Path) -> list[tuple[Path, float]]:
+    """Adapters that a command or a Python caller asks for, each with its strength (1: as trained).
+
+    given: "auto", adapter.safetensors beside the model's folder, if any; None or "none"; or one or
+    several of FILE, "FILE:STRENGTH", (FILE, STRENGTH). Raises: FileNotFoundError, ValueError.
+    """
+    if given == "auto":
+        beside = model.parent / "adapter.safetensors"
+        return [(beside, 1.0)] if beside.is_file() else []
+    several = given if isinstance(given, list) else [given]
+    if "none" in several and len(several) > 1:
+        raise ValueError("--adapter none: not together with another --adapter")
+    found = []
+    for one in several:
+        if one is None or one == "none":
+            continue
+        path, strength = one if isinstance(one, tuple) else file_and_strength(str(one))
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--adapter {foreign.missing(Path(path))}")
+        found.append((Path(path), float(strength)))
+    return found
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:

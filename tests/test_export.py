@@ -206,7 +206,7 @@ def test_exported_names_and_ranks_at_the_real_depth(tmp_path):
     txt, pooled = torch.randn(1, 3, 12), torch.randn(1, 10)
     export.write_lora(export.as_lora(adapter, txt, pooled), tmp_path / "real.safetensors")
     stored = read_tensors([tmp_path / "real.safetensors"])
-    assert read_metadata(tmp_path / "real.safetensors") == {"format": "pt"}
+    assert read_metadata(tmp_path / "real.safetensors") == {"alpha": "rank"}
     real = json.loads((Path(__file__).parent / "keys/transformer.json").read_text())
     names = {name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in stored}
     assert len(stored) == 2 * len(names) == 2 * len(adapter.layers)
