@@ -249,7 +249,7 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     mask = masks.read_mask(mask, images, mask_blur) if mask is not None else None
     made_at = output_size(side, images, size)
     given = condition(pipe, [instruction], *prepare(side, images, conds, made_at))
-    for seed in seeds:
+    for seed in map(int, seeds):
         noise = seeded_noise([seed], made_at, pipe.vae.config.latent_channels)
         hold = masks.held(mask, made_at, given.ref, noise) if mask else None
         made, _ = generate(pipe, given, noise, steps, guidance, hold, callback)
@@ -303,7 +303,7 @@ def main() -> None:
         pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
         plans.tell_size(args.size, pipe.vae.config.sample_size)
         if args.compile:
-            print("compiling the transformer's blocks, in the first step", file=sys.stderr)
+            print("compiling: the first step will take half a minute or more", file=sys.stderr)
             devices.compile_blocks(pipe.dit)
         if args.export_lora or args.routing:
             devices.announce("encoding", sum(t.nbytes for t in offload.weights_of(pipe.t5)))

@@ -106,9 +106,9 @@ def given_picture(source: Given) -> Image.Image:
     return as_seen(source) if isinstance(source, Image.Image) else load_image(source)
 
 
-def each(some: Given | Iterable[Given]) -> list[Given]:
-    """One picture, or several, as a list."""
-    return [some] if isinstance(some, Given) else list(some)
+def each(some: Given | Iterable[Given] | None) -> list[Given]:
+    """One picture, or several, or none, as a list."""
+    return [some] if isinstance(some, Given) else list(some or ())
 
 
 def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:

@@ -98,8 +98,9 @@ def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:
     out = args.out or Path("out")
     jobs = read_batch(batch_file(args.batch), out, args.seed, args.mask_blur)
     if args.routing:
-        check_pictures("--routing", [args.routing], [
-            path for job in jobs for path in (*job.images, *job.conds, job.mask) if path])
+        masks = [job.mask for job in jobs if job.mask]
+        check_pictures("--routing", [args.routing], [*masks, *(
+            path for job in jobs for path in (*job.images, *map(check_cond, job.conds)))])
     if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
         raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
     return jobs if make else [replace(job, outs=[], there=None) for job in jobs]
