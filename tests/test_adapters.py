@@ -18,9 +18,9 @@ import mole
 import sample
 import weights
 from helpers import (adapted, Bomb, build_config, BUILDS, CASES, DIT, FIRST, forward, golden,
-                     golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT, run_sample,
-                     same, SMALL)
-from support import adapters, commands, research, routing_maps, targets
+                     golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT, run_command,
+                     run_sample, same, SMALL)
+from support import adapters, commands, export, research, routing_maps, targets
 from support.files import config_from, read_tensors
 from weights import load_adapter
 
@@ -457,6 +457,16 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="race"):
         write_research(tmp_path / "race.st", tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["race.st", "there"]
+
+
+def test_a_lora_of_another_tool_has_no_such_form(tmp_path, monkeypatch, capsys):
+    file, folder = tmp_path / "lora.safetensors", tmp_path / "new"
+    pairs = {"x_embedder": (torch.ones(2, 64), torch.ones(128, 2))}
+    export.write_lora(pairs, file)
+    code, _, err = run_command(monkeypatch, capsys, "weights.py", weights.main, file,
+                               "--to-research", folder)
+    assert code == 2 and len(err.splitlines()) == 1 and not folder.exists()
+    assert "lora.safetensors is no adapter of train.py's" in err and "another tool's LoRA" in err
 
 
 def test_layers_that_would_route_otherwise_are_not_written():

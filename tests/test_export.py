@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import dit
@@ -193,6 +194,19 @@ def test_diffusers_makes_the_same_picture_from_the_exported_file(tmp_path, monke
         far = max(far, np.abs(without(pipe, inputs, noise, 3)[0].astype(int) - ours).max())
     assert far > 9                                       # the adapter is seen
     assert not list(tmp_path.iterdir())
+
+
+def test_an_exported_file_is_read_back_without_a_note(tmp_path, capsys):
+    """It says that its alpha is its rank; the same file without that word gets a note."""
+    pipe = pipeline()
+    file = tmp_path / "a.safetensors"
+    inputs, model = given(pipe), load_pipeline(MODEL, None).dit
+    export.write_lora(export.as_lora(pipe.adapter, inputs.txt, inputs.pooled), file)
+    weights.saved_adapter(model, file, 1.0)
+    assert not capsys.readouterr().err
+    save_file(load_file(file), file)
+    weights.saved_adapter(model, file, 1.0)
+    assert "no alpha is said" in capsys.readouterr().err
 
 
 def test_exported_names_and_ranks_at_the_real_depth(tmp_path):

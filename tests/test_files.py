@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import (load, ONE, PARTS, raw_file, SMALL_DIT, SMALL_VAE, write_index, write_shards,
                      written)
-from support.files import read_metadata, read_tensors, replacing
+from support.files import read_metadata, read_tensors, replacing, unpickled
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -48,6 +48,24 @@ def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
     BROKEN[kind](file)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
         read_tensors([file])
+
+
+@pytest.mark.parametrize("kept", [0, 0.1, 0.5, -1])
+def test_a_checkpoint_that_is_cut_is_said_to_be(tmp_path: Path, kept: float) -> None:
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"a": torch.zeros(1000)}, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if kept < 0 else whole[:int(kept * len(whole))])
+    with pytest.raises(ValueError, match="checkpoint.pt: cannot be read .it is cut short"):
+        unpickled(file)
+
+
+def test_what_the_system_says_of_a_cut_file_is_put_in_words(tmp_path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(22, "Invalid argument")            # of a cut file of gigabytes
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match="it is cut short"):
+        unpickled(tmp_path / "a.pt")
 
 
 FOREIGN = {
