@@ -312,7 +312,8 @@ def main() -> None:
                                      args.export_lora)
         if args.routing:
             routing_maps.show(pipe.adapter, partial(encode_text, pipe), todo, args.routing)
-        with tqdm(total=number * args.steps, unit="step", leave=False, disable=not number) as bar:
+        with tqdm(desc="encoding", total=number * args.steps, unit="step", leave=False,
+                  disable=not number) as bar:
             for job in todo:
                 if job.outs:
                     make(pipe, job, args, bar)

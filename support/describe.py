@@ -114,8 +114,9 @@ def describe(path: Path, load: Callable) -> str:
     """
     if not path.exists():
         raise foreign.missing(path)
-    if path.is_file() and not foreign.is_header(foreign.start_of(path)) and origin.is_picture(path):
-        return origin.describe(path)
+    if path.is_file() and not foreign.is_header(foreign.start_of(path)):
+        if origin.begins_as_picture(path):
+            return origin.describe(path)
     path = foreign.snapshot(path)
     sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)

@@ -82,7 +82,7 @@ def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
 
 def announce(what: str, nbytes: float) -> None:
     """A line before work on so many bytes of weights, where that is enough to look hung."""
-    if nbytes > LARGE:
+    if nbytes > LARGE and int(os.environ.get("RANK", 0)) == 0:       # of many processes, one
         print(f"{what} ...", file=sys.stderr)
 
 

@@ -132,7 +132,9 @@ def part_in(path: Path, part: str) -> Path:
 def only_size(vae: Path) -> tuple[int, int] | None:
     """The (W, H) of all pictures where the autoencoder's config.json is that of a small model."""
     file = vae / "config.json"
-    side = config_from(VAEConfig, read_json(file), file).sample_size if file.is_file() else 1024
+    values = read_json(file) if file.is_file() else {}
+    whole = "block_out_channels" in values               # else load_pipeline() says what it is
+    side = config_from(VAEConfig, values, file).sample_size if whole else 1024
     return (side, side) if side < 512 else None
 
 

@@ -1,6 +1,6 @@
 """A mask: where a picture may change. White may, black stays as it is to the byte, grey is between.
 
-jobs.plan() has it checked before any weight is read; sample.edits() has the latents held at each
+plans.plan() has it checked before any weight is read; sample.edits() has the latents held at each
 step, and lays the picture that was given over the one that was made.
 """
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """How a picture was made: texts that its PNG carries along, and what they tell.
 
 sample.edits() lays them in each picture, pictures.save_picture() writes them, and python weights.py
-PICTURE reads them. No date is among them, so that the same command gives the same file.
+PICTURE reads them. No date is among them, so that the same command gives the same file; what was
+given (pictures, a mask) is not either. Files of other kinds, as JPEG, are written without texts.
 """
 import hashlib
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from support import devices
 from support.adapters import files_in
 from support.pictures import open_picture
 
@@ -17,8 +19,9 @@ FIELDS = ("instruction", "seed", "steps", "guidance", "size", "model", "adapters
 
 def digest(path: Path) -> str:
     """The start of the SHA-256 of an adapter's file, or of a folder's files one after another."""
-    whole = hashlib.sha256()
-    for file in files_in(path):
+    whole, files = hashlib.sha256(), files_in(path)
+    devices.announce(f"reading {path}", sum(file.stat().st_size for file in files))
+    for file in files:
         with file.open("rb") as opened:
             while block := opened.read(2 ** 20):
                 whole.update(block)
@@ -54,8 +57,8 @@ def describe(path: Path) -> str:
     return "\n".join([f"{what}, made by sample.py", *(f"{name}: {told[name]}" for name in FIELDS)])
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file begins as a picture does, of any kind that Pillow knows."""
+def begins_as_picture(path: Path) -> bool:
+    """Whether a file does, of any kind that Pillow knows."""
     try:
         with Image.open(path):
             return True

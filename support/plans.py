@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from itertools import count, filterfalse, islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from support import devices
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
@@ -61,8 +63,8 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
     if size is not None and any(side % 16 or not 16 <= side <= 8192 for side in size):
         raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
     if tokens.cuts(instruction):
-        print(f"note: the model reads {tokens.length} tokens of text; the end of this "
-              f"instruction is lost: {instruction}", file=sys.stderr)
+        tqdm.write(f"note: the model reads {tokens.length} tokens of text; the end of this "
+                   f"instruction is lost: {instruction}", file=sys.stderr)       # above any bar
 
 
 def tell_size(wanted: tuple[int, int] | None, side: int) -> None:

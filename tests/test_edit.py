@@ -173,9 +173,13 @@ def test_loading_of_a_large_model_is_announced(monkeypatch, capsys) -> None:
     monkeypatch.setattr(devices, "LARGE", 1e6)
     load_pipeline(MODEL, None, weightless=True)
     assert not capsys.readouterr().err                   # nothing is read
+    load_pipeline(MODEL, OURS)
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and err[0].startswith("loading ") and err[0].endswith(" GB ...")
+    assert err[1] == f"reading {OURS} ..."               # which is large too, here
+    monkeypatch.setenv("RANK", "1")                      # of many processes one speaks
     load_pipeline(MODEL, None)
-    err = capsys.readouterr().err
-    assert err.startswith("loading ") and " GB ..." in err and len(err.splitlines()) == 1
+    assert not capsys.readouterr().err
 
 
 def test_edges_are_drawn_at_the_size_that_the_model_is_given(tmp_path, monkeypatch) -> None:

@@ -184,7 +184,7 @@ def test_what_takes_a_while_is_said_before(folder, monkeypatch, capsys) -> None:
     code, out, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--export-lora",
                                 "a.safetensors", "--compile")
     assert code == 0 and [line.split()[0] for line in err.splitlines()] == [
-        "loading", "compiling:", "encoding"]
+        "loading", "reading", "compiling:", "encoding"]
 
 
 @pytest.mark.parametrize("option, given, words", [

@@ -1,5 +1,6 @@
 """sample.py: the pipeline and its command, on the embedded model."""
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -181,6 +182,7 @@ def test_a_text_that_is_cut_is_told(tmp_path, monkeypatch, capsys):
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", text, "--steps", 1,
                                   "--out", tmp_path / "a.png")
         assert code == 0 and ("28 tokens" in err) == told
+        assert not told or re.search("(^|\r|\n)note: the model reads", err)  # not beside a bar
 
 
 def test_odd_pictures_are_edited_too(tmp_path, monkeypatch, capsys):
