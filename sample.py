@@ -17,7 +17,7 @@ Run: python sample.py --instruction "make the green circle blue" --image tiny/ex
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import call
@@ -241,7 +241,8 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     images, conds: one or several files, PIL pictures or arrays; conds also "canny:FILE". size:
     (W, H); keep_size: the result takes that of the first picture. mask: of the first picture, white
     where it may change, fading over mask_blur pixels. callback: as generate() takes it. In .info
-    are texts of how it was made. Raises: ValueError, FileNotFoundError.
+    are texts of how it was made, for pictures.save_picture(). Raises: ValueError,
+    FileNotFoundError.
     """
     plans.check_call(pipe.t5_tokens, instruction, steps, guidance, size)
     side, images = pipe.vae.config.sample_size, [given_picture(one) for one in each(images)]
@@ -263,7 +264,7 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
 
 
 def edit(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = (),
-         conds: Given | Iterable[Given] = (), seed: int | Iterable[int] = 0, **settings: object
+         conds: Given | Iterable[Given] = (), seed: int | Sequence[int] = 0, **settings: object
          ) -> Image.Image | list[Image.Image]:
     """The picture that edits() makes, or for several seeds a list; settings: its further ones."""
     one = np.ndim(seed) == 0

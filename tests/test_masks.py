@@ -64,6 +64,18 @@ def test_grey_is_between(trained) -> None:
     assert np.abs(found - (before + (free - before) / 5)).max() <= 0.5
 
 
+def test_beside_other_pictures_and_at_another_size(trained) -> None:
+    """The first picture is meant, of which all latents come first."""
+    picture = Image.open(PICTURE)
+    mask = mask_of((0, 0, 31, 63))
+    others = [Image.effect_noise((90, 90), 60).convert("RGB")]
+    found = array(edit(trained, TEXT, [picture, *others], conds=others, mask=mask, size=(96, 64),
+                       steps=4))
+    wanted = array(picture.resize((96, 64), Image.Resampling.LANCZOS))
+    assert found.shape == (64, 96, 3) and (found[:, 50:] == wanted[:, 50:]).all()
+    assert (found[:, :46] != wanted[:, :46]).any()
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_of_a_picture_of_another_size(trained, keep) -> None:
     """The pixels of the picture at the output's size; with keep_size its own, to the byte."""
