@@ -15,6 +15,7 @@ import dit
 from support.pictures import Given, given_picture, resize
 
 COLOURED = 32                                            # of 255: a JPEG's greys differ by less
+NEAR = 16                                                # of 255: a JPEG's black and white, too
 
 
 def read_mask(source: Given, images: list[Image.Image], blur: float, where: str = "mask"
@@ -34,10 +35,12 @@ def read_mask(source: Given, images: list[Image.Image], blur: float, where: str 
     if (colours.max(-1) - colours.min(-1)).max() > COLOURED:
         raise ValueError(f"{where}: has colours; a mask is white where the picture may change, and "
                          "black elsewhere")
-    mask = picture.convert("L")
+    levels = np.array(picture.convert("L"))
+    levels[levels < NEAR], levels[levels > 255 - NEAR] = 0, 255
+    mask = Image.fromarray(levels)
     if blur:                                             # what was black stays so: 1/2 becomes 0
         soft = np.asarray(mask.filter(ImageFilter.GaussianBlur(blur)), dtype=np.int16)
-        mask = Image.fromarray(np.clip(2 * soft - 255, 0, np.asarray(mask)).astype(np.uint8))
+        mask = Image.fromarray(np.clip(2 * soft - 255, 0, levels).astype(np.uint8))
     if not mask.getbbox():
         why = " once its edge is blurred" if blur else ""
         raise ValueError(f"{where}: is black all over{why}, so nothing may change; paint white "

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 import dit
 import sample
@@ -138,6 +138,16 @@ def test_shares_are_exact_at_both_ends() -> None:
     assert (found[:, 0] == array(two)[:, 0]).all() and (found[:, 255] == array(one)[:, 255]).all()
     share = np.arange(256)[:, None] / 255
     assert np.abs(found - (share * array(one) + (1 - share) * array(two))).max() <= 0.5
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_a_jpeg_is_a_mask_too(tmp_path, trained, quality) -> None:
+    """Its blacks are not quite black; away from the edge the picture stays to the byte."""
+    mask_of((0, 0, 31, 63)).filter(ImageFilter.GaussianBlur(1)).save(
+        tmp_path / "mask.jpg", quality=quality)
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "mask.jpg"))[:, 36:])) > 1
+    found = array(edit(trained, TEXT, PICTURE, mask=tmp_path / "mask.jpg", steps=2))
+    assert (found[:, 40:] == array(Image.open(PICTURE))[:, 40:]).all()
 
 
 # --------------------------------------------------------------------------------- what is no mask
