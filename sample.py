@@ -3,7 +3,11 @@
     x = noise;  for t, t_next in the schedule:  x = x + (t_next - t) * velocity(x, t)
 
 Read condition() -> denoise() -> generate(): what is given becomes tokens once, Euler steps lead
-from noise to latents, the autoencoder makes a picture of them.
+from noise to latents, the autoencoder makes a picture of them. From Python:
+
+    import sample
+    pipe = sample.load_pipeline("tiny/model")
+    picture = sample.edit(pipe, "make the green circle blue", "tiny/examples/before.png")
 
 Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; P = 64 packed; T text,
 I target, R native reference, Q clean condition tokens; D width of T5, D' of CLIP.
@@ -13,11 +17,12 @@ Run: python sample.py --instruction "make the green circle blue" --image tiny/ex
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from operator import call
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import torch
@@ -29,24 +34,21 @@ import dit
 import weights
 from dit import FluxTransformer
 from mole import Adapter
-from support import (caching, commands, devices, export, jobs, layouts, offload, options,
-                     routing_maps)
+from support import (adapters, caching, commands, devices, export, jobs, layouts, masks, offload,
+                     options, origin, plans, routing_maps)
+from support.conditions import read_cond
 from support.files import files_of
 from support.fp8 import check_device
-from support.pictures import fitted, load_image, resize, save_picture, to_tensor
+from support.pictures import Given, each, given_picture, load_image, resize, save_picture
+from support.resolutions import cond_size, output_size, prepare
 from support.streaming import stream
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer
 from vae import AutoEncoder
 
-# Sizes of about one megapixel that the released model was trained on: width, height.
-PREFERRED = [(672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248),
-             (880, 1184), (944, 1104), (1024, 1024), (1104, 944), (1184, 880), (1248, 832),
-             (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672)]
-
 
 @dataclass
 class Pipeline:
-    """Everything between a text, some pictures, and a picture."""
+    """Everything between a text, some pictures, and a picture. Threads use it one at a time."""
     dit: FluxTransformer
     vae: AutoEncoder
     t5: T5Encoder
@@ -57,8 +59,10 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
     paths: dict[str, Path]                               # of each part
+    names: dict[str, str] = field(default_factory=dict)  # what its pictures will say of it
     cache: caching.Cache | None = None                   # of what the encoders gave before
     run: Callable = call                                 # how training calls a block
+    lock: RLock = field(default_factory=RLock)           # weights move and merge while one works
 
 
 @dataclass
@@ -72,18 +76,19 @@ class Conditioning:
     cond_ids: Tensor | None                              # (Q, 3)
 
 
-def load_pipeline(model: str | Path, adapter: str | Path | list[tuple[Path, float]] | None = None,
+def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
                   device: str = "auto", dtype: str = "auto", encoders_stay: bool = False,
                   weightless: bool = False, **others: Path | None) -> Pipeline:
-    """Read a model and any adapter given, or several, each with its strength (1: as trained).
+    """Read a model, and adapters as adapters.chosen() takes them: by default the one beside it.
 
-    others: as layouts.model_paths() takes them.
+    adapter: None, FILE, or a list of (FILE, strength). others: as layouts.model_paths() takes them.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
     visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
     fits. weightless: shapes alone, on "meta". Raises: FileNotFoundError, ValueError.
     """
     paths = layouts.model_paths(Path(model), **others)
+    chosen = adapters.chosen(adapter, Path(model))
     tokenizers = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
     device = devices.choose_device(device)
     files = {file for part in weights.PARTS for file in files_of(paths[part])}
@@ -94,6 +99,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list[tuple[Path, floa
     home = torch.device("meta") if weightless else home
     encoders_home = torch.device("cpu") if encoders_stay else home
     narrow = device.type == "cpu" and needed >= memory / 2       # where wide ones would not fit
+    devices.announce(f"loading {model}, {stored / 1e9:.1f} GB", 0 if weightless else stored)
     pipe = Pipeline(
         weights.load("transformer", paths["transformer"], home, dtype, narrow),
         weights.load("vae", paths["vae"], encoders_home, dtype),
@@ -103,7 +109,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list[tuple[Path, floa
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype)
-    chosen = adapter if isinstance(adapter, list) else [(Path(adapter), 1.0)] if adapter else []
+    pipe.names = origin.names(Path(model), chosen)
     if chosen:
         pipe.adapter = weights.load_adapters(pipe.dit, chosen)
         for p in pipe.adapter.tensors().values():        # not the model's weights in its layers
@@ -121,7 +127,8 @@ def encode_text(pipe: Pipeline, instructions: list[str]) -> tuple[Tensor, Tensor
             txt = pipe.t5(pipe.t5_tokens(texts).to(where)).to(pipe.device)           # (B, T, D)
         with torch.no_grad(), offload.on_device(pipe.clip, pipe.device):
             return txt, pipe.clip(pipe.clip_tokens(texts).to(pipe.device))           # (B, D')
-    return caching.cached(pipe.cache, instructions, compute, pipe.device)
+    with pipe.lock:
+        return caching.cached(pipe.cache, instructions, compute, pipe.device)
 
 
 def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +136,8 @@ def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
     def compute(pictures: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), offload.on_device(pipe.vae, pipe.device):
             return pipe.vae.moments(pictures.to(pipe.device, pipe.dtype))
-    return caching.cached(pipe.cache, pictures, compute, pipe.device)
+    with pipe.lock:
+        return caching.cached(pipe.cache, pictures, compute, pipe.device)
 
 
 def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
@@ -170,11 +178,12 @@ def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, gi
 
 
 def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guidance: float,
-            run: Callable = call) -> Iterator[Tensor]:
+            run: Callable = call, hold: Callable | None = None) -> Iterator[Tensor]:
     """Euler steps from noise to latents, in fp32; yields the latents after each step.
 
     Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. When there is an adapter, call within
-    `with pipe.adapter.serve(...)` or `with export.merged(...)`; run: as the transformer takes it.
+    `with pipe.adapter.serve(...)` or `with export.merged(...)`; run: as the transformer takes it;
+    hold: what becomes of x at each t, where a mask holds a part (masks.held).
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)
@@ -185,17 +194,10 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
         with torch.no_grad():
             v = velocity(pipe.dit, x.to(pipe.dtype), t_now, guidances, given, h, w, run)
         if t == times[0]:
-            check_finite(v, "the transformer", pipe)
+            devices.check_finite(v, "the transformer", pipe.dtype)
         x = x + (t_next - t) * v.float()
+        x = hold(x, t_next) if hold else x
         yield dit.unpack(x, h, w)                        # (B, C, h, w)
-
-
-def check_finite(given: Tensor, part: str, pipe: Pipeline) -> None:
-    """Raises: ValueError where numbers are lost, of which a flat picture would be made."""
-    if not given.isfinite().all():
-        wider = "try --dtype bfloat16, " if pipe.dtype == torch.float16 else ""
-        raise ValueError(f"{part} gives numbers that are not finite: {wider}the adapter may be too "
-                         "strong, or a file of the model damaged")
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:
@@ -209,104 +211,116 @@ def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) ->
 
 
 def generate(pipe: Pipeline, given: Conditioning, noise: Tensor, steps: int = 28,
-             guidance: float = 2.5, bar: bool = False) -> tuple[np.ndarray, dict[str, Tensor]]:
+             guidance: float = 2.5, hold: Callable | None = None,
+             callback: Callable[[int, Tensor], object] = lambda step, latents: None
+             ) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Pictures for what condition() encoded, and the routing weights of each layer with experts.
 
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E), by token (..., E).
+    callback: called after each step with its number, from 1 on, and the latents (B, C, h, w).
     """
     visit = offload.on_device if offload.fits(pipe.dit, pipe.device) else stream
-    with torch.no_grad(), visit(pipe.dit, pipe.device) as run, merged_or_served(pipe, given):
-        *_, latents = tqdm(denoise(pipe, noise, given, steps, guidance, run), desc="steps",
-                           total=steps, disable=not bar, leave=False)        # (B, C, h, w)
-    with torch.no_grad(), offload.on_device(pipe.vae, pipe.device):
+    with (pipe.lock, torch.no_grad(), visit(pipe.dit, pipe.device) as run,
+          export.at_work(pipe.dit, pipe.adapter, given.txt, given.pooled, pipe.device)):
+        for step, latents in enumerate(denoise(pipe, noise, given, steps, guidance, run, hold), 1):
+            callback(step, latents)                      # (B, C, h, w)
+        routing = routing_maps.last_weights(pipe.adapter)
+    with pipe.lock, torch.no_grad(), offload.on_device(pipe.vae, pipe.device):
         pixels = pipe.vae.decode(latents.to(pipe.dtype)).float()             # (B, 3, H, W)
-    check_finite(pixels, "the autoencoder", pipe)
+    devices.check_finite(pixels, "the autoencoder", pipe.dtype)
     pixels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()              # in 0..255, rounded
-    return pixels.permute(0, 2, 3, 1).cpu().numpy(), routing_maps.last_weights(pipe.adapter)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy(), routing
 
 
-def merged_or_served(pipe: Pipeline, given: Conditioning) -> AbstractContextManager:
-    """A `with` in which the adapter does its work: merged into the weights where it can be."""
-    if pipe.adapter is None:
-        return nullcontext()
-    if export.mergeable(pipe.adapter, len(given.pooled), pipe.device):
-        return export.merged(pipe.dit, pipe.adapter, given.txt, given.pooled)
-    return pipe.adapter.serve(given.txt, given.pooled)
+def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = (),
+          conds: Given | Iterable[Given] = (), seeds: Iterable[int] = (0,), *, steps: int = 28,
+          guidance: float = 2.5, size: tuple[int, int] | None = None, keep_size: bool = False,
+          mask: Given | None = None, mask_blur: float = 0,
+          callback: Callable[[int, Tensor], object] = lambda step, latents: None
+          ) -> Iterator[Image.Image]:
+    """What an instruction makes of some pictures: one for each seed, as soon as it is there.
 
-
-# ------------------------------------------------------------------------------------------- sizes
-
-def output_size(pipe: Pipeline, images: list[Image.Image],
-                wanted: tuple[int, int] | None) -> tuple[int, int]:
-    """(W, H): as wanted, else the preferred size nearest in aspect to the picture to edit.
-
-    Without a picture, the nearest to a square.
+    images, conds: one or several files, PIL pictures or arrays; conds also "canny:FILE". size:
+    (W, H); keep_size: the result takes that of the first picture. mask: of the first picture, white
+    where it may change, fading over mask_blur pixels. callback: as generate() takes it. In .info
+    are texts of how it was made, for pictures.save_picture(). Raises: ValueError,
+    FileNotFoundError.
     """
-    # Deviation: diffusers makes 1024x1024 by default, whatever the reference: crops, zooms, drift.
-    if wanted is not None:
-        return wanted
-    only = pipe.vae.config.only_size
-    sizes = [only] if only else PREFERRED
-    aspect = images[0].width / images[0].height if images else 1
-    return min(sizes, key=lambda size: abs(np.log(size[0] / size[1] / aspect)))
+    plans.check_call(pipe.t5_tokens, instruction, steps, guidance, size)
+    only, images = pipe.vae.config.only_size, [given_picture(one) for one in each(images)]
+    conds = [read_cond(one, partial(cond_size, only)) for one in each(conds)]
+    mask = masks.read_mask(mask, images, mask_blur) if mask is not None else None
+    made_at = output_size(only, images, size)
+    given = condition(pipe, [instruction], *prepare(only, images, conds, made_at))
+    for seed in map(int, seeds):
+        noise = seeded_noise([seed], made_at, pipe.vae.config.latent_channels)
+        hold = masks.held(mask, made_at, given.ref, noise) if mask else None
+        made, _ = generate(pipe, given, noise, steps, guidance, hold, callback)
+        picture = Image.fromarray(made[0])
+        if keep_size and images:
+            picture = Image.fromarray(resize(picture, images[0].size))
+        if mask:
+            picture = masks.laid_over(picture, images[0], mask)
+        picture.info = origin.texts(pipe.names, instruction, seed, steps, guidance, made_at)
+        yield picture
 
 
-def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
-            size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Resize what is given, to (1, 3, H, W) tensors in [-1, 1].
-
-    The picture to edit takes the output's size, so that the grids coincide. Conditions keep their
-    aspect, the longer side at most 512, as in training; a model for small squares takes only those.
-    """
-    refs = [resize(image, size if i == 0 else output_size(pipe, [image], None))
-            for i, image in enumerate(images)]
-    clean = [resize(image, pipe.vae.config.only_size or fitted(image.size)) for image in conds]
-    return [to_tensor([p]) for p in refs], [to_tensor([p]) for p in clean]
+def edit(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = (),
+         conds: Given | Iterable[Given] = (), seed: int | Sequence[int] = 0, **settings: object
+         ) -> Image.Image | list[Image.Image]:
+    """The picture that edits() makes, or for several seeds a list; settings: its further ones."""
+    one = np.ndim(seed) == 0
+    made = list(edits(pipe, instruction, images, conds, [seed] if one else seed, **settings))
+    return made[0] if one else made
 
 
 # ----------------------------------------------------------------------------------------- command
 
-def make(pipe: Pipeline, job: jobs.Job, args: argparse.Namespace) -> None:
-    """Make, save and report one job's pictures."""
-    start = time.time()
-    if pipe.t5_tokens.cuts(job.instruction):
-        print(f"note: the model reads {pipe.t5_tokens.length} tokens of text; the end of this "
-              f"instruction is lost: {job.instruction}", file=sys.stderr)
-    images, conds = ([load_image(path) for path in paths] for paths in (job.images, job.conds))
-    width, height = output_size(pipe, images, args.size)
-    given = condition(pipe, [job.instruction], *prepare(pipe, images, conds, (width, height)))
-    for seed, out in job.outs:
+def make(pipe: Pipeline, job: jobs.Job, args: argparse.Namespace, bar: tqdm) -> None:
+    """Make, save and report one job's pictures. bar: over all steps of all jobs."""
+    start, images = time.time(), [load_image(path) for path in job.images]
+    bar.set_description("encoding")
+
+    def advance(step: int, latents: Tensor) -> None:
+        bar.set_description(f"picture {bar.n // args.steps + 1} of {bar.total // args.steps}",
+                            refresh=False)
+        bar.update()
+    made = edits(pipe, job.instruction, images, job.conds, [seed for seed, _ in job.outs],
+                 steps=args.steps, guidance=args.guidance, size=args.size,
+                 keep_size=args.keep_size, mask=job.mask, mask_blur=args.mask_blur,
+                 callback=advance)
+    for (seed, out), picture in zip(job.outs, made):
         out.parent.mkdir(parents=True, exist_ok=True)
-        noise = seeded_noise([seed], (width, height), pipe.vae.config.latent_channels)
-        pictures, routing = generate(pipe, given, noise, args.steps, args.guidance, bar=True)
-        picture, told = pictures[0], f"{width}x{height}"
-        if args.keep_size and images:
-            picture = resize(Image.fromarray(picture), images[0].size)
-            told = f"{images[0].width}x{images[0].height}, made at {told}"
-        elif images and images[0].size != (width, height):
-            told += f" (the picture to edit: {images[0].width}x{images[0].height})"
-        save_picture(picture, out)
-        print(f"{out}: {told}, {args.steps} steps, seed {seed}, {time.time() - start:.1f} s"
-              f"{routing_maps.experts_line(pipe.adapter, routing)}")
+        save_picture(picture, out, picture.info)
+        experts = routing_maps.experts_line(pipe.adapter, routing_maps.last_weights(pipe.adapter))
+        bar.write(f"{out}: {jobs.size_told(picture, images)}, {args.steps} steps, seed {seed}, "
+                  f"{time.time() - start:.1f} s{experts}")
         start = time.time()
 
 
 def main() -> None:
     args = options.sample_options()
-    todo = jobs.plan(args)
-    if not (args.export_lora or args.routing or any(job.outs for job in todo)):
-        return
-    pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
-    if args.compile:
-        devices.compile_blocks(pipe.dit)
-    if args.export_lora:
-        export.write_instruction(pipe.adapter, *encode_text(pipe, [args.instruction]),
-                                 args.export_lora)
-    if args.routing:
-        routing_maps.show(pipe.adapter, lambda texts: encode_text(pipe, texts), todo, args.routing)
-    for job in todo:
-        if job.outs:
-            make(pipe, job, args)
+    todo = plans.plan(args)
+    number = sum(len(job.outs) for job in todo)
+    if args.export_lora or args.routing or number:
+        pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
+        plans.tell_size(args.size, pipe.vae.config.only_size)
+        if args.compile:
+            print("compiling: the first step will take half a minute or more", file=sys.stderr)
+            devices.compile_blocks(pipe.dit)
+        if args.export_lora or args.routing:
+            devices.announce("encoding", sum(t.nbytes for t in offload.weights_of(pipe.t5)))
+        if args.export_lora:
+            export.write_instruction(pipe.adapter, *encode_text(pipe, [args.instruction]),
+                                     args.export_lora)
+        if args.routing:
+            routing_maps.show(pipe.adapter, partial(encode_text, pipe), todo, args.routing)
+        with tqdm(desc="encoding", total=number * args.steps, unit="step", leave=False,
+                  disable=not number) as bar:
+            for job in todo:
+                if job.outs:
+                    make(pipe, job, args, bar)
+    jobs.tell_skipped(todo)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def previews(pipe: Pipeline, samples: list[Sample], held_out: HeldOut, log: reco
 def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Sources) -> None:
     """Say what memory a step will need, by tensors that have shapes and types and hold nothing."""
     from support import dry_run                          # imports much that training does not use
-    pipe = load_pipeline(weightless=True, **options.model_of(args))
+    pipe = load_pipeline(adapter=None, weightless=True, **options.model_of(args))
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
     largest = dry_run.largest(data.batches(sources, 1, args.seed))
@@ -294,7 +294,7 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources,
     rank, workers = distributed.join(args)
     if args.base_dtype == "fp8":
         check_device([torch.float8_e4m3fn], devices.choose_device(args.device), "--base-dtype fp8")
-    pipe = load_pipeline(encoders_stay=args.cache is not None, **options.model_of(args))
+    pipe = load_pipeline(adapter=None, encoders_stay=bool(args.cache), **options.model_of(args))
     identity = record.identity(pipe.paths, pipe.dtype)
     if args.cache:
         fill_cache(args, pipe, sources, identity, rank, workers)

@@ -170,12 +170,12 @@ def load(dtype: torch.dtype, rounds: int) -> None:
     from diffusers import FluxKontextPipeline
     tiny = ROOT / "tiny/model"
     show("loading tiny/model", in_turns({
-        "ours": lambda: sample.load_pipeline(tiny),
+        "ours": lambda: sample.load_pipeline(tiny, None),
         "diffusers": lambda: FluxKontextPipeline.from_pretrained(tiny, torch_dtype=dtype)}, rounds))
     with tempfile.TemporaryDirectory() as name:
         hollow(Path(name))
         for what, seconds in in_turns({"the headers": lambda: headers(Path(name)),
-                                       "all of it": lambda: sample.load_pipeline(name)},
+                                       "all of it": lambda: sample.load_pipeline(name, None)},
                                       rounds).items():
             print(f"loading the released size, {what}: {seconds:.2f} s", flush=True)
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from mole import Adapter, LoRALinear, MoLELinear
 from support import foreign, lora, research
+from support.commands import file_and_strength
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
-
 
 # What a folder holds its adapter in: of a run, of PEFT, of diffusers.
 FILE_NAMES = ("adapter.safetensors", "adapter_model.safetensors",
               "pytorch_lora_weights.safetensors")
 
 
-def files_in(path: Path) -> list[Path]:
+def candidates(path: Path) -> list[Path]:
     """The file itself, the folder's one of FILE_NAMES, or else all its safetensors files."""
     if not path.is_dir():
         return [path]
@@ -30,7 +30,7 @@ def files_in(path: Path) -> list[Path]:
 
 def file_of(path: Path) -> Path:
     """The file itself, or the folder's. Raises: FileNotFoundError; ValueError for several."""
-    files = files_in(path)
+    files = candidates(path)
     if not files:
         raise FileNotFoundError(f"{path}: holds no adapter, a file called {', '.join(FILE_NAMES)}"
                                 f"{foreign.found_instead(path)}")
@@ -38,6 +38,37 @@ def file_of(path: Path) -> Path:
         raise ValueError(f"{path}: holds {len(files)} .safetensors files ({files[0].name}, "
                          f"{files[1].name}, ...), none called {', '.join(FILE_NAMES)}; name one")
     return files[0]
+
+
+def files_in(path: Path) -> list[Path]:
+    """All files of an adapter: the paper's folder has four. Raises: FileNotFoundError."""
+    path = foreign.snapshot(path)
+    if (path / "train_config.json").is_file():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [file_of(path)]
+
+
+def chosen(given: object, model: Path) -> list[tuple[Path, float]]:
+    """Adapters that a command or a Python caller asks for, each with its strength (1: as trained).
+
+    given: "auto", adapter.safetensors beside the model's folder, if any; None or "none"; or one or
+    several of FILE, "FILE:STRENGTH", (FILE, STRENGTH). Raises: FileNotFoundError, ValueError.
+    """
+    if given == "auto":
+        beside = model.parent / "adapter.safetensors"
+        return [(beside, 1.0)] if beside.is_file() else []
+    several = given if isinstance(given, list) else [given]
+    if "none" in several and len(several) > 1:
+        raise ValueError("--adapter none: not together with another --adapter")
+    found = []
+    for one in several:
+        if one is None or one == "none":
+            continue
+        path, strength = one if isinstance(one, tuple) else file_and_strength(str(one))
+        if not Path(path).exists():
+            raise FileNotFoundError(f"--adapter {foreign.nothing_at(Path(path))}")
+        found.append((Path(path), float(strength)))
+    return found
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:

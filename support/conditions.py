@@ -1,10 +1,19 @@
 """Conditions made from a picture: edges, boxes, skeletons.
 
 support/public_sets.py calls them when it draws a row; pick() serves all that choose at random.
+read_cond() is for --cond canny:FILE of sample.py.
 """
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
+from support.pictures import ADDRESS, Given, given_picture, load_image, resize
+
+EDGES = (100, 200)                                       # thresholds that public scorers take
 LOW, TIMES = (50, 150), (2, 2.5)                         # Canny: low threshold, high / low
 BOX = (0.25, 0.75)                                       # sides of a box, in the picture's
 # OpenPose's 18 points by their numbers among COCO's 17, the neck between both shoulders; the limbs
@@ -51,6 +60,45 @@ def canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
         front = front[weak[front]]
     edges = found.reshape(size.shape)[1:-1, 1:-1]
     return np.repeat(np.where(edges, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def drawn_from(path: str | Path, where: str = "--cond") -> tuple[str, Path]:
+    """A condition's kind and file: canny:FILE is ("canny", FILE), a FILE is ("", FILE).
+
+    It may stand behind a folder, as in FOLDER/canny:FILE. A file that has such a name is itself.
+    Raises: ValueError for a kind that is not drawn here.
+    """
+    folder, name = re.fullmatch(r"(.*?)([^/\\:]*:.*|)", str(path), re.S).groups()
+    kind, _, file = name.partition(":")
+    if len(kind) < 2 or os.path.exists(path):            # C:\ is a drive
+        return "", Path(path)
+    if kind == "canny":
+        return kind, Path(folder) / file
+    if ADDRESS.search(str(path)):
+        return "", Path(path)
+    raise ValueError(f"{where} {path}: no such file, and no condition called {kind!r} is drawn "
+                     "here; canny:FILE draws edges, while maps of depth or pose are made with "
+                     "other tools and named as pictures")
+
+
+def read_cond(source: Given,
+              sized: Callable[[tuple[int, int]], tuple[int, int]]) -> Image.Image:
+    """A condition: a picture, or the edges of one, drawn at the (W, H) that `sized` makes of its.
+
+    Raises: as load_image() and drawn_from() do.
+    """
+    kind, file = drawn_from(source) if isinstance(source, (str, Path)) else ("", source)
+    picture = given_picture(file)
+    if not kind:
+        return picture
+    return Image.fromarray(canny(resize(picture, sized(picture.size)), *EDGES))
+
+
+def check_cond(path: str | Path, where: str = "") -> Path:
+    """The file of a condition, after a look at it. Raises: as read_cond() does."""
+    file = drawn_from(path, f"{where}:" if where else "--cond")[1]
+    load_image(file, where)
+    return file
 
 
 def random_canny(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
-from support import adapters, foreign, layouts, lora, options, targets
+from support import adapters, foreign, layouts, lora, options, origin, targets
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
@@ -57,7 +57,7 @@ def adapter_kind(path: Path) -> str:
     """Whose adapter a file or folder holds; nothing for none."""
     if (path / "train_config.json").is_file():
         return RESEARCH
-    found = adapters.files_in(path)
+    found = adapters.candidates(path)
     if len(found) != 1 or (path / "model_index.json").is_file():
         return ""
     file = found[0]
@@ -126,10 +126,15 @@ def fits(tensors: dict[str, Tensor]) -> str:
 def describe(path: Path, load: Callable) -> str:
     """What a file or folder is, for a model whether it is whole, and the command that uses it.
 
+    Of a picture: how it was made.
+
     load(part, path, device): reads a part of a model, with all checks, as weights.load() does.
     """
     if not path.exists():
         raise foreign.nothing_at(path)
+    if path.is_file() and not foreign.is_header(foreign.start_of(path)):
+        if origin.begins_as_picture(path):
+            return origin.describe(path)
     path = foreign.snapshot(path)
     sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)

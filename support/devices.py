@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dit
 
 ROOM = 0.8                                               # of a device's memory, for weights
+LARGE = 1e9                                              # bytes of weights that take a while
 
 
 def fast_bf16() -> bool:
@@ -99,6 +100,20 @@ def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
     if device.type == "cpu" and dtype == torch.bfloat16 and not FAST_BF16:
         for block in model.blocks:
             block.attend = attend_in_fp32
+
+
+def announce(what: str, nbytes: float) -> None:
+    """A line before work on so many bytes of weights, where that is enough to look hung."""
+    if nbytes > LARGE and int(os.environ.get("RANK", 0)) == 0:       # of many processes, one
+        print(f"{what} ...", file=sys.stderr)
+
+
+def check_finite(given: Tensor, part: str, dtype: torch.dtype) -> None:
+    """Raises: ValueError where numbers are lost, of which a flat picture would be made."""
+    if not given.isfinite().all():
+        wider = "try --dtype bfloat16, " if dtype == torch.float16 else ""
+        raise ValueError(f"{part} gives numbers that are not finite: {wider}the adapter may be too "
+                         "strong, or a file of the model damaged")
 
 
 def check_compiler() -> None:

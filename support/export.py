@@ -4,7 +4,7 @@ sample.generate() merges where it can, so that an adapter costs nothing per step
 --export-lora writes what every other FLUX tool loads.
 """
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from mole import Adapter, LoRALinear, MoLELinear, Routing
 from support import devices
 from support.files import write_tensors
 from support.fp8 import NarrowLinear
+from support.lora import ALPHA_IS_RANK
 from support.routing_maps import experts_line, last_weights
 
 
@@ -87,6 +88,16 @@ def mergeable(adapter: Adapter, instructions: int, device: torch.device) -> bool
             and sum(base.weight.nbytes for base in bases) < devices.memory(device) / 2)
 
 
+def at_work(model: nn.Module, adapter: Adapter | None, txt: Tensor, pooled: Tensor,
+            device: torch.device) -> AbstractContextManager:
+    """A `with` in which the adapter does its work: merged into the weights where it can be."""
+    if adapter is None:
+        return nullcontext()
+    if mergeable(adapter, len(pooled), device):
+        return merged(model, adapter, txt, pooled)
+    return adapter.serve(txt, pooled)
+
+
 def write_instruction(adapter: Adapter | None, txt: Tensor, pooled: Tensor, file: Path) -> None:
     """Write the adapter as the plain LoRA that it is for one instruction, and say so."""
     if adapter is None:
@@ -99,6 +110,10 @@ def write_instruction(adapter: Adapter | None, txt: Tensor, pooled: Tensor, file
 
 
 def write_lora(pairs: dict[str, tuple[Tensor, Tensor]], file: Path) -> None:
-    """Write W + B A by module name, in the one form that diffusers and ComfyUI read alike."""
+    """Write W + B A by module name, in the one form that diffusers and ComfyUI read alike.
+
+    Both take an alpha that is not said as the rank, which is meant; lora.read() is told so.
+    """
     write_tensors({f"transformer.{name}.lora_{part}.weight": t.float()
-                   for name, pair in pairs.items() for part, t in zip("AB", pair)}, file)
+                   for name, pair in pairs.items() for part, t in zip("AB", pair)}, file,
+                  **ALPHA_IS_RANK)                       # one entry: several have no fixed order

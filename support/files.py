@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -163,6 +164,8 @@ def unpickled(file: Path) -> object:
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
             AssertionError, pickle.UnpicklingError) as error:    # torch checks little
         why = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        if isinstance(error, EOFError) or re.search("central directory|Errno 22", why):
+            why = "it is cut short: what wrote or copied it did not end"
         raise ValueError(f"{file}: cannot be read ({why})") from None
 
 

@@ -21,7 +21,8 @@ STARTS = {  # how a file begins (spaces left out), and what it then is
     rb"PK\x03\x04|\x80[\x02-\x05]": "is a pickle (.bin, .pt, .ckpt) or a zip archive; a pickle may "
     f"hold code and is not read: {SAFE}",
     rb"\x1f\x8b|Rar!|7z\xbc|BZh|\xfd7zXZ": "is an archive; unpack it",
-    rb"\x89HDF": f"is HDF5 (Keras), which is not read; {SAFE}"}
+    rb"\x89HDF": f"is HDF5 (Keras), which is not read; {SAFE}",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF(?s:....)WEBP|BM|II\*\0|MM\0\*": "is a picture, not weights"}
 TEXTS = dict(list(STARTS.items())[:2])                   # what stands for a JSON file too
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 QUANTISED = {  # ends of tensors' names that a quantisation adds, and whose they are
@@ -56,6 +57,15 @@ def check_weights(file: Path) -> None:
                          f"download did not end); {AGAIN}")
     if not is_header(start):
         check_start(start, file, STARTS)
+        if is_text(start):
+            raise ValueError(f"{file}: is text, not weights")
+
+
+def is_text(start: bytes) -> bool:
+    """Whether a file begins with letters and nothing else, in UTF-8; a last one may be cut."""
+    text = start.decode(errors="ignore")
+    return len(text.encode()) > len(start) - 4 and all(
+        letter.isprintable() or letter in "\t\r\n" for letter in text)
 
 
 def check_text(start: bytes, file: Path) -> None:

@@ -1,18 +1,19 @@
-"""What sample.py is asked to make, by its options or a --batch file.
+"""Jobs, each an instruction and the pictures to make by it, and tables of many: --batch.
 
-sample.main() calls plan(), which checks all that was given before any weight is read.
+support/plans.py reads them for sample.py, before any weight is read.
 """
-import argparse
-import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
-from support import devices
-from support.names import ours, read_name
+from PIL import Image
+
+from support.conditions import check_cond
+from support.masks import read_mask
+from support.names import looks_like_pictures, ours, read_name
 from support.pictures import is_picture, load_image
-from support.tables import checked_path, checked_text, read_rows, row_paths, row_text
+from support.tables import checked_path, read_rows, row_paths, row_text
 
 
 @dataclass
@@ -20,48 +21,95 @@ class Job:
     """An instruction, and the pictures to make by it."""
     instruction: str
     images: list[Path]
-    conds: list[Path]
+    conds: list[Path]                                    # or canny:FILE
+    mask: Path | None
     task: str                                            # a name for a group of instructions
     outs: list[tuple[int, Path]]                         # seed, file
+    there: Path | None = None                            # made before, so that it is skipped
 
 
-def read_batch(file: Path, folder: Path, seed: int) -> list[Job]:
-    """Jobs of a .jsonl file: instruction, optionally images, conds (paths), task, seed, out (name).
+def batch_file(path: Path) -> Path:
+    """The file of --batch, or its folder's metadata.jsonl or .csv. Raises: FileNotFoundError."""
+    files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
+    found = [file for file in files if file.is_file()]
+    if not found:
+        raise FileNotFoundError(f"--batch {path}: " + (
+            "holds no metadata.jsonl or metadata.csv" if path.is_dir() else "no such file"))
+    return found[0]
 
-    A row of training data will do: its target is what would be made, and is not looked at.
-    Everything is checked before anything is made; what is in the folder already is left out.
+
+def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job]:
+    """Jobs of a table, a line each: instruction; images, conds, mask (paths), task, seed, out.
+
+    All but the first may be absent or null; out is a name in the folder. A row of training data
+    will do: its target is what would be made, and is not looked at. Everything is checked before
+    anything is made; what is in the folder already is left out.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"--batch {file}: no such file")
-    jobs, names, targets = [], set(), 0
+    jobs, names, targets, unread = [], set(), 0, Counter[str]()
     for where, line in read_rows(file):
         row, rest = ours(line, where)
-        if unknown := rest.keys() - {"seed", "out"}:
-            raise ValueError(f"{where}: unknown entry {min(unknown)!r}; a line may hold "
-                             "instruction, images, conds, task, seed, out")
+        rest = {name: value for name, value in rest.items() if value is not None}
         check_target(line, row, where)
         targets += "target" in row
+        for name in sorted(rest.keys() - {"seed", "out", "mask"}):
+            if looks_like_pictures(rest[name]):
+                raise ValueError(f"{where}: unknown entry {name!r}; a line may hold instruction, "
+                                 "images, conds, mask, task, seed, out")
+            unread[name] += 1
         name = rest.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
-        own_seed = rest.get("seed", seed)
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
             raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
-        if type(own_seed) is not int or not 0 <= own_seed < 2 ** 63:
-            raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
-        images, conds = ([file.parent / checked_path(path, where)
-                          for path in row_paths(row, key, where)] for key in ("images", "conds"))
-        for path in (*images, *conds):
-            load_image(path, where)
         if name in names:
             raise ValueError(f"{where}: a line before it has the same \"out\", {name}")
         names.add(name)
-        jobs.append(Job(row_text(row, "instruction", where), images, conds,
-                        str(row.get("task", "")),
-                        [] if (folder / name).exists() else [(own_seed, folder / name)]))
+        out = folder / name
+        job = Job(row_text(row, "instruction", where), *read_paths(row, rest, file, where, blur),
+                  str(row.get("task", "")), [(row_seed(rest, seed, where), out)])
+        jobs.append(replace(job, outs=[], there=out) if out.exists() else job)
     if not jobs:
         raise ValueError(f"{file}: holds no rows")
     if targets:
         print(f"note: {file}: {targets} rows name a target; it is not looked at", file=sys.stderr)
+    if unread:
+        told = ", ".join(f"{name[:60]!a} (in {rows} rows)" for name, rows in unread.items())
+        print(f"note: {file}: entries without a known name are left unread: {told}",
+              file=sys.stderr)
     return jobs
+
+
+def row_seed(rest: dict, seed: int, where: str) -> int:
+    """A row's own seed, in a .csv a text; else the command's. Raises: ValueError."""
+    own = rest.get("seed", seed)
+    own = int(own) if isinstance(own, str) and own.isdecimal() else own
+    if type(own) is not int or not 0 <= own < 2 ** 63:
+        raise ValueError(f"{where}: \"seed\" must be a whole number from 0 to 2^63 - 1")
+    return own
+
+
+def read_paths(row: dict, rest: dict, file: Path, where: str, blur: float
+               ) -> tuple[list[Path], list[Path], Path | None]:
+    """A row's images, conds and mask, relative to its file. Raises: ValueError, FileNotFoundError.
+
+    Each picture is read once, to be sure.
+    """
+    images, conds, masks = ([file.parent / checked_path(path, where)
+                             for path in row_paths(given, name, where)]
+                            for given, name in ((row, "images"), (row, "conds"), (rest, "mask")))
+    if len(masks) > 1:
+        raise ValueError(f"{where}: 'mask' must be one path")
+    mask = masks[0] if masks else None
+    for path in images:
+        load_image(path, where)
+    for path in conds:
+        check_cond(path, where)
+    check_mask(mask, images, blur, f"{where}: mask {mask}")
+    return images, conds, mask
+
+
+def check_mask(mask: Path | None, images: list[Path], blur: float, where: str) -> None:
+    """Raises: ValueError, FileNotFoundError for a mask that lies over nothing, or cannot."""
+    if mask:
+        read_mask(mask, [load_image(path) for path in images[:1]], blur, where)
 
 
 def check_target(line: dict, row: dict, where: str) -> None:
@@ -72,86 +120,20 @@ def check_target(line: dict, row: dict, where: str) -> None:
                          "wanted; call it 'images' or 'target'")
 
 
-def check_folder(option: str, file: Path) -> None:
-    """Raises: ValueError when no file can be made there."""
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
+def size_told(made: Image.Image, images: list[Image.Image]) -> str:
+    """The size of what edits() made, and another one that its user may wonder about."""
+    told, made_at = f"{made.width}x{made.height}", made.info["size"]
+    if told != made_at:
+        return f"{told}, made at {made_at}"
+    if images and images[0].size != made.size:
+        return f"{told} (the picture to edit: {images[0].width}x{images[0].height})"
+    return told
 
 
-def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
-    """Of one folder and ending. Raises: ValueError when they cannot be, or one is given."""
-    if not is_picture(files[0]) or any(map(Path.is_dir, files)):
-        raise ValueError(f"{option} {files[0]}: name a picture file, for example out.png")
-    check_folder(option, files[0])
-    for file in filter(Path.exists, files):
-        if any(map(file.samefile, given)):
-            raise ValueError(f"{option} {file}: is a picture that is given; name another file")
-
-
-def check_lora(args: argparse.Namespace) -> None:
-    """Raises: ValueError when --export-lora cannot be done."""
-    lora = args.export_lora
-    for wrong, why in ((args.batch, "needs one --instruction"),
-                       (args.adapter == ["none"], "needs an adapter"),
-                       (lora.suffix != ".safetensors", "its name must end in .safetensors"),
-                       (lora.exists(), "exists already; name another file")):
-        if wrong:
-            raise ValueError(f"--export-lora {lora}: {why}")
-    check_folder("--export-lora", lora)
-
-
-def plan(args: argparse.Namespace) -> list[Job]:
-    """What is to be made. Raises: ValueError, FileNotFoundError for anything that cannot be."""
-    if (args.instruction is None) == (args.batch is None):
-        raise ValueError("give either --instruction TEXT or --batch FILE.jsonl")
-    if args.compile:
-        devices.check_compiler()
-    if args.export_lora:
-        check_lora(args)
-    if args.routing and not find_spec("matplotlib"):
-        raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
-    make = args.out is not None or not (args.export_lora or args.routing)
-    if args.num > 1 and not make:
-        raise ValueError(f"--num {args.num}: without --out no picture is made")
-    return (plan_batch if args.batch else plan_one)(args, make)
-
-
-def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:
-    """The jobs of --batch; make: whether pictures are wanted."""
-    if args.image or args.cond or args.num > 1:
-        raise ValueError("--batch: pictures and seeds stand in the file; "
-                         "leave out --image, --cond and --num")
-    out = args.out or Path("out")
-    jobs = read_batch(args.batch, out, args.seed)
-    if args.routing:
-        check_pictures("--routing", [args.routing], [
-            path for job in jobs for path in (*job.images, *job.conds)])
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
-    if not make:
-        return [replace(job, outs=[]) for job in jobs]
-    if made := sum(not job.outs for job in jobs):
-        print(f"{args.batch}: {made} of {len(jobs)} pictures are in {out} by their names "
-              "already, and are not made again")
-    return jobs
-
-
-def plan_one(args: argparse.Namespace, make: bool) -> list[Job]:
-    """The job of --instruction; make: whether pictures are wanted."""
-    if args.keep_size and not args.image:
-        raise ValueError("--keep-size: there is no --image whose size could be kept")
-    if not args.instruction.strip():
-        raise ValueError("--instruction is empty: say what to show, or what to change")
-    checked_text(args.instruction, "--instruction")
-    given, out = [*args.image, *args.cond], args.out or Path("out.png")
-    for path in given:
-        load_image(path)
-    if args.routing:
-        check_pictures("--routing", [args.routing], given)
-    outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
-    if make:
-        check_pictures("--out", outs, given)
-        if args.routing in outs:
-            raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
-    return [Job(args.instruction, args.image, args.cond, "",
-                list(enumerate(outs, args.seed)) if make else [])]
+def tell_skipped(jobs: list[Job]) -> None:
+    """Say at the end what a batch did not make, as it is there."""
+    there = [job.there for job in jobs if job.there]
+    if there:
+        names = ", ".join(path.name for path in there[:3]) + ", ..." * (len(there) > 3)
+        print(f"skipped: {len(there)} of {len(jobs)} pictures are in {there[0].parent} by their "
+              f"names already ({names})")

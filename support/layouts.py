@@ -56,6 +56,8 @@ OPTIONS = {"transformer": "--model", "vae": "--vae", "text_encoder": "--clip",
 SIGNS = {"transformer": "x_embedder.weight", "vae": "decoder.conv_in.weight",
          "text_encoder": "text_model.embeddings.token_embedding.weight",
          "text_encoder_2": "shared.weight"}              # a tensor that only this part has
+KINDS = {"transformer": "a transformer", "vae": "an autoencoder",
+         "text_encoder": "a CLIP text encoder", "text_encoder_2": "a T5 text encoder"}
 UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|scaled_fp8|scale_input|input_scale"
                     r"|comfy_quant)"
                     r"|(vision_model|text_projection|visual_projection)(\..*)?")
@@ -115,10 +117,24 @@ def parts_in(path: Path) -> dict[str, Path]:
     return {part: path for part, sign in SIGNS.items() if sign in to_folder(part, tensors)}
 
 
+def part_in(path: Path, part: str) -> Path:
+    """Where in what an option names its part lies. Raises: ValueError, FileNotFoundError."""
+    if not path.exists():
+        raise FileNotFoundError(f"{OPTIONS[part]} {foreign.nothing_at(path)}")
+    found = parts_in(path)
+    if part not in found:
+        held = " and ".join(KINDS[other] for other in found if other in KINDS)
+        raise ValueError(f"{OPTIONS[part]} {path}: holds {held or 'no part of a FLUX model'}, not "
+                         f"{KINDS[part]}")
+    return found[part]
+
+
 def only_size(vae: Path) -> tuple[int, int] | None:
     """The (W, H) of all pictures where the autoencoder's config.json is that of a small model."""
     file = vae / "config.json"
-    return config_from(VAEConfig, read_json(file), file).only_size if file.is_file() else None
+    values = read_json(file) if file.is_file() else {}
+    whole = "block_out_channels" in values               # else load_pipeline() says what it is
+    return config_from(VAEConfig, values, file).only_size if whole else None
 
 
 def model_paths(model: Path, tokenizers: Path | None = None,
@@ -131,7 +147,8 @@ def model_paths(model: Path, tokenizers: Path | None = None,
         if not path.exists():
             raise foreign.nothing_at(path)
     model = foreign.snapshot(model)
-    found = parts_in(model) | {part: path for part, path in others.items() if path}
+    others = {part: path for part, path in others.items() if path}
+    found = parts_in(model) | others
     if tokenizers:
         tokenizers = foreign.snapshot(tokenizers)
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
@@ -142,6 +159,7 @@ def model_paths(model: Path, tokenizers: Path | None = None,
     if missing:
         raise ValueError(f"{model}: is no whole model; name {', '.join(missing)} too "
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
+    found |= {part: part_in(path, part) for part, path in others.items()}
     for part, path in found.items():
         if not path.exists():
             raise foreign.nothing_at(path)

@@ -37,6 +37,7 @@ OLDER = {"transformer_blocks.#.attn.to_out": "transformer_blocks.#.attn.to_out.0
          "double_blocks.#.proj2": "double_blocks.#.txt_attn.proj",
          "single_blocks.#.qkv": "single_blocks.#.img_attn.qkv",              # three of linear1's
          "single_blocks.#.proj": "single_blocks.#.linear2"}
+ALPHA_IS_RANK = {"alpha": "rank"}                        # in the header of what export.py writes
 # How PEFT begins where the base is changed too: such a file alone does not say what was trained.
 CHANGED = re.compile("(pissa|olora|loftq|corda).*")
 
@@ -202,7 +203,8 @@ def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
         print(f"note: {file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are "
               "left out; only those for the transformer are used", file=sys.stderr)
     silent = [layer for layer, found in layers.items() if "alpha" not in found]
-    if silent and "lora_alpha" not in told and "alpha_pattern" not in told:
+    ours = read_metadata(file).items() >= ALPHA_IS_RANK.items()
+    if silent and not ours and "lora_alpha" not in told and "alpha_pattern" not in told:
         print(f"note: {file}: no alpha is said for {len(silent)} of {len(layers)} layers; taken "
               "as their rank, so that B A counts once", file=sys.stderr)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}

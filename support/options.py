@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from support import devices, layouts, resume
+from support import adapters, devices, layouts, resume
 from support.commands import (COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, STEPS,
-                              Parser, checked, file_and_strength, size)
+                              Parser, checked, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
 SOURCE = ("a folder (metadata.jsonl or .csv, or pictures with .txt), a .jsonl or .csv file, or a "
@@ -47,16 +47,8 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
 
 
 def adapters_of(args: argparse.Namespace) -> list[tuple[Path, float]]:
-    """Each as named, with its strength; unnamed, adapter.safetensors beside the model, if any.
-
-    Raises: ValueError for a strength that is no number, or for "none" beside another.
-    """
-    if not args.adapter:
-        beside = args.model.parent / "adapter.safetensors"
-        return [(beside, 1.0)] if beside.is_file() else []
-    if "none" in args.adapter and len(args.adapter) > 1:
-        raise ValueError("--adapter none: not together with another --adapter")
-    return [file_and_strength(text) for text in args.adapter if text != "none"]
+    """As sample.load_pipeline() takes them. Raises: as adapters.chosen() does."""
+    return adapters.chosen(args.adapter or "auto", args.model)
 
 
 def add_compile(parser: argparse.ArgumentParser, first: str) -> None:
@@ -73,14 +65,21 @@ def sample_options() -> argparse.Namespace:
     parser.add_argument("--image", type=Path, action="append", default=[],
                         help="picture to edit; may be repeated")
     parser.add_argument("--cond", type=Path, action="append", default=[],
-                        help="further condition (edges, depth, pose, subject); may be repeated")
+                        help="further condition (edges, depth, pose, subject), or canny:FILE, "
+                        "the edges of a photograph; may be repeated")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="for the first --image, of its "
+                        "size: white may change, black stays to the byte, grey is between")
+    parser.add_argument("--mask-blur", type=NOT_NEGATIVE, default=0, metavar="PIXELS",
+                        help="in which the mask's edge fades, inwards; %(default)s")
     add_model(parser)
     add_adapter(parser)
     parser.add_argument("--out", type=Path,
-                        help="picture (out.png), or with --batch a folder (out)")
+                        help="picture (the next free name from out.png on), or with --batch a "
+                        "folder (out); a .png tells how it was made: python weights.py out.png")
     parser.add_argument("--batch", type=Path,
-                        help="a .jsonl file: one instruction, with images and conds, per line; a "
-                        "picture whose name is in --out already is not made again")
+                        help="a .jsonl file, or a folder with metadata.jsonl: one instruction, "
+                        "with images, conds and mask, per line; a picture whose name is in --out "
+                        "already is not made again")
     parser.add_argument("--seed", type=checked(int, lambda n: 0 <= n < 2 ** 63 - 10_000,
                         "must be from 0 to 2^63"),
                         default=0, help="of the noise: the same makes the same")
@@ -221,7 +220,8 @@ def evaluate_options(tasks: list[str], public: Iterable[str]) -> argparse.Namesp
 def weights_options() -> argparse.Namespace:
     parser = Parser(description="Say what a checkpoint is.",
                     usage="python weights.py PATH [options]")
-    parser.add_argument("path", type=Path, help="a FLUX Kontext folder or a .safetensors file")
+    parser.add_argument("path", type=Path, help="a FLUX Kontext folder, a .safetensors file, or a "
+                        "picture that sample.py has made")
     parser.add_argument("--to-research", type=Path, metavar="FOLDER",
                         help="write an adapter in the form of the paper's code")
     return parser.parse_args()

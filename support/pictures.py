@@ -9,13 +9,14 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from support.colours import as_rgb, check_single, levels
 from support.files import replacing
@@ -27,6 +28,7 @@ PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", 
             ".bmp", ".dib", ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pnm", ".qoi")
 
 
+Given = str | Path | Image.Image | np.ndarray            # what a Python caller names or holds
 ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)     # Path makes one / of two
 
 
@@ -49,6 +51,9 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
     except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError,
             Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
         why = str(error).partition(" <")[0]              # without an object's address
+        if isinstance(error, UnidentifiedImageError):
+            why = "cannot identify what it is" if path is where or os.path.getsize(path) else (
+                "it is empty")
         raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
 
 
@@ -78,10 +83,32 @@ def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
     white. What holds several pictures is refused.
     """
     with open_picture(source, where) as image:
-        check_single(image)
-        black, white = levels(image)
-        profile = image.info.get("icc_profile")
-        return as_rgb(ImageOps.exif_transpose(image), profile, black, white)
+        return as_seen(image)
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """An opened picture as load_image() gives it. Raises: ValueError."""
+    check_single(image)
+    black, white = levels(image)
+    profile = image.info.get("icc_profile")
+    return as_rgb(ImageOps.exif_transpose(image), profile, black, white)
+
+
+def given_picture(source: Given) -> Image.Image:
+    """A file, PIL picture or array, as load_image() gives it.
+
+    Arrays: (H, W) or (H, W, 3 or 4), uint8. Raises: as load_image() does.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise ValueError(f"a picture as an array must be uint8 in 0..255, not {source.dtype}")
+        source = Image.fromarray(source)
+    return as_seen(source) if isinstance(source, Image.Image) else load_image(source)
+
+
+def each(some: Given | Iterable[Given] | None) -> list[Given]:
+    """One picture, or several, or none, as a list."""
+    return [some] if isinstance(some, Given) else list(some or ())
 
 
 def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:
@@ -143,6 +170,12 @@ def is_picture(name: str | Path) -> bool:
     return True
 
 
-def save_picture(picture: np.ndarray, path: Path) -> None:
+def save_picture(picture: np.ndarray | Image.Image, path: Path,
+                 about: Mapping[str, str] = {}) -> None:
+    """about: texts that a .png carries along, by name; other kinds of file do without."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    texts = PngInfo()
+    for name, text in about.items():                     # Latin-1 as tEXt, all else as iTXt
+        texts.add_text(name, text)
     with replacing(path) as aside:
-        Image.fromarray(picture).save(aside)
+        image.save(aside, pnginfo=texts)                 # which other kinds do not look at

@@ -126,7 +126,8 @@ def write(c: dict, tensors: dict[str, Tensor], where: Path, folder: Path) -> Non
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name another folder")
     if "routing" not in c:
-        raise ValueError(f"{where}: is no adapter of train.py's")
+        raise ValueError(f"--to-research {folder}: {where} is no adapter of train.py's, which "
+                         "alone has that form: it is another tool's LoRA, or in that form already")
     c = asdict(config_from(AdapterConfig, c, where, whole=True))
     lora, experts, resampler = {}, {}, {}
     for name, t in tensors.items():

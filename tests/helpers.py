@@ -64,6 +64,11 @@ def run_train(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     return run_command(monkeypatch, capsys, "train.py", train.main, *arguments)
 
 
+def pixels(file: Path) -> bytes:
+    """What a picture shows, without what its file says of how it was made."""
+    return Image.open(file).tobytes()
+
+
 # ----------------------------------------------------------------------- models with random weights
 
 TOLERANCE = 1e-5                                         # fp32, outputs of order 1: see test_dit

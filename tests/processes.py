@@ -27,7 +27,7 @@ def run(model: Path, dtype: str, steps: int, mine: list[int], together: bool, sp
         ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """-> the first step's gradients, and the adapter in the end."""
     torch.manual_seed(0)
-    pipe = sample.load_pipeline(model, device="cpu", dtype=dtype)
+    pipe = sample.load_pipeline(model, None, "cpu", dtype)
     pipe.adapter = weights.new_adapter(
         pipe.dit, weights.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
     pipe.adapter.to(getattr(torch, dtype)).train()

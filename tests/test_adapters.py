@@ -18,8 +18,9 @@ import mole
 import sample
 import weights
 from helpers import (adapted, Bomb, build_config, BUILDS, CASES, DIT, FIRST, forward, golden,
-                     golden_part, inputs, MODEL, moles, PICTURE, ROOT, run_sample, same, SMALL)
-from support import adapters, commands, research, routing_maps, targets
+                     golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT, run_command,
+                     run_sample, same, SMALL)
+from support import adapters, commands, export, research, routing_maps, targets
 from support.files import config_from, read_tensors
 from weights import load_adapter
 
@@ -376,7 +377,7 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
     assert run_sample(monkeypatch, capsys, *arguments, "--adapter", folder, "--out", out)[0] == 0
     again = tmp_path / "b.png"
     assert run_sample(monkeypatch, capsys, *arguments, "--adapter", file, "--out", again)[0] == 0
-    assert out.read_bytes() == again.read_bytes()
+    assert pixels(out) == pixels(again)
 
 
 def test_a_plain_lora_needs_no_pickle(tmp_path):
@@ -386,7 +387,7 @@ def test_a_plain_lora_needs_no_pickle(tmp_path):
     write_research(tmp_path / "lora.safetensors", tmp_path / "lora")
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
         "pytorch_lora_weights.safetensors", "train_config.json"]
-    again = weights.load_adapter(sample.load_pipeline(MODEL).dit, tmp_path / "lora")
+    again = weights.load_adapter(sample.load_pipeline(MODEL, None).dit, tmp_path / "lora")
     stored = read_tensors([tmp_path / "lora.safetensors"])
     assert again.tensors().keys() == stored.keys()
     assert all(torch.equal(p, stored[name]) for name, p in again.tensors().items())
@@ -447,7 +448,7 @@ def test_what_cannot_be_written(tmp_path):
         write_research(file, tmp_path / "there")
     with pytest.raises(ValueError, match="is no adapter"):
         write_research(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
-    pipe = sample.load_pipeline(MODEL)
+    pipe = sample.load_pipeline(MODEL, None)
     c = weights.adapter_config("race", ROOT / "tiny/adapter.json")
     adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "race.st")
     for name in ("ff.net.2", "transformer_blocks.ff.net.2"):             # no form over there
@@ -456,6 +457,16 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="race"):
         write_research(tmp_path / "race.st", tmp_path / "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["race.st", "there"]
+
+
+def test_a_lora_of_another_tool_has_no_such_form(tmp_path, monkeypatch, capsys):
+    file, folder = tmp_path / "lora.safetensors", tmp_path / "new"
+    pairs = {"x_embedder": (torch.ones(2, 64), torch.ones(128, 2))}
+    export.write_lora(pairs, file)
+    code, _, err = run_command(monkeypatch, capsys, "weights.py", weights.main, file,
+                               "--to-research", folder)
+    assert code == 2 and len(err.splitlines()) == 1 and not folder.exists()
+    assert "lora.safetensors is no adapter of train.py's" in err and "another tool's LoRA" in err
 
 
 def test_layers_that_would_route_otherwise_are_not_written():

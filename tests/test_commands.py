@@ -15,7 +15,7 @@ import weights
 from forks import Forks
 from helpers import (MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_command, run_sample,
                      tensors_of, written)
-from support import commands, jobs
+from support import commands, jobs, plans
 from support.describe import describe
 from support.options import train_options
 from support.public_sets import PUBLIC
@@ -232,7 +232,7 @@ def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
 
 def test_folders_that_may_not_be_written_to_are_found_before_the_work(tmp_path, monkeypatch,
                                                                       capsys):
-    monkeypatch.setattr(jobs.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(plans.os, "access", lambda path, mode: Path(path) != tmp_path)
     for arguments in (("--out", tmp_path / "a.png"), ("--routing", tmp_path / "a.png"),
                       ("--export-lora", tmp_path / "a.safetensors")):
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)

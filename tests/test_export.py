@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import data
 import dit
@@ -195,6 +196,19 @@ def test_diffusers_makes_the_same_picture_from_the_exported_file(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_an_exported_file_is_read_back_without_a_note(tmp_path, capsys):
+    """It says that its alpha is its rank; the same file without that word gets a note."""
+    pipe = pipeline()
+    file = tmp_path / "a.safetensors"
+    inputs, model = given(pipe), load_pipeline(MODEL, None).dit
+    export.write_lora(export.as_lora(pipe.adapter, inputs.txt, inputs.pooled), file)
+    weights.saved_adapter(model, file, 1.0)
+    assert not capsys.readouterr().err
+    save_file(load_file(file), file)
+    weights.saved_adapter(model, file, 1.0)
+    assert "no alpha is said" in capsys.readouterr().err
+
+
 def test_exported_names_and_ranks_at_the_real_depth(tmp_path):
     """57 blocks, the paper's adapter, a narrow model: names, ranks and nothing but them."""
     config = dit.DiTConfig(num_attention_heads=2, attention_head_dim=8, axes_dims_rope=(2, 2, 4),
@@ -206,7 +220,7 @@ def test_exported_names_and_ranks_at_the_real_depth(tmp_path):
     txt, pooled = torch.randn(1, 3, 12), torch.randn(1, 10)
     export.write_lora(export.as_lora(adapter, txt, pooled), tmp_path / "real.safetensors")
     stored = read_tensors([tmp_path / "real.safetensors"])
-    assert read_metadata(tmp_path / "real.safetensors") == {"format": "pt"}
+    assert read_metadata(tmp_path / "real.safetensors") == {"alpha": "rank"}
     real = json.loads((Path(__file__).parent / "keys/transformer.json").read_text())
     names = {name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in stored}
     assert len(stored) == 2 * len(names) == 2 * len(adapter.layers)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import (load, ONE, PARTS, raw_file, SMALL_DIT, SMALL_VAE, write_index, write_shards,
                      written)
-from support.files import read_metadata, read_tensors, replacing
+from support.files import read_metadata, read_tensors, replacing, unpickled
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -22,7 +22,6 @@ def test_metadata(tmp_path: Path) -> None:
 BROKEN = {
     "empty": lambda file: file.write_bytes(b""),
     "garbage": lambda file: file.write_bytes(bytes(range(256)) * 8),
-    "text": lambda file: file.write_text("once upon a time there was a file"),
     "no JSON": lambda file: raw_file(file, b"{nope"),
     "header longer than the file":
         lambda file: file.write_bytes(struct.pack("<Q", 1 << 40) + b"{}"),
@@ -51,6 +50,24 @@ def test_broken_files_are_named(tmp_path: Path, kind: str) -> None:
         read_tensors([file])
 
 
+@pytest.mark.parametrize("kept", [0, 0.1, 0.5, -1])
+def test_a_checkpoint_that_is_cut_is_said_to_be(tmp_path: Path, kept: float) -> None:
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"a": torch.zeros(1000)}, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if kept < 0 else whole[:int(kept * len(whole))])
+    with pytest.raises(ValueError, match="checkpoint.pt: cannot be read .it is cut short"):
+        unpickled(file)
+
+
+def test_what_the_system_says_of_a_cut_file_is_put_in_words(tmp_path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(22, "Invalid argument")            # of a cut file of gigabytes
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match="it is cut short"):
+        unpickled(tmp_path / "a.pt")
+
+
 FOREIGN = {
     "is a Git LFS pointer.*git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid a:1",
     "is a web page.*licence": b"\n  <HTML><head><title>Sign in</title></head></html>",
@@ -62,6 +79,9 @@ FOREIGN = {
     "is a pickle .*safetensors": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
     "is an archive; unpack": b"\x1f\x8b\x08" + bytes(30),
     "HDF5": b"\x89HDF\r\n" + bytes(30),
+    "is text, not weights": "once upon a time there was a fil\u00e9".encode()[:-1],
+    "is a picture, not weights": b"\x89PNG\r\n\x1a\n" + bytes(30),
+    "is a picture, not": b"\xff\xd8\xff\xe0" + bytes(30),
     "begins with zeros: the download did not end": bytes(5000)}
 
 

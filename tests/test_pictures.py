@@ -223,12 +223,15 @@ def test_pictures_are_read_as_a_person_sees_them(tmp_path):
 
 def test_unreadable_pictures_are_named(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:600])
     Image.new("1", (2 ** 16, 1)).save(tmp_path / "long.png")         # no camera's
-    for name in ("text.png", "cut.png", "long.png"):
-        with pytest.raises(ValueError, match=name):
+    for name in ("text.png", "empty.png", "cut.png", "long.png"):
+        with pytest.raises(ValueError, match=name) as error:
             load_image(tmp_path / name)
+        assert str(error.value).count(name) == 1         # said once
+        assert ("it is empty" in str(error.value)) == (name == "empty.png")
     with pytest.raises(FileNotFoundError, match="gone.png"):
         load_image(tmp_path / "gone.png")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import data
@@ -114,6 +115,16 @@ def test_commands_in_the_readme_use_options_that_exist(line, known_options):
     script = re.search(r"python (\w+\.py)", line)[1]
     for option in re.findall(r"(--[a-z-]+)", line):
         assert option in known_options[script], f"{script} has no {option}"
+
+
+def test_three_lines_of_python_make_the_picture_that_is_shown(monkeypatch):
+    """But for rounding, which may move a value by a few steps on another processor."""
+    code, found = blocks("python")[0], {}
+    assert len(code.splitlines()) == 3
+    monkeypatch.chdir(ROOT)
+    exec(code, found)
+    shown = Image.open(ROOT / "tiny/examples/after.png")
+    assert np.abs(np.asarray(found["picture"]).astype(int) - np.asarray(shown)).max() <= 8
 
 
 def test_files_that_the_readme_shows_exist():

@@ -1,5 +1,6 @@
 """sample.py: the pipeline and its command, on the embedded model."""
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -10,10 +11,11 @@ import torch
 from PIL import Image
 
 from helpers import made, MODEL, PICTURE, ROOT, run_sample
-from sample import output_size, PREFERRED, prepare, seeded_noise
+from sample import seeded_noise
 from support import export
 from support.files import read_json
 from support.pictures import to_tensor
+from support.resolutions import output_size, PREFERRED, prepare
 from tiny import world
 
 
@@ -74,23 +76,21 @@ def test_a_seed_means_the_same_everywhere():
 
 
 def test_sizes(bare):
-    class Big:                                           # stands for the released autoencoder
-        class vae:
-            class config:
-                only_size = None
+    big = None                                           # as the released autoencoder has it
     def size(w: int, h: int) -> tuple[int, int]:
-        return output_size(Big, [Image.new("RGB", (w, h))], None)
+        return output_size(big, [Image.new("RGB", (w, h))], None)
     assert len(PREFERRED) == 17 and all(w % 16 == h % 16 == 0 for w, h in PREFERRED)
     assert {(h, w) for w, h in PREFERRED} == set(PREFERRED)
     assert (size(500, 500) == (1024, 1024) and size(4000, 3000) == (1184, 880)
             and size(1080, 1920) == (752, 1392))
-    assert size(10, 10_000) == (672, 1568) and output_size(Big, [], None) == (1024, 1024)
-    assert output_size(Big, [Image.new("RGB", (9, 9))], (512, 768)) == (512, 768)
-    images, conds = prepare(Big, [Image.new("RGB", (400, 300))] * 2,
+    assert size(10, 10_000) == (672, 1568) and output_size(big, [], None) == (1024, 1024)
+    assert output_size(big, [Image.new("RGB", (9, 9))], (512, 768)) == (512, 768)
+    images, conds = prepare(big, [Image.new("RGB", (400, 300))] * 2,
                             [Image.new("RGB", (1000, 500))], (512, 768))
     assert [tuple(t.shape[-2:]) for t in images] == [(768, 512), (880, 1184)]  # first: the output's
     assert tuple(conds[0].shape[-2:]) == (256, 512)
-    assert output_size(bare, [Image.new("RGB", (400, 300))], None) == (64, 64)
+    assert bare.vae.config.sample_size == 64
+    assert output_size((64, 64), [Image.new("RGB", (400, 300))], None) == (64, 64)
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -182,6 +182,7 @@ def test_a_text_that_is_cut_is_told(tmp_path, monkeypatch, capsys):
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", text, "--steps", 1,
                                   "--out", tmp_path / "a.png")
         assert code == 0 and ("28 tokens" in err) == told
+        assert not told or re.search("(^|\r|\n)note: the model reads", err)  # not beside a bar
 
 
 def test_odd_pictures_are_edited_too(tmp_path, monkeypatch, capsys):

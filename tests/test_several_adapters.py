@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import mole
 import sample
 import weights
-from helpers import MODEL, PICTURE, ROOT, run_sample, run_train
+from helpers import MODEL, PICTURE, pixels, ROOT, run_sample, run_train
 from sample import condition, denoise, generate, load_pipeline, Pipeline, seeded_noise
 from support import adapters, export, offload, streaming
 from support.commands import file_and_strength
@@ -95,7 +95,8 @@ def test_adapters_add_up(tmp_path: Path, way: str, beside: bool) -> None:
 
 
 def test_a_strength_scales_what_an_adapter_adds_and_no_routing() -> None:
-    whole, half = (weights.load_adapters(load_pipeline(MODEL).dit, [(OURS, s)]) for s in (1., .5))
+    whole, half = (weights.load_adapters(load_pipeline(MODEL, None).dit, [(OURS, s)])
+                   for s in (1., .5))
     width = whole.instruction.proj_in.in_features, whole.instruction.proj_out.out_features
     txt, pooled = torch.randn(1, 4, width[0]), torch.randn(1, width[1])
     halved = export.as_lora(half, txt, pooled)
@@ -131,7 +132,7 @@ def test_the_command_takes_several_with_strengths(tmp_path: Path, monkeypatch, c
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", "make the circle blue",
                                   "--image", PICTURE, "--steps", 2, "--out", out, *named)
         assert code == 0, err
-        return out.read_bytes()
+        return pixels(out)
     both = picture(f"{one}:0.7", f"{two}")
     assert len({both, picture(one), picture(two), picture("none"), picture(one, two)}) == 5
     assert picture(f"{one}:0", two) == picture(two)

@@ -1,0 +1,66 @@
+"""How a picture was made: texts that its PNG carries along, and what they tell.
+
+sample.edits() lays them in each picture, pictures.save_picture() writes them, and python weights.py
+PICTURE reads them. No date is among them, so that the same command gives the same file; what was
+given (pictures, a mask) is not either. Files of other kinds, as JPEG, are written without texts.
+"""
+import hashlib
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from support import devices
+from support.adapters import files_in
+from support.pictures import open_picture
+
+FIELDS = ("instruction", "seed", "steps", "guidance", "size", "model", "adapters", "torch")
+
+
+def digest(path: Path) -> str:
+    """The start of the SHA-256 of an adapter's file, or of a folder's files one after another."""
+    whole, files = hashlib.sha256(), files_in(path)
+    devices.announce(f"reading {path}", sum(file.stat().st_size for file in files))
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(2 ** 20):
+                whole.update(block)
+    return whole.hexdigest()[:16]
+
+
+def names(model: Path, adapters: list[tuple[Path, float]]) -> dict[str, str]:
+    """What a pipeline was loaded from: names without folders, and what tells an adapter apart."""
+    told = [path.resolve().name + (f":{strength:g}" if strength != 1 else "")
+            + f" (sha256 {digest(path)})" for path, strength in adapters]
+    return {"model": model.resolve().name, "adapters": ", ".join(told) or "none",
+            "torch": torch.__version__}
+
+
+def texts(names: dict[str, str], instruction: str, seed: int, steps: int, guidance: float,
+          size: tuple[int, int]) -> dict[str, str]:
+    """All fields, and before them one text for people, in the form that picture viewers know."""
+    found = {"instruction": instruction, "seed": str(seed), "steps": str(steps),
+             "guidance": f"{guidance:g}", "size": f"{size[0]}x{size[1]}", **names}
+    line = ", ".join(f"{name.capitalize()}: {text}" for name, text in found.items()
+                     if name != "instruction")
+    return {"parameters": f"{instruction}\n{line}", **found}
+
+
+def describe(path: Path) -> str:
+    """What a picture says of how it was made, in lines. Raises: ValueError when it is none."""
+    with open_picture(path) as image:
+        image.load()                                     # a PNG's texts may stand at its end
+        told, kind = image.info, image.format
+        what = f"{path}: a picture ({kind}, {image.width}x{image.height})"
+    if not all(isinstance(told.get(name), str) for name in FIELDS):
+        return f"{what}; it holds nothing of how it was made, which sample.py writes into a .png"
+    return "\n".join([f"{what}, made by sample.py", *(f"{name}: {told[name]}" for name in FIELDS)])
+
+
+def begins_as_picture(path: Path) -> bool:
+    """Whether a file does, of any kind that Pillow knows."""
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False

@@ -1,0 +1,144 @@
+"""What sample.py is asked to make, by its options or a --batch file.
+
+sample.main() calls plan(), which checks all that was given before any weight is read.
+"""
+import argparse
+import os
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import count, filterfalse, islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from support import devices
+from support.conditions import check_cond
+from support.jobs import Job, batch_file, check_mask, read_batch
+from support.pictures import is_picture, load_image
+from support.tables import checked_text
+from text_encoder import T5Tokenizer
+
+
+def check_folder(option: str, file: Path) -> None:
+    """Raises: ValueError when no file can be made there."""
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
+
+
+def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
+    """Of one folder and ending. Raises: ValueError when they cannot be, or one is given."""
+    if not is_picture(files[0]) or any(map(Path.is_dir, files)):
+        raise ValueError(f"{option} {files[0]}: name a picture file, for example out.png")
+    check_folder(option, files[0])
+    for file in filter(Path.exists, files):
+        if any(map(file.samefile, given)):
+            raise ValueError(f"{option} {file}: is a picture that is given; name another file")
+
+
+def check_lora(args: argparse.Namespace) -> None:
+    """Raises: ValueError when --export-lora cannot be done."""
+    lora = args.export_lora
+    for wrong, why in ((args.batch, "needs one --instruction"),
+                       (args.adapter == ["none"], "needs an adapter"),
+                       (lora.suffix != ".safetensors", "its name must end in .safetensors"),
+                       (lora.exists(), "exists already; name another file")):
+        if wrong:
+            raise ValueError(f"--export-lora {lora}: {why}")
+    check_folder("--export-lora", lora)
+
+
+def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: float,
+               size: tuple[int, int] | None) -> None:
+    """What a Python caller asks of sample.edits(). Raises: ValueError.
+
+    Of an instruction that is too long for the model it is said that it is cut.
+    """
+    if not checked_text(instruction, "instruction").strip():
+        raise ValueError("instruction is empty: say what to show, or what to change")
+    if not 1 <= steps <= 10_000:
+        raise ValueError(f"steps {steps}: must be from 1 to 10,000")
+    if not 0 <= guidance <= 100:
+        raise ValueError(f"guidance {guidance}: must be from 0 to 100; 2.5 is usual")
+    if size is not None and any(side % 16 or not 16 <= side <= 8192 for side in size):
+        raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
+    if tokens.cuts(instruction):
+        tqdm.write(f"note: the model reads {tokens.length} tokens of text; the end of this "
+                   f"instruction is lost: {instruction}", file=sys.stderr)       # above any bar
+
+
+def tell_size(wanted: tuple[int, int] | None, only: tuple[int, int] | None) -> None:
+    """Say when a model that knows only one size is asked for another."""
+    if wanted and only and wanted != only:
+        print(f"note: this model has learnt from pictures of {only[0]}x{only[1]} alone; expect "
+              f"little of --size {wanted[0]}x{wanted[1]}", file=sys.stderr)
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """What is to be made. Raises: ValueError, FileNotFoundError for anything that cannot be."""
+    if (args.instruction is None) == (args.batch is None):
+        raise ValueError("give either --instruction TEXT or --batch FILE.jsonl")
+    if args.compile:
+        devices.check_compiler()
+    if args.export_lora:
+        check_lora(args)
+    if args.routing and not find_spec("matplotlib"):
+        raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
+    make = args.out is not None or not (args.export_lora or args.routing)
+    if args.mask_blur and not (args.mask or args.batch):
+        raise ValueError("--mask-blur: there is no --mask whose edge could be blurred")
+    if args.num > 1 and not make:
+        raise ValueError(f"--num {args.num}: without --out no picture is made")
+    return (plan_batch if args.batch else plan_one)(args, make)
+
+
+def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:
+    """The jobs of --batch; make: whether pictures are wanted."""
+    if args.image or args.cond or args.mask or args.num > 1:
+        raise ValueError("--batch: pictures and seeds stand in the file; "
+                         "leave out --image, --cond, --mask and --num")
+    out = args.out or Path("out")
+    jobs = read_batch(batch_file(args.batch), out, args.seed, args.mask_blur)
+    if args.routing:
+        masks = [job.mask for job in jobs if job.mask]
+        check_pictures("--routing", [args.routing], [*masks, *(
+            path for job in jobs for path in (*job.images, *map(check_cond, job.conds)))])
+    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
+        raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
+    return jobs if make else [replace(job, outs=[], there=None) for job in jobs]
+
+
+def plan_one(args: argparse.Namespace, make: bool) -> list[Job]:
+    """The job of --instruction; make: whether pictures are wanted."""
+    if args.keep_size and not args.image:
+        raise ValueError("--keep-size: there is no --image whose size could be kept")
+    if not args.instruction.strip():
+        raise ValueError("--instruction is empty: say what to show, or what to change")
+    checked_text(args.instruction, "--instruction")
+    for path in args.image:
+        load_image(path)
+    given = [*args.image, *map(check_cond, args.cond)]
+    check_mask(args.mask, args.image, args.mask_blur, f"--mask {args.mask}")
+    given += [args.mask] if args.mask else []
+    if args.routing:
+        check_pictures("--routing", [args.routing], given)
+    outs = outs_of(args) if make else []
+    if make:
+        check_pictures("--out", outs, given)
+        if args.routing in outs:
+            raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
+    return [Job(args.instruction, args.image, args.cond, args.mask, "",
+                list(enumerate(outs, args.seed)))]
+
+
+def outs_of(args: argparse.Namespace) -> list[Path]:
+    """Where pictures of --instruction go: what --out names is written over, nothing else is."""
+    out = args.out or Path("out.png")
+    outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
+    taken = [] if args.out else list(filter(Path.exists, outs))
+    if taken:
+        more = (out.with_stem(f"{out.stem}_{i}") for i in count(int(args.num == 1)))
+        outs = list(islice(filterfalse(Path.exists, more), args.num))
+        print(f"note: {taken[0]} is there already; the next free name is {outs[0]} (--out "
+              f"{out} would write over what is there)", file=sys.stderr)
+    return outs
