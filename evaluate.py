@@ -7,6 +7,10 @@ the background. PSNR = 10 log10(4 / mse). Beside each score: that of copying the
 
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +19,7 @@ import numpy as np
 
 from data import Sample, stack
 from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
-from support import commands, options
+from support import options
 from support.files import replacing, write_json
 from support.pictures import grid, save_picture
 from tiny import world

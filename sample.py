@@ -10,6 +10,10 @@ I target, R native reference, Q clean condition tokens; D width of T5, D' of CLI
 
 Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import argparse
 import sys
 import time
@@ -29,7 +33,7 @@ import dit
 import weights
 from dit import FluxTransformer
 from mole import Adapter
-from support import (caching, commands, devices, export, jobs, layouts, offload, options,
+from support import (caching, devices, export, jobs, layouts, offload, options,
                      routing_maps)
 from support.files import files_of
 from support.fp8 import check_device

@@ -14,6 +14,10 @@ Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; I target to
 
 Run: python train.py --data tiny --steps 20 --out runs/try
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import argparse
 import math
 import os
@@ -35,7 +39,7 @@ from data import Sample, Source, stack
 from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
-from support import (caching, commands, devices, distributed, layouts, options, record, report,
+from support import (caching, devices, distributed, layouts, options, record, report,
                      resume, routing_maps, summary)
 from support.fp8 import check_device, to_fp8
 from support.muon import Muon

@@ -12,6 +12,10 @@ renamed to its names in support/layouts.py, other adapters read in support/adapt
 
 Run: python weights.py tiny/model
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, commands, foreign, layouts, options, research, targets
+from support import adapters, foreign, layouts, options, research, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow

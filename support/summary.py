@@ -63,7 +63,7 @@ def rows_of(source: object) -> list[str]:
     lines = [f"rows with {commonest(given)}", f"targets of {commonest(sizes)}"]
     if source.unread:
         lines.append(f"left unread, entries without a known name: {commonest(source.unread)}")
-    return lines + [f"left out: {line}" for line in source.left_out]
+    return lines + [f"left out: {line}" for line in source.left_out()]
 
 
 def per_batch(source: object, size: int) -> tuple[int, float]:

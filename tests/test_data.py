@@ -175,7 +175,9 @@ def test_other_tables_are_named(tmp_path, name, words):
     {"edited_image": "1.png", "original_image": "0.png", "Edit-Instruction": "a"},
     {"after": "1.png", "before": ["0.png"], "Caption": "a"},
     {"File_Name": "1.png", "reference_images": ["0.png"], "TEXT": "a", "mask": None},
-    {"outputImage": "x", "tgt_img_path": "1.png", "input image": "0.png", "text": "a"},
+    {"outputNote": "x", "tgt_img_path": "1.png", "input image": "0.png", "text": "a"},
+    {"targetImagePath": "1.png", "inputImages": ["0.png"], "editPrompt": "a", "srcImg": None},
+    {"target": "1.png", "images": [], "srcImg": "0.png", "instruction": "a", "conds": []},
     {"image": "1.png", "ref_img_0": "0.png", "prompt": "a", "control": "strong"},
     {"edited_image_file_name": "1.png", "kontext_images": "0.png", "prompt": "a", "id": "1.png"}])
 def test_the_names_of_public_sets_are_known(tmp_path, row):
@@ -211,7 +213,7 @@ def test_a_table_of_capital_names_with_numbers(tmp_path):
     ({"target": "0.png", "more": {"deep": [[1, {"a": "./2.png"}]]}}, "'more' holds a picture"),
     ({"target": "0.png", "images": "https://a.b/c.png"}, "address; save that picture as a file"),
     ({"target": "S3://a/b.png"}, "address"), ({"target": "data:image/png;base64,iV"}, "address"),
-    ({"target": "0.png", "images": "sub\\1.png"}, "backslashes.*'sub/1.png'"),
+    ({"target": "0.png", "images": "sub\\1.png"}, "1.png: no such.*write folders with /"),
     ({"target": "0.png", "images": "sub"}, "sub: is a folder.*name one picture")])
 def test_what_has_two_readings_or_none_is_refused(tmp_path, row, words):
     (tmp_path / "sub").mkdir()
@@ -279,12 +281,12 @@ def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
     source = data.Folder(tmp_path)
     assert [[path.name for path in row.paths] for row in source.checked_rows()] == [
         ["a.jfif", "a.png"], ["b.AVIF", "b_1.tga"], ["c.ppm", "c.jpe"]]
-    files, folders = source.left_out
+    files, folders = source.left_out()
     assert re.match(r"files, 6 \(e.txt, f.caption, g.psd, ...\): neither", files)
     assert re.match(r"pictures in folders below, 2 \(set 2/1.png, set 2/deep/2.png\): ", folders)
     for name in ("e.txt", "f.caption", "g.psd", "h.mp4", "control/n.json", "control/d.png"):
         (tmp_path / name).unlink()
-    assert len(data.Folder(tmp_path).left_out) == 1
+    assert len(data.Folder(tmp_path).left_out()) == 1
     (tmp_path / "b.txt").rename(tmp_path / "b.caption")
     with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt; left out: .*b.caption"):
         data.Folder(tmp_path)

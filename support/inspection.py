@@ -1,0 +1,59 @@
+"""Looking through rows in several threads: their order, and what is wrong with them, as in one.
+
+data.Folder has its rows checked here before training begins; a bar shows that something goes on.
+"""
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from support.tables import skipping
+
+THREADS = min(8, os.cpu_count() or 1)                    # Pillow decodes in several at once
+AHEAD = 4 * THREADS                                      # rows that are looked at together
+QUIET = 1.0                                              # seconds without a bar
+Found = TypeVar("Found")
+
+
+def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
+                   check: Callable[..., Found], bad: list[str] | None, what: str
+                   ) -> Iterator[Found]:
+    """What check(*row) gives for each row; what it raises joins `bad`, if there is such a list.
+
+    read: gives the rows, and writes to a list, if it gets one, what is wrong with those that it
+    leaves out. What it raises, of a whole table, is raised after all that stands before it.
+    """
+    left_out: list[str] = []
+    rows = read(None if bad is None else left_out)
+    waiting: deque[tuple[int, Future[Found]]] = deque()  # with how many were left out before
+    pool, reading, broken, told = ThreadPoolExecutor(THREADS), True, None, 0
+    with tqdm(desc=f"looking through {what}", unit=" rows", mininterval=1, delay=QUIET, leave=False,
+              disable=int(os.environ.get("RANK", 0)) > 0) as bar:
+        try:
+            while reading or waiting:
+                while reading and len(waiting) < AHEAD:
+                    try:
+                        waiting.append((len(left_out), pool.submit(check, *next(rows))))
+                    except StopIteration:
+                        reading = False
+                    except (ValueError, OSError) as error:
+                        reading, broken = False, error
+                if waiting:
+                    before, future = waiting.popleft()
+                    if bad is not None:
+                        bad.extend(left_out[told:before])
+                    told = before
+                    found: list[Found] = []
+                    with skipping(bad):
+                        found.append(future.result())
+                    yield from found
+                    bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if bad is not None:
+        bad.extend(left_out[told:])
+    if broken:
+        raise broken
