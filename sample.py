@@ -33,7 +33,7 @@ import dit
 import weights
 from dit import FluxTransformer
 from mole import Adapter
-from support import (caching, devices, export, jobs, layouts, offload, options,
+from support import (adapters, caching, devices, export, jobs, layouts, offload, options,
                      routing_maps)
 from support.files import files_of
 from support.fp8 import check_device
@@ -61,6 +61,7 @@ class Pipeline:
     dtype: torch.dtype
     paths: dict[str, Path]                               # of each part
     cache: caching.Cache | None = None                   # of what the encoders gave before
+    longest: int = 512                                   # side of a condition, as in training
 
 
 @dataclass
@@ -108,6 +109,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list[tuple[Path, floa
     chosen = adapter if isinstance(adapter, list) else [(Path(adapter), 1.0)] if adapter else []
     if chosen:
         pipe.adapter = weights.load_adapters(pipe.dit, chosen)
+        pipe.longest = adapters.longest(path for path, _ in chosen)
         for p in pipe.adapter.tensors().values():        # not the model's weights in its layers
             p.data = p.data.to(device)
     return pipe
@@ -258,12 +260,13 @@ def prepare(pipe: Pipeline, images: list[Image.Image], conds: list[Image.Image],
     """Resize what is given, to (1, 3, H, W) tensors in [-1, 1].
 
     The picture to edit takes the output's size, so that the grids coincide. Conditions keep their
-    aspect, the longer side at most 512, as in training; a model for small squares takes only those.
+    aspect, the longer side at most as in training; a model for small squares takes only those.
     """
     side = pipe.vae.config.sample_size
     refs = [resize(image, size if i == 0 else output_size(pipe, [image], None))
             for i, image in enumerate(images)]
-    clean = [resize(image, fitted(image.size) if side >= 512 else (side, side)) for image in conds]
+    clean = [resize(image, fitted(image.size, pipe.longest) if side >= 512 else (side, side))
+             for image in conds]
     return [to_tensor([p]) for p in refs], [to_tensor([p]) for p in clean]
 
 

@@ -3,6 +3,7 @@
 weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"{file}: {name} holds numbers that are not finite: its training has "
                              "diverged (take an earlier checkpoint), or the file is damaged")
     return config, tensors
+
+
+def longest(paths: Iterable[Path]) -> int:
+    """The most pixels that a side of a picture had where such adapters were trained; 512 unsaid."""
+    found = []
+    for path in map(foreign.snapshot, paths):
+        if not (path / "train_config.json").is_file():   # the paper's says nothing of it
+            stored = json_object(read_metadata(file_of(path)).get("adapter", "{}"), path)
+            found.append(stored.get("longest", ""))
+    return max((int(side) for side in found if str(side).isdecimal()), default=512)
 
 
 @torch.no_grad()

@@ -70,18 +70,33 @@ def largest(batches: Iterator[list]) -> object:
     return found
 
 
+def empty_batch(pipe: object, like: object, batch: int, as_tokens: Callable
+                ) -> tuple[Tensor, object]:
+    """The target's latents (B, C, h, w) and all that is given, with shapes and types alone.
+
+    pipe: a sample.Pipeline; like: a sample of which there are `batch`; as_tokens: sample.py's.
+    """
+    c = pipe.dit.config
+    x0, *latents = (torch.empty(batch, c.in_channels // 4, p.shape[0] // 8, p.shape[1] // 8)
+                    for p in (like.target, *like.images, *like.conds))
+    txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
+    pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
+    return x0, as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))
+
+
 def in_words(size: int) -> str:
     """Bytes, in megabytes where there are few."""
     return f"{size / GB:7.2f} GB" if size >= GB / 10 else f"{size / MB:7.2f} MB"
 
 
-def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
-         device: torch.device, adapt: Callable[[], tuple[Adapter, Optimizers]],
+def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapter, Optimizers]],
          loss_of: Callable[[int], Tensor], sample: object) -> None:
     """Print what memory training will need, counted as on a CPU, for one process.
 
-    adapt() puts a new adapter on the model; loss_of(n) is that of n such samples.
+    pipe: a sample.Pipeline without weights. adapt() puts a new adapter on its model; loss_of(n) is
+    that of n such samples.
     """
+    model, encoders = pipe.dit, (pipe.t5, pipe.clip, pipe.vae)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model.to_empty(device="cpu")
         base, blocks = live.now, [sum(t.nbytes for t in offload.weights_of(block)) for block in (
@@ -92,7 +107,7 @@ def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
         states = live.now - base - own                   # the optimizers made them at their end
         second, update = step_bytes(loss_of, 2, adapter, optimizers, args.accumulate, live)
     first += states
-    room = args.dry_run * GB or devices.memory(device)
+    room = args.dry_run * GB or devices.memory(pipe.device)
     if args.shard:                                       # but for two: at work, and on its way
         elsewhere = (sum(blocks) - 2 * max(blocks)) * (1 - 1 / int(os.environ["WORLD_SIZE"]))
         base, first, second, update = (int(size - elsewhere) for size in
