@@ -20,6 +20,7 @@ from support.resume import Optimizers
 from support.summary import counted
 
 GB, MB = 10 ** 9, 10 ** 6                                # bytes
+MANY = 64                                                # times the batch: few may take less each
 
 
 class LiveBytes(TorchDispatchMode):
@@ -104,24 +105,31 @@ def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapt
         adapter, optimizers = adapt()
         own = live.now - base
         first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)
-        states = live.now - base - own                   # the optimizers made them at their end
-        second, update = step_bytes(loss_of, 2, adapter, optimizers, args.accumulate, live)
-    first += states
+        states = live.now - base - own                   # the optimizers made them at its end
+        batch, many = args.batch_size, MANY * args.batch_size
+        passes = {1: first + states}
+        for n in (many, batch):
+            passes[n], update = step_bytes(loss_of, n, adapter, optimizers, args.accumulate, live)
     room = args.dry_run * GB or devices.memory(pipe.device)
     if args.shard:                                       # but for two: at work, and on its way
         elsewhere = (sum(blocks) - 2 * max(blocks)) * (1 - 1 / int(os.environ["WORLD_SIZE"]))
-        base, first, second, update = (int(size - elsewhere) for size in
-                                       (base, first, second, update))
+        base, update = int(base - elsewhere), int(update - elsewhere)
+        passes = {n: int(size - elsewhere) for n, size in passes.items()}
     kept = 0 if args.cache else sum(t.nbytes for part in encoders for t in offload.weights_of(part))
     stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
-    whole = max(first + (args.batch_size - 1) * (second - first), update)
+    whole = max(passes[batch], update)
+    low, high = (batch, many) if whole + stay <= room else (1, batch)
+    each = (passes[high] - passes[low]) / max(1, high - low)     # nowhere between is more needed
+    fits = max(passes[1], update) + stay <= room
+    most = low + int((room - stay - passes[low]) // each) if fits else 0
     height, width = sample.target.shape[:2]
-    print(f"memory for a batch of {args.batch_size}, {width}x{height}, "
-          f"{counted(len(sample.images), 'reference')}, {counted(len(sample.conds), 'condition')}; "
-          "the largest of 16 samples:")
+    given = [counted(len(pictures), what) for pictures, what in (
+        (sample.images, "reference"), (sample.conds, "condition")) if pictures]
+    print(f"memory for a batch of {batch}, {width}x{height}, "
+          f"{' and '.join(given) or 'nothing given'}; the largest of 16 samples:")
     for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
                        ("optimizer", states), ("activations", whole - base - 2 * own - states),
                        ("text encoders, autoencoder", stay), ("together", whole + stay)):
-        print(f"  {name:27}{in_words(size)}")
-    most = 1 + int((room - stay - first) // (second - first)) if update + stay < room else 0
-    print(f"  largest batch in {room / GB:.1f} GB: {max(0, most):,}")
+        if size:
+            print(f"  {name:27}{in_words(size)}")
+    print(f"  largest batch in {in_words(room).strip()}: {most:,}")
