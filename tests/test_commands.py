@@ -403,3 +403,11 @@ def test_older_names_of_options_mean_the_same_and_are_not_told(monkeypatch, caps
     told = capsys.readouterr().out
     assert "--method" in told and "--recompute" in told
     assert "--adapter" not in told and "--checkpoint" not in told
+
+
+def test_help_says_what_seed_tiny_and_shift_mean(monkeypatch, capsys):
+    code, out, _ = run_command(monkeypatch, capsys, "train.py", train.main, "--help")
+    told = " ".join(out.split())
+    for words in ("--seed SEED of all that is random", "or tiny, the embedded model's drawn world",
+                  "above 1, more are near 1, pure noise", "--keep N keep the last N"):
+        assert code == 0 and words in told, words

@@ -75,6 +75,7 @@ def test_a_seed_means_the_same_everywhere():
 
 def test_sizes(bare):
     class Big:                                           # stands for the released autoencoder
+        longest = 512
         class vae:
             class config:
                 sample_size = 1024
@@ -90,6 +91,9 @@ def test_sizes(bare):
                             [Image.new("RGB", (1000, 500))], (512, 768))
     assert [tuple(t.shape[-2:]) for t in images] == [(768, 512), (880, 1184)]  # first: the output's
     assert tuple(conds[0].shape[-2:]) == (256, 512)
+    Big.longest = 768                                    # as its adapter was trained
+    _, conds = prepare(Big, [], [Image.new("RGB", (1000, 500))], (512, 768))
+    assert tuple(conds[0].shape[-2:]) == (384, 768)
     assert output_size(bare, [Image.new("RGB", (400, 300))], None) == (64, 64)
 
 

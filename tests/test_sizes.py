@@ -14,6 +14,7 @@ import train
 import weights
 from helpers import ROOT, run_train
 from mole import AdapterConfig
+from sample import load_pipeline
 from support import adapters, sizes
 
 
@@ -137,6 +138,8 @@ def test_the_longest_side_is_in_the_adapter_where_it_was_asked_for(tmp_path, mon
     files = [tmp_path / name / "adapter.safetensors" for name in ("plain", "long")]
     assert [adapters.longest([file]) for file in files] == [512, 768]
     assert adapters.longest([file.parent for file in files]) == 768
+    assert [load_pipeline(short_model, file, "cpu", "float32").longest for file in files] == [
+        512, 768]
     with safe_open(files[0], "pt") as opened:            # the same bytes as ever
         assert "longest" not in opened.metadata()["adapter"]
     code, _, err = run_train(monkeypatch, capsys, *common, "--method", "lora", "--out",
