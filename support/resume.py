@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -171,17 +172,21 @@ def leave(step: int, rank: int, asked: list[int | Exception]) -> None:
     """End all processes once the first has saved the step after which one was asked to stop.
 
     asked: by which signals, or errors, this one was; the first tells the exit code, as shells
-    count signals. Raises: ValueError for an error, saying that all is saved.
+    count signals. Raises: ValueError, in the first process, for an error.
     """
-    if dist.is_initialized():
-        dist.barrier()
-    why = (asked or [signal.SIGTERM])[0]
-    if isinstance(why, Exception):
-        raise ValueError(f"{why}; stopped after {step} steps, which are saved: mend it, or add "
-                         "--skip-bad to draw others instead, and --resume goes on")
+    reasons = [why if isinstance(why, int) else str(why) for why in asked]
+    every = [reasons]
+    if dist.is_initialized():                            # which waits for all, too
+        every = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, reasons)
+    why = next(chain.from_iterable(every))
+    if isinstance(why, str) and rank == 0:
+        way = "" if "--skip-bad" in why else ", or add --skip-bad to draw others instead"
+        raise ValueError(f"{why}; stopped after {step} steps, which are saved: mend it{way}, and "
+                         "--resume goes on")
     if rank == 0:
         print(f"stopped after {step} steps; --resume goes on", file=sys.stderr)
-    sys.exit(128 + why)
+    sys.exit(2 if isinstance(why, str) else 128 + why)
 
 
 @contextmanager

@@ -481,6 +481,29 @@ def test_a_picture_that_goes_bad_costs_no_step(tmp_path, monkeypatch, capsys, sh
     assert code == 0 and len(done) == 12, err
 
 
+def test_a_picture_that_goes_bad_in_another_process_is_told_by_the_first(tmp_path, forks,
+                                                                         short_model):
+    """All end after the same step, which is saved."""
+    script = tmp_path / "train.py"
+    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport data, train\n"
+                      "from support import commands\n"
+                      "train.previews, batches = lambda *_: {}, data.batches\n"
+                      "def torn(*args):\n"
+                      "    for i, batch in enumerate(batches(*args)):\n"
+                      "        if i == 2 and os.environ['RANK'] == '1':\n"
+                      "            raise FileNotFoundError('3.png: gone')\n"
+                      "        yield batch\n"
+                      "data.batches = torn\ncommands.run(train.main)\n")
+    first, second = together(forks, script, "--data", "tiny", "--batch-size", 1, "--steps", 9,
+                             "--method", "lora", "--model", short_model, "--out", tmp_path / "run")
+    assert first.returncode == second.returncode == 2, (first, second)
+    assert first.stderr.splitlines()[-1] == (
+        "error: 3.png: gone; stopped after 2 steps, which are saved: mend it, or add --skip-bad to "
+        "draw others instead, and --resume goes on")
+    assert "error" not in second.stderr
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+
+
 def test_the_next_item_is_there_before_this_one_is_used():
     """What it raises is known in time; a first one that is none is raised at once."""
     def items(last: int):
