@@ -3,6 +3,7 @@
 train.main() calls chosen() before any weight of the model is read.
 """
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -35,17 +36,15 @@ def method_of(c: AdapterConfig) -> str:
 
 def by_options(args: argparse.Namespace, base: AdapterConfig) -> dict:
     """What --config, --rank and --experts change. Raises: ValueError where two contradict."""
-    named = entries_of(args.config)[0] if args.config else {}
-    asked = {}
+    named, asked = entries_of(args.config)[0] if args.config else {}, {}
+    before = asdict(config_from(AdapterConfig, asdict(base) | named, args.config, whole=True))
     if args.rank:                                        # alpha follows: the scale stays
         rank, alpha = ("lora_rank", "lora_alpha") if args.method == "lora" else ("rank", "alpha")
-        before = asdict(base) | named
-        asked |= {rank: args.rank, alpha: args.rank * before[alpha] / before[rank]}
+        asked |= {rank: args.rank, alpha: args.rank * before[alpha] / max(1, before[rank])}
     if args.experts:
         if args.method == "lora":
             raise ValueError(f"--experts {args.experts}: --method lora has none")
-        asked |= {"experts": args.experts,
-                  "top_k": min(args.experts, (asdict(base) | named)["top_k"])}
+        asked |= {"experts": args.experts, "top_k": min(args.experts, before["top_k"])}
     for name, option in (("rank", args.rank), ("lora_rank", args.rank), ("experts", args.experts)):
         if name in named and name in asked and named[name] != asked[name]:
             raise ValueError(f"--{name.removeprefix('lora_')} {option}: {args.config} says {name} "
@@ -70,6 +69,9 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
             raise ValueError(f"--init {args.init}: is an adapter of --method {method_of(base)}, "
                              f"not {args.method}")
         args.method = method_of(base)
+        if (side := adapters.longest([args.init])) != (args.longest or 512):
+            print(f"note: {args.init} was trained with --longest {side}, this run is with "
+                  f"{args.longest or 512}", file=sys.stderr)
         if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
             args.init = adapters.file_of(args.init)
     else:

@@ -21,7 +21,7 @@ from support import adapters, sizes
 def asked(tmp_path: Path, **given: object) -> argparse.Namespace:
     """Options as they are parsed; config: entries for a file."""
     values = {"model": tmp_path / "model", "method": "instructmole", "config": None, "rank": None,
-              "experts": None, "init": None} | given
+              "experts": None, "init": None, "longest": None} | given
     if isinstance(values["config"], dict):
         (tmp_path / "config.json").write_text(json.dumps(values["config"]))
         values["config"] = tmp_path / "config.json"
@@ -69,6 +69,8 @@ def test_rank_and_experts(tmp_path):
     ({"method": "lora", "rank": 4, "config": {"lora_rank": 8}}, "--rank 4: .*says lora_rank 8"),
     ({"config": {"ranks": 8}}, "config.json: unknown entry 'ranks'; it may hold .*experts, top_k"),
     ({"config": {"rank": "8"}}, "config.json: rank should be a whole number"),
+    ({"config": {"rank": "8"}, "rank": 4}, "config.json: rank should be a whole number"),
+    ({"config": {"rank": 0}, "rank": 4}, "config.json says rank 0"),
     ({"config": {"experts": 2}}, "top_k 4 in 1..2"), ({"config": Path("gone.json")}, "gone.json")])
 def test_what_contradicts_or_is_unknown_is_named(tmp_path, given, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
@@ -142,6 +144,10 @@ def test_the_longest_side_is_in_the_adapter_where_it_was_asked_for(tmp_path, mon
         512, 768]
     with safe_open(files[0], "pt") as opened:            # the same bytes as ever
         assert "longest" not in opened.metadata()["adapter"]
+    for more, note in (([], True), (["--longest", 768], False)):
+        code, _, err = run_train(monkeypatch, capsys, *common, "--init", files[1], *more,
+                                 "--out", tmp_path / f"after-{note}")
+        assert code == 0 and ("was trained with --longest 768, this run is with 512" in err) == note
     code, _, err = run_train(monkeypatch, capsys, *common, "--method", "lora", "--out",
                              tmp_path / "long", "--resume")
     assert code == 2 and "began with longest = 768, not None" in err
