@@ -27,33 +27,32 @@ def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
     leaves out. What it raises, of a whole table, is raised after all that stands before it.
     """
     left_out: list[str] = []
-    rows = read(None if bad is None else left_out)
+    rows, noted = read(None if bad is None else left_out), [] if bad is None else bad
     waiting: deque[tuple[int, Future[Found]]] = deque()  # with how many were left out before
-    pool, reading, broken, told = ThreadPoolExecutor(THREADS), True, None, 0
-    with tqdm(desc=f"looking through {what}", unit=" rows", mininterval=1, delay=QUIET, leave=False,
-              disable=int(os.environ.get("RANK", 0)) > 0) as bar:
-        try:
-            while reading or waiting:
+    pool, reading, broken, known = ThreadPoolExecutor(THREADS), True, None, 0
+    bar = tqdm(desc=f"looking through {what}", unit=" rows", mininterval=1, delay=QUIET,
+               leave=False, disable=int(os.environ.get("RANK", 0)) > 0)
+    try:
+        while True:
+            try:
                 while reading and len(waiting) < AHEAD:
-                    try:
-                        waiting.append((len(left_out), pool.submit(check, *next(rows))))
-                    except StopIteration:
-                        reading = False
-                    except (ValueError, OSError) as error:
-                        reading, broken = False, error
-                if waiting:
-                    before, future = waiting.popleft()
-                    if bad is not None:
-                        bad.extend(left_out[told:before])
-                    told = before
-                    found: list[Found] = []
-                    with skipping(bad):
-                        found.append(future.result())
-                    yield from found
-                    bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    if bad is not None:
-        bad.extend(left_out[told:])
+                    waiting.append((len(left_out), pool.submit(check, *next(rows))))
+            except StopIteration:
+                reading = False
+            except (ValueError, OSError) as error:
+                reading, broken = False, error
+            if not waiting:
+                break
+            before, future = waiting.popleft()
+            noted.extend(left_out[known:before])
+            known, found = before, list[Found]()
+            with skipping(bad):
+                found.append(future.result())
+            bar.update()
+            yield from found
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    noted.extend(left_out[known:])
     if broken:
         raise broken

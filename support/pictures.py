@@ -69,7 +69,7 @@ def missing(path: str) -> str:
     if ADDRESS.search(path):                             # Path has made one / of two
         return "is an address; save that picture as a file, and name the file"
     if "\\" in path and os.sep == "/":
-        return f"no such picture file; write folders with /, not with {chr(92)}"
+        return "no such picture file; write folders with /, not with \\"
     return "no such picture file"
 
 

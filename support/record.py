@@ -19,6 +19,7 @@ from support.pictures import grid, save_picture
 from text_encoder import T5Tokenizer
 
 ASKED_FOR = "longest", "init"                            # settings that stand only where they are
+SHOWN = 16                                               # samples of a batch, at most
 
 
 def identity(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, str]:
@@ -92,11 +93,11 @@ def tell_end(args: argparse.Namespace, adapter: Adapter, start: int) -> None:
 
 
 def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:
-    """data.png: a batch's pictures as the model gets them, the target last, and its texts.
+    """data.png: pictures of a batch as the model gets them, the target last, and their texts.
 
     What the model does not read of a text stands behind a bar.
     """
-    texts = []
+    texts, samples = [], samples[:SHOWN]
     for s in samples:
         read = tokens.model.encode(s.instruction)
         end = max(end for _, end in read.offsets) if read.overflowing else len(s.instruction)
