@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Protocol
@@ -20,9 +21,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from support.folders import read_pairs, unnamed, unused
+from support.folders import left_out, naming, read_pairs, table_of
+from support.inspection import looked_through
 from support.names import check_unread, ours
-from support.pictures import fitted, load_image, pictures_in, resize, to_tensor
+from support.pictures import checked_size, fitted, load_image, resize, to_tensor
 from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_text,
                             skipping)
 
@@ -80,54 +82,54 @@ class Folder:
     instruction (str), images (paths of native references), conds (paths of clean conditions), task
     (str); the last three may be absent, a single path may stand for a list; support/names.py lists
     the names that others use. size: (W, H) that every picture takes, or None to keep each near its
-    own size, the longer side at most 512; the first reference takes the target's, as in sampling.
-    root: the folder that no path may leave, by default the file's own. bad: a list that takes the
-    bad lines' errors; one in ten may be bad. What is there and not used is told in unread (entries
-    without a known name, in how many rows) and left_out (lines about files and folders).
+    own size, the longer side at most `longest`; the first reference takes the target's, as in
+    sampling. root: the folder that no path may leave, by default the file's own. bad: a list that
+    takes what is wrong with lines, now and when they are drawn; one in ten may be bad. unread:
+    entries without a known name, in how many rows.
     Raises: FileNotFoundError, ValueError; they name the line.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 root: Path | None = None, bad: list[str] | None = None):
-        path, self.size = Path(path), size
-        folder = path if path.is_dir() else path.parent
-        files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
-        file = next(filter(Path.is_file, files), None)
-        if file is None and not pictures_in(path):
-            there = "".join(f"; there are {line}" for line in unused(path, set()))
-            raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
-                                    "a data folder needs metadata.jsonl, metadata.csv, or pictures "
-                                    f"with .txt files{there}")
-        own_bad = None if bad is None else []            # counted before it joins the others'
+                 root: Path | None = None, bad: list[str] | None = None, longest: int = 512):
+        self.path, self.size, self.root, self.longest = Path(path), size, root, longest
+        self.file = table_of(self.path)
+        self.folder = self.path if self.path.is_dir() else self.path.parent
+        self.bad, self.all_bad = None if bad is None else [], bad
         self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
-        self.unread, self.left_out = Counter[str](), list[str]()
-        for where, line in (read_rows(file, own_bad) if file else
-                            read_pairs(folder, own_bad, self.left_out)):
-            with skipping(own_bad):
-                row = self.checked(line, folder, root, where)
-                self.groups.setdefault((row.natives, *row.sizes), []).append(row)
-        if path.is_dir() and file:
-            self.left_out += unnamed(folder, file, (row.paths for row in self.checked_rows()))
-        if own_bad:
-            check_few(own_bad, len(own_bad) + sum(map(len, self.groups.values())))
-            bad.extend(own_bad)
+        self.unread, self.of_bad_rows = Counter[str](), list[Path]()
+        read = partial(read_rows, self.file) if self.file else partial(read_pairs, self.folder)
+        for row, rest in looked_through(read, self.checked, self.bad, str(path)):
+            self.groups.setdefault((row.natives, *row.sizes), []).append(row)
+            self.unread.update(rest)
+        self.number = len(self.bad or []) + sum(map(len, self.groups.values()))
+        check_few(self.bad, self.number, self.all_bad)
         if not self.groups:
-            raise ValueError(f"{file or path}: holds no rows")
+            raise ValueError(f"{self.file or path}: holds no rows")
 
-    def checked(self, line: dict, folder: Path, root: Path | None, where: str) -> Row:
-        """A line as a row. Raises: ValueError, FileNotFoundError for what cannot be trained on."""
-        line, rest = ours(line, where)
-        instruction, target = (row_text(line, name, where) for name in ("instruction", "target"))
-        images, conds = (row_paths(line, name, where) for name in ("images", "conds"))
-        paths = [located(path, folder, root, where) for path in (target, *images, *conds)]
-        check_unread(rest, folder, paths, where)
-        self.unread.update(name for name, value in rest.items() if value not in (None, "", []))
-        found = [load_image(path, where).size for path in paths]             # finds broken ones
-        sizes = [self.size or fitted(size) for size in found]
+    def checked(self, where: str, line: dict) -> tuple[Row, list[str]]:
+        """A line as a row, and its entries without a known name that hold something.
+
+        Raises: ValueError, FileNotFoundError for what cannot be trained on.
+        """
+        with naming(self.of_bad_rows, line, self.folder):
+            line, rest = ours(line, where)
+            instruction, target = (row_text(line, key, where) for key in ("instruction", "target"))
+            images, conds = (row_paths(line, key, where) for key in ("images", "conds"))
+            paths = [located(path, self.folder, self.root, where)
+                     for path in (target, *images, *conds)]
+            check_unread(rest, self.folder, paths, where)
+            found = [checked_size(path, where) for path in paths]            # finds broken ones
+            task = checked_text(str(line.get("task") or ""), where)
+        sizes = [self.size or fitted(size, self.longest) for size in found]
         if images:
             sizes[1] = sizes[0]                          # the picture to edit takes the target's
-        task = checked_text(str(line.get("task") or ""), where)
-        return Row(instruction, paths, sizes, len(images), task, where)
+        return (Row(instruction, paths, sizes, len(images), task, where),
+                [name for name, value in rest.items() if value not in (None, "", [])])
+
+    def left_out(self) -> list[str]:
+        """Lines about what lies beside the data and is not used."""
+        paths = chain(self.of_bad_rows, *(row.paths for row in self.checked_rows()))
+        return left_out(self.path, self.file, paths)
 
     def read(self, row: Row) -> Sample:
         pictures = [resize(load_image(path, row.where), size)
@@ -136,16 +138,35 @@ class Folder:
         return Sample(row.instruction, pictures[0], images, conds, row.task)
 
     def draw(self, rng: Random, size: int, nearby: Random | None = None) -> list[Sample]:
-        """Up to `size` different rows of one group; a group is as likely as it is large."""
-        groups = list(self.groups.values())
+        """Up to `size` different rows of one group; a group is as likely as it is large.
+
+        Another row is drawn for one that has gone bad since the start, if those are skipped.
+        """
+        groups, samples = list(self.groups.values()), list[Sample]()
         weights = np.array([len(rows) for rows in groups], float)
-        rows = groups[rng.choice(len(groups), p=weights / weights.sum())]
-        chosen = rng.choice(len(rows), min(size, len(rows)), replace=False)
-        return [self.read(rows[i]) for i in chosen]
+        while not samples:                               # again where all of a group have gone bad
+            rows = groups[rng.choice(len(groups), p=weights / weights.sum())]
+            order = list(rng.choice(len(rows), min(size, len(rows)), replace=False))
+            for i in order:
+                good = self.read_good(rows[i])
+                samples += good
+                if not good and len(order) < len(rows):  # another one in its place
+                    order.append(rng.choice(np.setdiff1d(range(len(rows)), order)))
+        return samples
+
+    def read_good(self, row: Row) -> list[Sample]:
+        """The row's sample; none if it is bad by now and such rows are skipped."""
+        good: list[Sample] = []
+        with skipping(self.bad):
+            good.append(self.read(row))
+        if not good:
+            check_few(self.bad, self.number, self.all_bad)
+        return good
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
-        """Every row, or every stride-th."""
-        return map(self.read, islice(self.checked_rows(), first, None, stride))
+        """Every row that is not bad, or every stride-th."""
+        return chain.from_iterable(
+            map(self.read_good, islice(self.checked_rows(), first, None, stride)))
 
     def checked_rows(self) -> Iterator[Row]:
         return chain.from_iterable(self.groups.values())
@@ -155,14 +176,10 @@ class Folder:
             yield row.instruction, *((path.name, path.stat().st_size) for path in row.paths)
 
 
-def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
-                public: dict[str, Callable[..., Source]] = {},
-                size: tuple[int, int] | None = None, root: Path | None = None,
-                bad: list[str] | None = None, draws: int | None = None) -> tuple[Source, float]:
-    """A command line's SOURCE[:weight] -> (source, weight).
+def open_source(text: str, *known: dict[str, Callable[..., Source]],
+                **how: object) -> tuple[Source, float]:
+    """A command line's SOURCE[:weight] -> (source, weight). known, how: as open_one() takes them.
 
-    SOURCE: a name | FOLDER | FILE.jsonl or .csv | a public set's name=PATH. named, public: the
-    sources that are known so; size, root, bad: as Folder takes them; draws: as public sets do.
     Raises: ValueError, FileNotFoundError.
     """
     name, colon, weight = text.rpartition(":")
@@ -172,25 +189,30 @@ def open_source(text: str, named: dict[str, Callable[[], Source]] = {},
         name, value = text, 1.0
     if not 0 < value < float("inf"):
         raise ValueError(f"--data {text}: the weight must be a positive number")
-    return open_one(name, named, public, size, root, bad, draws), value
+    return open_one(name, *known, **how), value
 
 
 def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
              public: dict[str, Callable[..., Source]] = {}, size: tuple[int, int] | None = None,
-             root: Path | None = None, bad: list[str] | None = None, draws: int | None = None,
-             option: str = "--data") -> Source:
-    """A source by its name alone, as open_source() takes it; option: for its errors."""
+             root: Path | None = None, bad: list[str] | None = None, longest: int = 512,
+             draws: int | None = None, option: str = "--data") -> Source:
+    """A source: a name | FOLDER | FILE.jsonl or .csv | a public set's name=PATH.
+
+    named, public: the sources that are known so; size, root, bad, longest: as Folder takes them;
+    draws: as public sets do; option: for errors. Raises: ValueError, FileNotFoundError.
+    """
     if name in named:
         return named[name]()
     kind, equals, path = name.partition("=")
-    if equals and kind in public:
-        return public[kind](path, size, bad, draws)
-    if equals and not Path(name).exists():
-        raise ValueError(f"{option} {name}: no public set {kind!r}; there are {', '.join(public)}")
-    if not Path(name).exists():
-        raise FileNotFoundError(f"{option} {name}: not found; it must be a folder of data, or a "
-                                ".jsonl or .csv file")
-    return Folder(name, size, root, bad)
+    known = public.get(kind) if equals else None
+    path = path if known else name
+    if not Path(path).exists():
+        other = f"no public set {kind!r}; there are {', '.join(public)}"
+        raise FileNotFoundError(f"{option} {name}: " + (
+            other if equals and not known else "not found; it must be a folder of data, or a "
+            ".jsonl or .csv file"))
+    return (known(path, size, bad, draws, longest) if known else
+            Folder(path, size, root, bad, longest))
 
 
 def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: int = 0,
@@ -215,13 +237,3 @@ def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: in
             yield ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def some_of_each(sources: list[tuple[Source, float]], seed: int) -> list[Sample]:
-    """Eight samples of the sources in turn, each target once: what training shows on its way."""
-    samples = {}
-    for i, (source, _) in enumerate((sources * 8)[:8]):
-        rng = np.random.default_rng([seed, 2 ** 32 + i])
-        sample, = source.draw(rng, 1, rng)
-        samples.setdefault(sample.target.tobytes(), sample)
-    return list(samples.values())

@@ -10,6 +10,10 @@ Beside each score: that of copying the first picture given. Definitions: support
 Run: python evaluate.py --bench tiny --number 64         # two minutes on two cores
      python evaluate.py --data tiny/examples/own         # seconds
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import argparse
 import os
 import sys
@@ -23,7 +27,7 @@ from tqdm import tqdm
 
 from data import Sample, Source, open_one, stack
 from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
-from support import commands, layouts, options, summary
+from support import adapters, layouts, options, summary
 from support.files import replacing, write_json
 from support.pictures import grid, save_picture
 from support.public_sets import PUBLIC
@@ -207,7 +211,8 @@ def number_of(source: Source) -> int:
 def open_pairs(args: argparse.Namespace, bad: list[str] | None) -> Source:
     """The source of --data; says what was understood of it. Raises: as data.open_one() does."""
     size = layouts.only_size(args.vae or args.model / "vae")
-    source = open_one(args.data, {}, PUBLIC, size, args.data_root, bad)
+    longest = adapters.longest(path for path, _ in options.adapters_of(args))
+    source = open_one(args.data, {}, PUBLIC, size, args.data_root, bad, longest)
     less = f"; scored: the first {args.number:,}" if args.number else ""
     summary.say(f"{args.data}: {summary.counted(number_of(source), 'sample')}{less}")
     for line in summary.understood(source):

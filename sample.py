@@ -14,8 +14,11 @@ I target, R native reference, Q clean condition tokens; D width of T5, D' of CLI
 
 Run: python sample.py --instruction "make the green circle blue" --image tiny/examples/before.png
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,10 +35,9 @@ from tqdm import tqdm
 
 import dit
 import weights
-from dit import FluxTransformer
 from mole import Adapter
-from support import (adapters, caching, commands, devices, export, jobs, layouts, masks, offload,
-                     options, origin, plans, routing_maps)
+from support import (adapters, caching, devices, export, jobs, layouts, masks, offload, options,
+                     origin, plans, routing_maps)
 from support.conditions import read_cond
 from support.files import files_of
 from support.fp8 import check_device
@@ -49,7 +51,7 @@ from vae import AutoEncoder
 @dataclass
 class Pipeline:
     """Everything between a text, some pictures, and a picture. Threads use it one at a time."""
-    dit: FluxTransformer
+    dit: dit.FluxTransformer
     vae: AutoEncoder
     t5: T5Encoder
     clip: CLIPEncoder
@@ -63,6 +65,7 @@ class Pipeline:
     cache: caching.Cache | None = None                   # of what the encoders gave before
     run: Callable = call                                 # how training calls a block
     lock: RLock = field(default_factory=RLock)           # weights move and merge while one works
+    longest: int = 512                                   # side of a condition, as in training
 
 
 @dataclass
@@ -112,6 +115,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     pipe.names = origin.names(Path(model), chosen)
     if chosen:
         pipe.adapter = weights.load_adapters(pipe.dit, chosen)
+        pipe.longest = adapters.longest(path for path, _ in chosen)
         for p in pipe.adapter.tensors().values():        # not the model's weights in its layers
             p.data = p.data.to(device)
     return pipe
@@ -166,8 +170,8 @@ def as_tokens(txt: Tensor, pooled: Tensor, latents: list[Tensor], natives: int) 
 
 # ---------------------------------------------------------------------------------------- sampling
 
-def velocity(model: FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor, given: Conditioning,
-             h: int, w: int, run: Callable = call) -> Tensor:
+def velocity(model: dit.FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor,
+             given: Conditioning, h: int, w: int, run: Callable = call) -> Tensor:
     """Velocity of the target alone: xt (B, I, P); t, guidance (B,); grid h x w -> (B, I, P)."""
     img, ids = xt, dit.position_ids(h, w).to(xt.device)                      # (B, I, P), (I, 3)
     if given.ref is not None:
@@ -248,10 +252,10 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     """
     plans.check_call(pipe.t5_tokens, instruction, steps, guidance, size)
     only, images = pipe.vae.config.only_size, [given_picture(one) for one in each(images)]
-    conds = [read_cond(one, partial(cond_size, only)) for one in each(conds)]
+    conds = [read_cond(one, partial(cond_size, only, longest=pipe.longest)) for one in each(conds)]
     mask = masks.read_mask(mask, images, mask_blur) if mask is not None else None
     made_at = output_size(only, images, size)
-    given = condition(pipe, [instruction], *prepare(only, images, conds, made_at))
+    given = condition(pipe, [instruction], *prepare(only, images, conds, made_at, pipe.longest))
     for seed in map(int, seeds):
         noise = seeded_noise([seed], made_at, pipe.vae.config.latent_channels)
         hold = masks.held(mask, made_at, given.ref, noise) if mask else None
@@ -306,7 +310,6 @@ def main() -> None:
         pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
         plans.tell_size(args.size, pipe.vae.config.only_size)
         if args.compile:
-            print("compiling: the first step will take half a minute or more", file=sys.stderr)
             devices.compile_blocks(pipe.dit)
         if args.export_lora or args.routing:
             devices.announce("encoding", sum(t.nbytes for t in offload.weights_of(pipe.t5)))

@@ -14,10 +14,15 @@ Key: B batch; H, W pixels; h, w latent grid; C = 16 latent channels; I target to
 
 Run: python train.py --data tiny --steps 20 --out runs/try
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import argparse
 import math
 import os
 import time
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -33,16 +38,16 @@ from data import Sample, Source, stack
 from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
-from support import (caching, commands, devices, distributed, layouts, options, record, report,
-                     resume, routing_maps, summary)
-from support.fp8 import check_device, to_fp8
+from support import (adapters, caching, devices, distributed, layouts, options, record, report,
+                     resume, routing_maps, sizes, summary)
+from support.fp8 import to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
 from support.public_sets import PUBLIC
 from support.recompute import recomputing
 from support.resume import Optimizers
 from support.tables import tell_skipped
-from support.validation import HeldOut, noted, open_held_out
+from support.validation import HeldOut, noted, open_held_out, some_of_each
 from tiny.world import TinyWorld
 
 INSTRUCTION_DROPOUT = 0.1                                # chance that a micro-batch has empty texts
@@ -169,28 +174,31 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
         record.write_run(args, settings)
         report.tell_missing()
     watching = rank == 0 or args.shard                   # --shard: a pass needs all processes
-    shown = data.some_of_each(sources, args.seed) if watching else []
+    shown = some_of_each(sources, args.seed) if watching else []
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.method,
-               mininterval=2, disable=rank > 0)
-    log = record.Log(args.out, start, rank)
-    with resume.stop_signals() as asked:
-        for step in bar:
-            began, first = time.time(), number
-            number = first + args.accumulate * workers   # of the next step's first micro-batch
-            micro_batches = [(args.seed * 2 ** 32 + i, next(batches))
-                             for i in range(first + rank, number, workers)]
-            losses = accumulate(pipe, micro_batches, auxiliary_factor(step, args.steps),
-                                args.recompute, args.shift)
+    seeded = ((args.seed * 2 ** 32 + i, samples)
+              for i, samples in zip(count(number + rank, workers), batches))
+    log, began = record.Log(args.out, start, rank), time.time()
+    with resume.stop_signals() as asked, tqdm(
+            range(start, args.steps), initial=start, total=args.steps, desc=args.method,
+            mininterval=2, disable=rank > 0) as bar:
+        micro_batches = iter(lambda: list(islice(seeded, args.accumulate)), [])
+        for step, micro in zip(bar, resume.one_ahead(micro_batches, asked)):
+            number += args.accumulate * workers          # of the next step's first micro-batch
+            if step == 0 and rank == 0:
+                record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
+            losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.recompute,
+                                args.shift)
             losses, stop = distributed.average(adapter.tensors().values(), losses,
                                                args.accumulate, len(asked) > 0)
             norm = update(args, adapter, optimizers, step, losses["loss"])
-            samples = [s for _, batch in micro_batches for s in batch]
-            log.write(step, losses, norm, samples, time.time() - began)
+            log.write(step, losses, norm, [s for _, batch in micro for s in batch],
+                      time.time() - began)
             last = step + 1 == args.steps
             due = last or (step + 1) % args.save_every == 0
             if rank == 0 and (due or stop):
-                resume.save_checkpoint(args.out, adapter, optimizers, step + 1, number, settings)
+                resume.save_checkpoint(args.out, adapter, optimizers, step + 1, number, settings,
+                                       args.keep)
             if due and watching:
                 pictures = previews(pipe, shown, held_out, log, step + 1)
                 for name, picture in pictures.items() if rank == 0 else ():
@@ -199,6 +207,9 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
             if stop and not last:
                 bar.close()
                 resume.leave(step + 1, rank, asked)
+            began = time.time()
+    if rank == 0:
+        record.tell_end(args, adapter, start)
 
 
 def answer(pipe: Pipeline, s: Sample) -> np.ndarray:
@@ -211,7 +222,7 @@ def answer(pipe: Pipeline, s: Sample) -> np.ndarray:
 def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
     """One row per sample: what was given, what the model makes of it, what was wanted."""
     return grid([[*s.images, *s.conds, answer(pipe, s), s.target] for s in samples],
-                [s.instruction for s in samples])
+                [s.instruction for s in samples], lines=2)
 
 
 def previews(pipe: Pipeline, samples: list[Sample], held_out: HeldOut, log: record.Log,
@@ -245,18 +256,13 @@ def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Source
         pipe.adapter = weights.new_adapter(pipe.dit, config)
         return pipe.adapter, make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
 
-    dry_run.tell(args, pipe.dit, [pipe.t5, pipe.clip, pipe.vae], pipe.device, adapt,
-                 lambda batch: empty_loss(pipe, largest, batch, args.recompute), largest)
+    dry_run.tell(args, pipe, adapt, lambda n: empty_loss(pipe, largest, n, args.recompute), largest)
 
 
 def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Tensor:
     """The loss of `batch` such samples, from tensors with shapes and types alone."""
-    c = pipe.dit.config
-    x0, *latents = (torch.empty(batch, c.in_channels // 4, p.shape[0] // 8, p.shape[1] // 8)
-                    for p in (like.target, *like.images, *like.conds))       # (B, C, h, w)
-    txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
-    pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
-    given = as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))
+    from support import dry_run
+    x0, given = dry_run.empty_batch(pipe, like, batch, as_tokens)            # x0 (B, C, h, w)
     tokens, t = dit.pack(x0), torch.empty(batch)         # as x0 and as noise: nothing is in them
     return sum(matching_loss(pipe, given, tokens, tokens, t, x0.shape[-2:], recompute).values())
 
@@ -264,46 +270,30 @@ def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Ten
 def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     """What --data names; bad takes what is wrong with rows. Raises: as data.open_source() does."""
     size = layouts.only_size(args.vae or args.model / "vae")
-    sources = [data.open_source(text, {"tiny": TinyWorld}, PUBLIC, size, args.data_root, bad,
-                                args.cache_draws) for text in args.data]
-    for text, (source, _) in zip(args.data, sources):
-        if args.cache and not hasattr(source, "all"):
-            raise ValueError(f"--cache: {text} has no end; there is nothing to encode once")
+    sources = [data.open_source(
+        text, {"tiny": TinyWorld}, PUBLIC, size=size, root=args.data_root, bad=bad,
+        longest=args.longest or 512, draws=args.cache_draws) for text in args.data]
+    if args.cache:
+        caching.check_ends(args.data, sources)
     return sources
 
 
-def fill_cache(args: argparse.Namespace, pipe: Pipeline, sources: Sources, identity: dict,
-               rank: int, workers: int) -> None:
-    """Open the folder of --cache, and encode all that can be drawn, unless a run is resumed."""
-    encoders = {part: value for part, value in identity.items() if part != "transformer"}
-    pipe.cache = caching.open_cache(args.cache, encoders, rank, workers)
-
-    def encode(some: list[Sample]) -> None:
-        encode_text(pipe, [s.instruction for s in some] + [""])              # "" for dropout
-        for picture in (p for s in some for p in (s.target, *s.images, *s.conds)):
-            encode_picture(pipe, to_tensor([picture]))
-    if not (args.resume and resume.holds_checkpoint(args.out)):
-        samples = (sample for source, _ in sources for sample in source.all(rank, workers))
-        models = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae))
-        caching.encode_all(pipe.cache, samples, encode, models, pipe.device, rank, workers)
-
-
-def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources,
-            held_out: HeldOut) -> None:
-    """Load the model, put a new adapter on it, and train that."""
+def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Tensor] | None,
+            sources: Sources, held_out: HeldOut) -> None:
+    """Load the model, put an adapter on it, new or with `first` weights, and train that."""
     rank, workers = distributed.join(args)
-    if args.base_dtype == "fp8":
-        check_device([torch.float8_e4m3fn], devices.choose_device(args.device), "--base-dtype fp8")
     pipe = load_pipeline(adapter=None, encoders_stay=bool(args.cache), **options.model_of(args))
     identity = record.identity(pipe.paths, pipe.dtype)
     if args.cache:
-        fill_cache(args, pipe, sources, identity, rank, workers)
+        caching.fill(args, pipe, sources, identity, encode_text, encode_picture, rank, workers)
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     if not args.shard:
         pipe.dit.to(pipe.device)                         # the other parts may only visit it
     pipe.adapter = weights.new_adapter(pipe.dit, config)
+    if first:
+        adapters.fill_in(pipe.adapter, first, args.init)
     if args.shard:
         distributed.shard(pipe.dit, pipe.adapter, pipe.device)
     if args.compile:
@@ -311,24 +301,19 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, sources: Sources,
     args.out.mkdir(parents=True, exist_ok=True)
     settings = record.settings_of(args, config, identity, sources, workers)
     train(args, pipe, sources, held_out, settings, rank, workers)
-    if rank == 0:
-        count = sum(p.numel() for p in pipe.adapter.tensors().values())
-        print(f"{args.out / 'adapter.safetensors'}: {count:,} parameters, {args.steps} steps")
     distributed.leave()
 
 
 def main() -> None:
     args = options.train_options(baselines.METHODS, PUBLIC)
-    beside = args.model.parent / "adapter.json"
-    file = args.config or (beside if beside.is_file() else None)
-    config = weights.adapter_config(args.method, file)
+    config, first = sizes.chosen(args, weights.adapter_config)
     bad: list[str] | None = [] if args.skip_bad else None
     sources = open_sources(args, bad)
     held_out = open_held_out(args, data.open_one, TinyWorld, PUBLIC, bad)
     try:
         summary.tell(args, sources, held_out)
         if args.dry_run is None:
-            prepare(args, config, sources, held_out)
+            prepare(args, config, first, sources, held_out)
         elif int(os.environ.get("RANK", 0)) == 0:        # one speaks for all
             tell_memory(args, config, sources)
     finally:

@@ -12,6 +12,10 @@ renamed to its names in support/layouts.py, other adapters read in support/adapt
 
 Run: python weights.py tiny/model
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # what is imported now takes seconds
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, commands, foreign, layouts, options, research, targets
+from support import adapters, foreign, layouts, options, research, sizes, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
@@ -118,16 +122,16 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
 
 # ---------------------------------------------------------------------------------------- adapters
 
-def adapter_config(method: str, file: Path | None) -> AdapterConfig:
-    """A method's configuration: that of the file (else the published one), with its routing.
+def adapter_config(method: str, given: Path | dict | None, where: object = "adapter"
+                   ) -> AdapterConfig:
+    """A method's configuration, with its routing: the published one but for what is given.
 
+    given: a file (ours, or the research code's), or entries that `where` has.
     Raises: FileNotFoundError, ValueError.
     """
-    values = {} if file is None else read_json(file)
-    if values.keys() & {"lora_config", "moe_config"}:    # the research code's own
-        values = research.from_research(values, file)
-    c = config_from(AdapterConfig, values, file or "adapter", whole=True)
-    return baselines.configure(method, c)
+    values, where = (sizes.entries_of(given)[0], given) if isinstance(given, Path) else (
+        given or {}, where)
+    return baselines.configure(method, config_from(AdapterConfig, values, where, whole=True))
 
 
 def build_adapter(model: FluxTransformer, config: AdapterConfig) -> Adapter:

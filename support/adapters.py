@@ -4,6 +4,7 @@ weights.load_adapter() reads one; support/resume.py writes ours, and takes one f
 """
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         print(f"note: {file}: taken as the adapter of {path}, which holds no other .safetensors "
               "file", file=sys.stderr)
     return config, tensors
+
+
+def longest(paths: Iterable[Path]) -> int:
+    """The most pixels that a side of a picture had where such adapters were trained; 512 unsaid."""
+    found = []
+    for path in map(foreign.snapshot, paths):
+        if not (path / "train_config.json").is_file():   # the paper's says nothing of it
+            stored = json_object(read_metadata(file_of(path)).get("adapter", "{}"), path)
+            found.append(stored.get("longest", ""))
+    return max((int(side) for side in found if str(side).isdecimal()), default=512)
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
 sample.encode_text() and encode_picture() ask cached(); train.py fills the cache before its steps.
 """
+import argparse
 import hashlib
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count, islice
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import offload
+from support import offload, resume
 from support.files import read_json, read_tensors, write_json, write_tensors
+from support.pictures import to_tensor
 
 SHARD = 256 * 2 ** 20                                    # bytes
 
@@ -88,6 +90,13 @@ def cached(cache: Cache | None, items: list[str] | Tensor, compute: Callable,
     return tuple(t.to(device) for t in found)
 
 
+def check_ends(names: list[str], sources: list) -> None:
+    """Raises: ValueError for a source, of which sources has the weight too, that has no end."""
+    for name, (source, _) in zip(names, sources):
+        if not hasattr(source, "all"):
+            raise ValueError(f"--cache: {name} has no end; there is nothing to encode once")
+
+
 def open_cache(folder: Path, about: dict, rank: int, workers: int) -> Cache:
     """The folder's cache, made by the first process. Raises: ValueError."""
     if rank > 0:
@@ -98,16 +107,28 @@ def open_cache(folder: Path, about: dict, rank: int, workers: int) -> Cache:
     return cache
 
 
-def encode_all(cache: Cache, samples: Iterator, encode: Callable[[list], object],
-               encoders: nn.Module, device: torch.device, rank: int, workers: int) -> None:
-    """Have this process's share of the samples encoded, a few at a time, through the cache."""
-    with offload.on_device(encoders, device) if offload.fits(encoders, device) else nullcontext():
-        bar = tqdm(desc="encoding", unit=" samples", disable=rank > 0)
+def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
+         encode_text: Callable, encode_picture: Callable, rank: int, workers: int) -> None:
+    """Give a sample.Pipeline the cache in the folder of --cache.
+
+    All that can be drawn is encoded at once, unless a run is resumed, by sample.py's encode_text()
+    and encode_picture(): of all samples this process's share, a few at a time.
+    identity: what tells the model from others. sources: with their weights. Raises: ValueError.
+    """
+    about = {part: value for part, value in identity.items() if part != "transformer"}
+    pipe.cache = open_cache(args.cache, about, rank, workers)
+    if args.resume and resume.holds_checkpoint(args.out):
+        return
+    samples = (sample for source, _ in sources for sample in source.all(rank, workers))
+    encoders, device = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae)), pipe.device
+    visit = offload.on_device(encoders, device) if offload.fits(encoders, device) else nullcontext()
+    with visit, tqdm(desc="encoding", unit=" samples", disable=rank > 0) as bar:
         while some := list(islice(samples, 4)):          # few: pictures are large on their way
+            encode_text(pipe, [s.instruction for s in some] + [""])          # "" for dropout
+            for picture in (p for s in some for p in (s.target, *s.images, *s.conds)):
+                encode_picture(pipe, to_tensor([picture]))
             bar.update(len(some))
-            encode(some)
-        bar.close()
-    cache.save()
+    pipe.cache.save()
     if workers > 1:
         dist.barrier()
-        cache.reread()
+        pipe.cache.reread()

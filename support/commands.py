@@ -1,17 +1,52 @@
 """How a command reads an argument and how it ends: in one line where its user was wrong.
 
-Each command calls run(main); support/options.py declares the options, of the types here.
+Each command calls loading() before what takes seconds to import, and run(main) at its end;
+support/options.py declares the options, of the types here.
 """
 import argparse
+import io
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
+
+
+def loading() -> None:
+    """Have Ctrl-C end the process in one line while its modules are loaded, as run() does later."""
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        print("\nstopped", file=sys.stderr, flush=True)
+        os._exit(130)                                    # half of the modules are there
+    sys.excepthook = hook
+
+
+class Lasting(io.FileIO):
+    """A file that takes what is written to it even where nobody reads it any more (`| head`)."""
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
+
+
+def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """A stream of this process that never ends its work: letters it does not know are escaped."""
+    raw = Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace",
+                            line_buffering=stream.line_buffering)
 
 
 def run(command: Callable[[], None]) -> None:
     """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):     # not a test's, ...
+            setattr(sys, name, lasting(stream))
     try:
         command()
     except (ValueError, OSError) as error:

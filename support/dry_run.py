@@ -20,6 +20,7 @@ from support.resume import Optimizers
 from support.summary import counted
 
 GB, MB = 10 ** 9, 10 ** 6                                # bytes
+MANY = 64                                                # times the batch: few may take less each
 
 
 class LiveBytes(TorchDispatchMode):
@@ -70,18 +71,33 @@ def largest(batches: Iterator[list]) -> object:
     return found
 
 
+def empty_batch(pipe: object, like: object, batch: int, as_tokens: Callable
+                ) -> tuple[Tensor, object]:
+    """The target's latents (B, C, h, w) and all that is given, with shapes and types alone.
+
+    pipe: a sample.Pipeline; like: a sample of which there are `batch`; as_tokens: sample.py's.
+    """
+    c = pipe.dit.config
+    x0, *latents = (torch.empty(batch, c.in_channels // 4, p.shape[0] // 8, p.shape[1] // 8)
+                    for p in (like.target, *like.images, *like.conds))
+    txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
+    pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
+    return x0, as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))
+
+
 def in_words(size: int) -> str:
     """Bytes, in megabytes where there are few."""
     return f"{size / GB:7.2f} GB" if size >= GB / 10 else f"{size / MB:7.2f} MB"
 
 
-def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
-         device: torch.device, adapt: Callable[[], tuple[Adapter, Optimizers]],
+def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapter, Optimizers]],
          loss_of: Callable[[int], Tensor], sample: object) -> None:
     """Print what memory training will need, counted as on a CPU, for one process.
 
-    adapt() puts a new adapter on the model; loss_of(n) is that of n such samples.
+    pipe: a sample.Pipeline without weights. adapt() puts a new adapter on its model; loss_of(n) is
+    that of n such samples.
     """
+    model, encoders = pipe.dit, (pipe.t5, pipe.clip, pipe.vae)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model.to_empty(device="cpu")
         base = live.now
@@ -89,24 +105,31 @@ def tell(args: argparse.Namespace, model: nn.Module, encoders: list[nn.Module],
         adapter, optimizers = adapt()
         own = live.now - base
         first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)
-        states = live.now - base - own                   # the optimizers made them at their end
-        second, update = step_bytes(loss_of, 2, adapter, optimizers, args.accumulate, live)
-    first += states
-    room = args.dry_run * GB or devices.memory(device)
+        states = live.now - base - own                   # the optimizers made them at its end
+        batch, many = args.batch_size, MANY * args.batch_size
+        passes = {1: first + states}
+        for n in (many, batch):
+            passes[n], update = step_bytes(loss_of, n, adapter, optimizers, args.accumulate, live)
+    room = args.dry_run * GB or devices.memory(pipe.device)
     if args.shard:                                       # but for two: at work, and on its way
         elsewhere = (sum(blocks) - 2 * max(blocks)) * (1 - 1 / int(os.environ["WORLD_SIZE"]))
-        base, first, second, update = (int(size - elsewhere) for size in
-                                       (base, first, second, update))
+        base, update = int(base - elsewhere), int(update - elsewhere)
+        passes = {n: int(size - elsewhere) for n, size in passes.items()}
     kept = 0 if args.cache else sum(t.nbytes for part in encoders for t in offload.weights_of(part))
     stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
-    whole = max(first + (args.batch_size - 1) * (second - first), update)
+    whole = max(passes[batch], update)
+    low, high = (batch, many) if whole + stay <= room else (1, batch)
+    each = (passes[high] - passes[low]) / max(1, high - low)     # nowhere between is more needed
+    fits = max(passes[1], update) + stay <= room
+    most = low + int((room - stay - passes[low]) // each) if fits else 0
     height, width = sample.target.shape[:2]
-    print(f"memory for a batch of {args.batch_size}, {width}x{height}, "
-          f"{counted(len(sample.images), 'reference')}, {counted(len(sample.conds), 'condition')}; "
-          "the largest of 16 samples:")
+    given = [counted(len(pictures), what) for pictures, what in (
+        (sample.images, "reference"), (sample.conds, "condition")) if pictures]
+    print(f"memory for a batch of {batch}, {width}x{height}, "
+          f"{' and '.join(given) or 'nothing given'}; the largest of 16 samples:")
     for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
                        ("optimizer", states), ("activations", whole - base - 2 * own - states),
                        ("text encoders, autoencoder", stay), ("together", whole + stay)):
-        print(f"  {name:27}{in_words(size)}")
-    most = 1 + int((room - stay - first) // (second - first)) if update + stay < room else 0
-    print(f"  largest batch in {room / GB:.1f} GB: {max(0, most):,}")
+        if size:
+            print(f"  {name:27}{in_words(size)}")
+    print(f"  largest batch in {in_words(room).strip()}: {most:,}")

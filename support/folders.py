@@ -1,91 +1,146 @@
 """What lies in a folder of pictures: targets, captions, references, and what is left out.
 
-data.Folder reads folders without metadata here; what is left out is told by support/summary.py.
+data.Folder reads folders without metadata here, and says what is left out when
+support/summary.py asks: only one process does.
 """
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+from support.names import texts_in
 from support.pictures import PICTURES, pictures_in
 from support.tables import read_text, skipping
 
 RUBBISH = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__macosx", "$recycle.bin")
 EXAMPLES = 3                                             # of what is left out
+LOOKED_AT = 100_000                                      # files below a folder, at most
 
 
-def read_pairs(folder: Path, bad: list[str] | None, left_out: list[str]
-               ) -> Iterator[tuple[str, dict]]:
-    """Rows, like tables.read_rows', of a folder without metadata, as other trainers take it.
+def table_of(path: Path) -> Path | None:
+    """The table that data come in: a file, or in a folder, if any. Raises: FileNotFoundError."""
+    files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
+    file = next(filter(Path.is_file, files), None)
+    if file is None and not pictures_in(path):
+        there = "".join(f"; there are {line}" for line in unused(path, set()))
+        raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
+                                "a data folder needs metadata.jsonl, metadata.csv, or pictures "
+                                f"with .txt files{there}")
+    return file
 
-    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
-    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
-    left_out takes lines about what else is there; what is missing may be among it.
-    """
-    targets, given = pictures_in(folder), defaultdict(list)
+
+def parts_of(folder: Path) -> tuple[list[Path], dict[str, Path], dict[str, list[str]]]:
+    """The targets in a folder without metadata; by stem, captions, and references in order."""
+    targets, numbered = pictures_in(folder), defaultdict(list)
     stems = {target.stem for target in targets}
     texts = {file.stem: file for file in folder.glob("[!.]*") if file.suffix.lower() == ".txt"}
     for path in pictures_in(folder / "control"):
         stem, _, number = path.stem.rpartition("_")
         if path.stem in stems or not number.isdecimal():
             stem, number = path.stem, "-1"
-        given[stem].append((int(number), f"control/{path.name}"))
-    used = {*targets, *(texts[stem] for stem in stems & texts.keys())}
-    used.update(folder / path for stem in stems & given.keys() for _, path in given[stem])
-    left_out.extend(unused(folder, used))
-    besides = "".join(f"; left out: {line}" for line in left_out) if bad is None else ""
+        numbered[stem].append((int(number), f"control/{path.name}"))
+    return targets, texts, {stem: [path for _, path in sorted(given)]
+                            for stem, given in numbered.items()}
+
+
+def read_pairs(folder: Path, bad: list[str] | None) -> Iterator[tuple[str, dict]]:
+    """Rows, like tables.read_rows', of a folder without metadata, as other trainers take it.
+
+    Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:
+    1.png, or 1_0.png, 1_1.png, ...; where that folder has pictures, each target must have some.
+    """
+    targets, texts, given = parts_of(folder)
+    stems = Counter(target.stem for target in targets)
     for target in targets:
         with skipping(bad):
-            text, references = texts.get(target.stem), sorted(given.get(target.stem, ()))
+            text, references = texts.get(target.stem), given.get(target.stem, [])
+            if stems[target.stem] > 1:
+                raise ValueError(f"{target}: another picture has the same name but for its ending, "
+                                 f"and {target.stem}.txt could be either's; rename one")
+            missing = None
             if not text or not text.is_file():
-                raise FileNotFoundError(f"{target}: its instruction is missing, {target.stem}.txt"
-                                        f"{besides}")
-            if given and not references:
-                raise FileNotFoundError(f"{target}: its reference is missing in control/{besides}")
+                missing = f"instruction is missing, {target.stem}.txt"
+            elif given and not references:
+                missing = "reference is missing in control/"
+            if missing:                                  # and may be there by another name
+                there = left_out(folder, None, ()) if bad is None else []
+                raise FileNotFoundError(f"{target}: its {missing}" + "".join(
+                    f"; left out: {line}" for line in there))
             yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
-                                "images": [path for _, path in references]}
+                                "images": references}
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """The pictures in a folder, however deep, but for what is hidden or a system's."""
+@contextmanager
+def naming(named: list[Path], row: dict, folder: Path) -> Iterator[None]:
+    """Have the pictures of a row that turns out to be bad join those that rows name."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError):
+        named.extend(Path(os.path.abspath(folder / text)) for text in texts_in(row)
+                     if text.lower().endswith(PICTURES))
+        raise
+
+
+def left_out(path: Path, table: Path | None, named: Iterable[Path]) -> list[str]:
+    """Lines about what lies beside the data in a folder, or a table's file, and is not used.
+
+    named: the pictures that the table's rows name.
+    """
+    if table:
+        return unnamed(path, table, named) if path.is_dir() else []
+    targets, texts, given = parts_of(path)
+    stems = {target.stem for target in targets}
+    used = {*targets, *(texts[stem] for stem in stems & texts.keys())}
+    used.update(path / name for stem in stems & given.keys() for name in given[stem])
+    return unused(path, used)
+
+
+def pictures_below(*places: Path) -> tuple[list[Path], str]:
+    """The pictures in folders, however deep, but for what is hidden or a system's.
+
+    And words for it where there is more than can be looked at while somebody waits.
+    """
     found: list[Path] = []
-    for place, folders, names in os.walk(folder):
+    seen = 0
+    for place, folders, names in chain.from_iterable(map(os.walk, places)):
         folders[:] = sorted(name for name in folders
                             if name[0] != "." and name.lower() not in RUBBISH)
         found += [Path(place, name) for name in sorted(names)
                   if name[0] != "." and name.lower().endswith(PICTURES)]
-    return found
+        seen += len(names)
+        if seen > LOOKED_AT:
+            return found, f" among the first {seen:,} files"
+    return found, ""
 
 
 def unused(folder: Path, used: set[Path]) -> list[str]:
     """Lines that count and name the files in a folder and its control/, and pictures below it."""
-    control, files, below = folder / "control", [], []
+    control = folder / "control"
     there = [path for place in (folder, control) for path in sorted(place.glob("[!.]*"))
              if path.name.lower() not in RUBBISH and path not in used and path != control]
-    for path in there:
-        if path.is_dir():
-            below += pictures_below(path)
-        else:
-            files.append(path)
+    files = [path for path in there if not path.is_dir()]
+    below, among = pictures_below(*(path for path in there if path.is_dir()))
     lines = []
     if files:
         lines.append(f"files, {few(files, folder)}: neither a picture with a caption, nor a "
                      "caption or a reference of one")
     if below:
-        lines.append(f"pictures in folders below, {few(below, folder)}: name each folder with a "
-                     "--data of its own, or list the pictures in a metadata.jsonl")
+        lines.append(f"pictures in folders below, {few(below, folder)}{among}: name each folder "
+                     "with a --data of its own, or list the pictures in a metadata.jsonl")
     return lines
 
 
-def unnamed(folder: Path, table: Path, rows: Iterable[list[Path]]) -> list[str]:
-    """Lines about what a table in a folder, with rows of such paths, does not name."""
-    named, other = set(chain.from_iterable(rows)), folder / "metadata.csv"
+def unnamed(folder: Path, table: Path, named: Iterable[Path]) -> list[str]:
+    """Lines about what a table in a folder, with rows that name such pictures, does not name."""
+    named, other = set(named), folder / "metadata.csv"
     folder = Path(os.path.abspath(folder))               # as rows have their paths
     lines = [f"{other.name}, as {table.name} is there"] if other.is_file() and (
         other.name != table.name) else []
-    if rest := [path for path in pictures_below(folder) if path not in named]:
-        lines.append(f"pictures that no row names, {few(rest, folder)}")
+    below, among = pictures_below(folder)
+    if rest := [path for path in below if path not in named]:
+        lines.append(f"pictures that no row names, {few(rest, folder)}{among}")
     return lines
 
 

@@ -34,8 +34,9 @@ KNOWN = "; ".join(f"{meaning} (or {names})" for meaning, names in ALSO.items())
 
 
 def plain(name: str) -> str:
-    """The name in small letters and whole words: Src-Img -> src_image, fileName -> filename."""
-    name = re.sub(r"[\s.-]+", "_", name.strip().lower())
+    """The name in small letters and whole words: Src-Img -> src_image, fileName -> file_name."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
+    name = re.sub(r"[\s._-]+", "_", name.lower())
     name = re.sub(r"(?<![a-z])img(?=s?(?![a-z]))", "image", name)
     return "file_name" if name == "filename" else name
 
@@ -80,9 +81,10 @@ def looks_like_pictures(value: object) -> bool:
 
 
 def ours(row: dict, where: str) -> tuple[dict, dict]:
-    """A row's entries under our names, and those that have no known name. Nulls count as absent.
+    """A row's entries under our names, and those that have no known name.
 
-    Entries control_path_0, control_path_1, ... become one list, in that order.
+    Nulls and empty lists count as absent. Entries control_path_0, control_path_1, ... become
+    one list, in that order.
     Raises: ValueError for two entries of one meaning, or an entry that has two.
     """
     given: dict[str, dict[str, list]] = defaultdict(dict)        # meaning, name -> numbers, names
@@ -93,7 +95,7 @@ def ours(row: dict, where: str) -> tuple[dict, dict]:
             meaning = None
         if meaning is None:
             rest[name] = value
-        elif value is not None:
+        elif value not in (None, []):
             given[meaning].setdefault(stem, []).append((number, name))
     for numbered in given["either"].values():
         raise ValueError(f"{where}: {numbered[0][1]!r} may be the picture to edit or a map (edges, "

@@ -36,7 +36,7 @@ class Public:
     """A public set in parquet files, if not told otherwise: a file, or a folder of them.
 
     Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
-    size: (W, H) that every picture takes, or None as Folder does it. bad: as Folder takes it.
+    size: (W, H) that every picture takes, or None as Folder does it. bad, longest: as it does.
     draws: how many ways there are to draw a row's wording, conditions, boxes; None: endless.
     Raises: FileNotFoundError, ValueError naming file and row.
     """
@@ -44,8 +44,8 @@ class Public:
     conditions: tuple[int, ...] = (1,)                   # how many a sample may have; with n of
                                                          # them a batch has size // n samples
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 bad: list[str] | None = None, draws: int | None = None):
-        self.size, self.draws = size, draws
+                 bad: list[str] | None = None, draws: int | None = None, longest: int = 512):
+        self.size, self.draws, self.longest = size, draws, longest
         self.bad, self.all_bad = None if bad is None else [], bad
         self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
         self.sizes: list[int] = []                       # rows in it
@@ -135,7 +135,7 @@ class Public:
         if self.size:
             return self.size
         with open_picture(*self.content(row, self.columns[0], where)) as image:
-            return fitted(image.size)
+            return fitted(image.size, self.longest)
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
@@ -144,8 +144,7 @@ class Public:
         with skipping(self.bad):
             yield
         if self.bad and len(self.bad) > known:
-            check_few(self.bad, sum(self.sizes))
-            self.all_bad.extend(line for line in self.bad[known:] if line not in self.all_bad)
+            check_few(self.bad, sum(self.sizes), self.all_bad)
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator:
         """Every draw of every row that is no bad one, or of every stride-th."""
@@ -179,7 +178,7 @@ class Public:
         return load_image(*self.content(row, column, where))
 
     def fit(self, image: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
-        return resize(image, size or self.size or fitted(image.size))
+        return resize(image, size or self.size or fitted(image.size, self.longest))
 
 
 def shapes_of(sample: object) -> list[tuple[int, ...]]:

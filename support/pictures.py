@@ -73,6 +73,8 @@ def missing(path: str) -> str:
         return "is a folder; name one picture"
     if ADDRESS.search(path):
         return "is an address; save that picture as a file, and name the file"
+    if "\\" in path and os.sep == "/":
+        return "no such picture file; write folders with /, not with \\"
     return "no such picture file"
 
 
@@ -88,10 +90,7 @@ def load_image(source: str | Path | io.BytesIO, where: str = "") -> Image.Image:
 
 def as_seen(image: Image.Image) -> Image.Image:
     """An opened picture as load_image() gives it. Raises: ValueError."""
-    check_single(image)
-    black, white = levels(image)
-    profile = image.info.get("icc_profile")
-    return as_rgb(ImageOps.exif_transpose(image), profile, black, white)
+    return as_rgb(*upright(image))
 
 
 def given_picture(source: Given) -> Image.Image:
@@ -109,6 +108,22 @@ def given_picture(source: Given) -> Image.Image:
 def each(some: Given | Iterable[Given] | None) -> list[Given]:
     """One picture, or several, or none, as a list."""
     return [some] if isinstance(some, Given) else list(some or ())
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, bytes | None, int, int]:
+    """An opened picture, whole and turned, and what as_rgb() asks of its colours."""
+    check_single(image)
+    black, white = levels(image)
+    profile = image.info.get("icc_profile")
+    return ImageOps.exif_transpose(image), profile, black, white
+
+
+def checked_size(path: Path, where: str = "") -> tuple[int, int]:
+    """(W, H) of what load_image() would give. Raises: as it does; all but colours is looked at."""
+    with open_picture(path, where) as image:
+        whole, *colours = upright(image)
+        as_rgb(whole.crop((0, 0, 1, 1)), *colours)       # one pixel says whether it can be done
+        return whole.size
 
 
 def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:
@@ -149,7 +164,7 @@ def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines:
         if failed and failed[i]:
             edge = left + (columns - 2) * cell
             pen.rectangle([edge, top, edge + side - 1, top + side - 1], outline="red", width=3)
-        words = textwrap.wrap(text, width // 5, max_lines=lines, placeholder="")
+        words = textwrap.wrap(text, width // 5, max_lines=lines, placeholder=" ...")
         pen.multiline_text((left + 2, top + side), "\n".join(words), "white", font_size=10,
                            spacing=1)
     return np.asarray(sheet)

@@ -14,8 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mole import AdapterConfig
+from mole import Adapter, AdapterConfig
 from support.files import replacing, write_json
+from support.pictures import grid, save_picture
+from text_encoder import T5Tokenizer
+
+ASKED_FOR = "longest", "init"                            # settings that stand only where they are
+SHOWN = 16                                               # samples of a batch, at most
 
 
 def identity(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, str]:
@@ -23,20 +28,22 @@ def identity(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, str]:
 
     Of a file of gigabytes a thousand pieces are looked at.
     """
-    found = {"dtype": str(dtype)}
-    for part, path in paths.items():
-        digest = hashlib.sha256()
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                size = file.stat().st_size
-                digest.update(f"{file.name} {size}".encode())
-                pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
-                with file.open("rb") as opened:
-                    for i in range(pieces):
-                        opened.seek(size * i // pieces)
-                        digest.update(opened.read(length))
-        found[part] = digest.hexdigest()
-    return found
+    return {"dtype": str(dtype)} | {part: digest_of(path) for part, path in paths.items()}
+
+
+def digest_of(path: Path) -> str:
+    """Of a file, or of all in a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
+            with file.open("rb") as opened:
+                for i in range(pieces):
+                    opened.seek(size * i // pieces)
+                    digest.update(opened.read(length))
+    return digest.hexdigest()
 
 
 def fingerprint(source: object) -> str | None:
@@ -54,13 +61,15 @@ def settings_of(args: argparse.Namespace, config: AdapterConfig, identity: dict[
     """What a run may not change when it is resumed, and what it may but is told of."""
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     values = vars(args) | {"adapter": args.method}       # as runs have called it since the first
+    values["init"] = args.init and f"{args.init.name} {digest_of(args.init)[:16]}"
     return {name: str(values[name]) for name in
             ("data", "adapter", "steps", "batch_size", "lr", "router_lr", "optimizer", "schedule",
              "shift", "seed", "base_dtype", "cache_draws")} | {
         "model": f"{args.model.resolve().name} {digest}",        # not where it lies
         "config": json.dumps(asdict(config)), "dtype": identity["dtype"],
         "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
-        "micro_batches": str(args.accumulate * workers)}         # in each step
+        "micro_batches": str(args.accumulate * workers)} | {     # in each step
+        name: str(values[name]) for name in ASKED_FOR if values[name] is not None}
 
 
 def write_run(args: argparse.Namespace, settings: dict) -> None:
@@ -72,6 +81,31 @@ def write_run(args: argparse.Namespace, settings: dict) -> None:
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "numpy": np.__version__}}
     write_json(args.out / "run.json", record)
+
+
+def tell_end(args: argparse.Namespace, adapter: Adapter, start: int) -> None:
+    """Say what a run has left; start: the step it began with."""
+    file = args.out / "adapter.safetensors"
+    if start == args.steps:
+        print(f"{file}: finished already, at step {start}; nothing to do")
+    else:
+        count = sum(p.numel() for p in adapter.tensors().values())
+        print(f"{file}: {count:,} parameters, {args.steps} steps")
+
+
+def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:
+    """data.png: pictures of a batch as the model gets them, the target last, and their texts.
+
+    What the model does not read of a text stands behind a bar.
+    """
+    texts, samples = [], samples[:SHOWN]
+    for s in samples:
+        read = tokens.model.encode(s.instruction)
+        end = max(end for _, end in read.offsets) if read.overflowing else len(s.instruction)
+        rest = s.instruction[end:]
+        texts.append(s.instruction[:end] + (f" | not read: {rest}" if rest else ""))
+    rows = [[*s.images, *s.conds, s.target] for s in samples]
+    save_picture(grid(rows, texts, lines=4, gap=2), out / "data.png")
 
 
 class Log:

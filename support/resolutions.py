@@ -29,18 +29,19 @@ def output_size(only: tuple[int, int] | None, images: list[Image.Image],
     return min(sizes, key=lambda size: abs(np.log(size[0] / size[1] / aspect)))
 
 
-def cond_size(only: tuple[int, int] | None, size: tuple[int, int]) -> tuple[int, int]:
-    """(W, H) that a condition takes: its aspect, the longer side at most 512, as in training."""
-    return only or fitted(size)
+def cond_size(only: tuple[int, int] | None, size: tuple[int, int],
+              longest: int = 512) -> tuple[int, int]:
+    """(W, H) that a condition takes: its aspect, the longer side at most `longest`, as trained."""
+    return only or fitted(size, longest)
 
 
 def prepare(only: tuple[int, int] | None, images: list[Image.Image], conds: list[Image.Image],
-            size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+            size: tuple[int, int], longest: int = 512) -> tuple[list[Tensor], list[Tensor]]:
     """Resize what is given, to (1, 3, H, W) tensors in [-1, 1].
 
     The picture to edit takes the output's size, so that the grids coincide.
     """
     refs = [resize(image, size if i == 0 else output_size(only, [image], None))
             for i, image in enumerate(images)]
-    clean = [resize(image, cond_size(only, image.size)) for image in conds]
+    clean = [resize(image, cond_size(only, image.size, longest)) for image in conds]
     return [to_tensor([p]) for p in refs], [to_tensor([p]) for p in clean]

@@ -1,24 +1,26 @@
 """Checkpoints: a run that is stopped goes on as if it had not been.
 
 train.train() starts with start(), saves with save_checkpoint() each time that one is due, and ends
-after the step it is at when stop_signals() says so.
+after the step it is at when stop_signals() or one_ahead() say so.
 """
 import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mole import Adapter
-from support import adapters
-from support.files import json_object, replacing, unpickled
+from support import adapters, record
+from support.files import json_object, read_metadata, replacing, unpickled
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")      # Windows has two
+MAY_CHANGE = "micro_batches", "fingerprints"             # settings: more processes, more data
 Optimizers = list[torch.optim.Optimizer]
 
 
@@ -40,21 +42,50 @@ def check_free(out: Path, wanted: bool) -> None:
 
 
 def save_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers, step: int, number: int,
-                    settings: dict) -> None:
+                    settings: dict, keep: int = 0) -> None:
     """adapter.safetensors for use, checkpoint.pt to go on from; the checkpoint before is kept.
 
     step, number: the next step's and its first micro-batch's. Both files are written aside; then
-    the adapter is renamed, the old checkpoint, and last the new one.
+    the adapter is renamed, the old checkpoint, and last the new one. keep: so many of the last
+    adapters stay as adapter_STEP.safetensors.
     """
     state = {"step": step, "number": number, "settings": json.dumps(settings),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers],
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
     with replacing(out / CHECKPOINTS[0]) as last:        # renamed last: all is there then
         torch.save(state, last)
-        adapters.write(adapter, out / "adapter.safetensors", step=str(step),
-                       settings=state["settings"])
+        about = {"step": str(step), "settings": state["settings"]}
+        if "longest" in settings:                        # sampling asks for it
+            about["longest"] = settings["longest"]
+        adapters.write(adapter, out / "adapter.safetensors", **about)
+        named = out / f"adapter_{step:06d}.safetensors"
+        if keep and named.exists() and not is_of_run(named, settings):
+            print(f"note: {named} is of another run, and stays as it is", file=sys.stderr)
+        elif keep:
+            adapters.write(adapter, named, **about)
         if (out / CHECKPOINTS[0]).is_file():
             (out / CHECKPOINTS[0]).replace(out / CHECKPOINTS[1])
+    if keep:
+        own = [file for file in out.glob("adapter_*.safetensors")
+               if is_of_run(file, settings) and step_of(file) <= step]
+        for file in sorted(own, key=step_of)[:-keep]:
+            file.unlink()
+
+
+def step_of(file: Path) -> int:
+    """The STEP of adapter_STEP.safetensors."""
+    return int(file.stem.removeprefix("adapter_"))
+
+
+def is_of_run(file: Path, settings: dict) -> bool:
+    """Whether a run with such settings has written adapter_STEP.safetensors under this name."""
+    try:
+        about = json_object(read_metadata(file).get("adapter", "{}"), file)
+        before = json_object(about.get("settings", "{}"), file)
+        own = file.name == f"adapter_{int(about.get('step', -1)):06d}.safetensors"
+    except (ValueError, TypeError):                      # nothing of ours
+        return False
+    return own and not set(changes(before, settings)) - set(MAY_CHANGE)
 
 
 def read_checkpoint(out: Path) -> dict | None:
@@ -78,6 +109,12 @@ def read_checkpoint(out: Path) -> dict | None:
     return None
 
 
+def changes(before: dict, settings: dict) -> list[str]:
+    """The names of settings that are not what they were; what is not named was not asked for."""
+    return [name for name in dict.fromkeys((*settings, *record.ASKED_FOR))
+            if settings.get(name, "None") != before.get(name, "None")]
+
+
 def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
                     settings: dict) -> tuple[int, int]:
     """Take up the run in `out`; -> next step, next micro-batch. Raises: ValueError if another's."""
@@ -85,12 +122,13 @@ def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
     if state is None:
         return 0, 0
     before = state["settings"]
-    changed = [name for name in settings                 # what old runs do not name was not asked
-               if settings[name] != before.get(name, "None")]                # for
-    for name in changed:                                 # more processes, more data: may go on
-        told = f"{out} began with {name} = {before.get(name)}, not {settings[name]}"
-        if name not in ("micro_batches", "fingerprints"):
-            raise ValueError(f"--resume: {told}")
+    for name in changes(before, settings):
+        was, now = before.get(name), settings.get(name)
+        told = f"{out} began with {name} = {was}, not {now}"
+        if name not in MAY_CHANGE:
+            option = "--method" if name == "adapter" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"--resume: {told}; go on with {option} as it was, or begin another "
+                             "run with another --out")
         print(f"note: {told}", file=sys.stderr)
     adapters.fill_in(adapter, state["adapter"], out)
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
@@ -114,26 +152,51 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
     return own
 
 
-def leave(step: int, rank: int, asked: list[int]) -> None:
+def one_ahead(items: Iterator, asked: list) -> Iterator:
+    """The items, each when the next one is there: what that one raises joins `asked` in time.
+
+    So a step whose successor has no data is saved before the run ends.
+    """
+    current = next(items)
+    while True:
+        following = None
+        try:
+            following = next(items)
+        except (ValueError, OSError) as error:
+            asked.append(error)
+        yield current
+        current = following
+
+
+def leave(step: int, rank: int, asked: list[int | Exception]) -> None:
     """End all processes once the first has saved the step after which one was asked to stop.
 
-    asked: by which signals this one was; the exit code tells the first, as shells count.
+    asked: by which signals, or errors, this one was; the first tells the exit code, as shells
+    count signals. Raises: ValueError, in the first process, for an error.
     """
-    if dist.is_initialized():
-        dist.barrier()
+    reasons = [why if isinstance(why, int) else str(why) for why in asked]
+    every = [reasons]
+    if dist.is_initialized():                            # which waits for all, too
+        every = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, reasons)
+    why = next(chain.from_iterable(every))
+    if isinstance(why, str) and rank == 0:
+        way = "" if "--skip-bad" in why else ", or add --skip-bad to draw others instead"
+        raise ValueError(f"{why}; stopped after {step} steps, which are saved: mend it{way}, and "
+                         "--resume goes on")
     if rank == 0:
         print(f"stopped after {step} steps; --resume goes on", file=sys.stderr)
-    sys.exit(128 + (asked or [signal.SIGTERM])[0])
+    sys.exit(2 if isinstance(why, str) else 128 + why)
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int | Exception]]:
     """A list that signals write to, so that a step ends and is saved before the run does.
 
     Ctrl-C, and what ends a job from outside: SIGTERM, SIGHUP (unless it is ignored, as by nohup),
     SIGUSR1, SIGUSR2, SIGXCPU. A second Ctrl-C does not wait.
     """
-    asked: list[int] = []
+    asked: list[int | Exception] = []
 
     def note(number: int, _: object) -> None:
         if asked and number == signal.SIGINT:

@@ -63,7 +63,7 @@ def rows_of(source: object) -> list[str]:
     lines = [f"rows with {commonest(given)}", f"targets of {commonest(sizes)}"]
     if source.unread:
         lines.append(f"left unread, entries without a known name: {commonest(source.unread)}")
-    return lines + [f"left out: {line}" for line in source.left_out]
+    return lines + [f"left out: {line}" for line in source.left_out()]
 
 
 def understood(source: object) -> list[str]:
@@ -98,6 +98,8 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
     tokens = T5Tokenizer(layouts.model_paths(
         args.model, args.tokenizers, vae=args.vae, text_encoder=args.text_encoder,
         text_encoder_2=args.text_encoder_2)["tokenizer_2"])
+    if args.longest:
+        say(f"pictures: at most {args.longest} on the longer side, by --longest")
     batches = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))         # in each step
     for name, (source, weight) in zip(args.data, sources, strict=True):
         if not hasattr(source, "contents"):
@@ -105,9 +107,11 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
             continue
         rows, mean = per_batch(source, args.batch_size)
         steps = rows / mean / batches * sum(w for _, w in sources) / weight
+        passes = "" if args.steps is None else (
+            f"; {counted(args.steps, 'step')}: {about(args.steps / steps)} "
+            f"{'pass' if about(args.steps / steps) == '1' else 'passes'}")
         say(f"{name}: {counted(rows, 'row')}; a pass over them takes about "
-            f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch; "
-            f"{counted(args.steps, 'step')}: {about(args.steps / steps)} passes")
+            f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch{passes}")
         if hasattr(source, "checked_rows"):
             cut = told_cut((row.instruction for row in source.checked_rows()), tokens)
             for line in rows_of(source) + ([cut] if cut else []):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from support.files import parse_json
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
-from support.pictures import ADDRESS
+from support.pictures import ADDRESS, PICTURES
 
 MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
 LONGEST = 4096                                           # letters of a path: more, no system opens
@@ -34,10 +34,18 @@ def skipping(bad: list[str] | None) -> Iterator[None]:
             bad.append(line)
 
 
-def check_few(bad: list[str], rows: int) -> None:
-    """Raises: ValueError when so many of so many rows are bad that something else is wrong."""
+def check_few(bad: list[str] | None, rows: int, everyones: list[str] | None) -> None:
+    """Have a source's bad rows, if those are skipped, join the bad rows of all sources.
+
+    Raises: ValueError when so many of so many rows are bad that something else is wrong.
+    """
+    if not bad:
+        return
     if len(bad) > MOST_BAD * rows:
-        raise ValueError(f"{len(bad)} rows are bad, which is too many to skip; the first: {bad[0]}")
+        raise ValueError(f"{len(bad):,} of {rows:,} rows are bad, too many to skip: --skip-bad "
+                         f"leaves out one in ten, here {int(MOST_BAD * rows):,}; the first: "
+                         f"{bad[0]}")
+    everyones.extend(line for line in bad if line not in everyones)
 
 
 def tell_skipped(bad: list[str] | None) -> None:
@@ -107,6 +115,9 @@ def from_cells(cells: dict, where: str) -> dict:
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """A .jsonl file's lines, with their numbers. Raises: ValueError for what is another table."""
+    if file.suffix.lower() in PICTURES:
+        raise ValueError(f"{file}: is a picture; name its folder, or a .jsonl or .csv file whose "
+                         "rows name it")
     if file.suffix.lower() in OTHER_TABLES:
         raise ValueError(f"{file}: is not read as a table; save it as .jsonl, or as .csv with "
                          "commas")
@@ -181,7 +192,4 @@ def located(path: str, folder: Path, root: Path | None, where: str) -> Path:
     if not whole.is_relative_to(within):
         more = "" if root else "; --data-root FOLDER allows more"
         raise ValueError(f"{where}: {path!r} leads out of {within}{more}")
-    if "\\" in path and os.sep == "/" and not os.path.exists(whole):
-        raise ValueError(f"{where}: {path!r} has backslashes; write folders with /, as in "
-                         f"{path.replace(chr(92), '/')!r}")
     return whole

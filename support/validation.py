@@ -43,6 +43,16 @@ def some(source: object) -> list:
     return list(islice(source.all(0, max(1, rows // MOST)), MOST))
 
 
+def some_of_each(sources: list[tuple], seed: int) -> list:
+    """Eight samples of the sources in turn, each target once: what training shows on its way."""
+    samples = {}
+    for i, (source, _) in enumerate((sources * 8)[:8]):
+        rng = np.random.default_rng([seed, 2 ** 32 + i])
+        sample, = source.draw(rng, 1, rng)
+        samples.setdefault(sample.target.tobytes(), sample)
+    return list(samples.values())
+
+
 class HeldOut:
     """A few samples of the source that --validate names, by its name there; without it, none."""
 
@@ -126,4 +136,4 @@ def open_held_out(args: argparse.Namespace, open_one: Callable, tiny: type,
     return HeldOut(args.validate, open_one(
         args.validate, {"tiny": lambda: tiny(held_out=True)}, public,
         layouts.only_size(args.vae or args.model / "vae"), args.data_root, bad,
-        option="--validate"))
+        longest=args.longest or 512, option="--validate"))

@@ -319,7 +319,7 @@ def broken(kind: str, number: int, folder: Path) -> str:
 def use(text: str, bad: list[str] | None = None) -> list[data.Sample]:
     """All that training does with a source."""
     size = (32, 32) if text.startswith("subjectspatial") else None           # its own is 512 x 512
-    source, _ = data.open_source(text, public=PUBLIC, bad=bad, size=size)
+    source, _ = data.open_source(text, {}, PUBLIC, bad=bad, size=size)
     batches = [source.draw(np.random.default_rng(i), 2) for i in range(4)]
     for batch in batches:
         assert len({str(shapes_of(sample)) for sample in batch}) == 1
@@ -370,7 +370,7 @@ def test_the_command_says_so_in_one_line(tmp_path: Path, forks: Forks, short_mod
             if kind == "cut" and not (folder / "broken.tif").exists():
                 continue                                 # at which Pillow warns
             try:
-                next(data.batches([data.open_source(text, public=PUBLIC, size=(64, 64))], 4, 0))
+                next(data.batches([data.open_source(text, {}, PUBLIC, size=(64, 64))], 4, 0))
             except (ValueError, FileNotFoundError):
                 commands[folder] = text
                 break

@@ -186,7 +186,7 @@ def test_draws_are_fixed(tmp_path, monkeypatch):
     """With --cache a row has so many wordings, conditions and boxes; all are encoded before."""
     file = write_set(tmp_path, "subjectspatial")
     for draws in (1, 3):
-        source, _ = data.open_source(f"subjectspatial={file}", public=PUBLIC, draws=draws,
+        source, _ = data.open_source(f"subjectspatial={file}", {}, PUBLIC, draws=draws,
                                      size=(64, 64))
         every = {s.instruction: s for s in source.all()}
         seen = {s.instruction: s for i in range(150) for s in

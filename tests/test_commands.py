@@ -1,7 +1,10 @@
 """The command lines: how they read arguments and end; support/commands.py, options.py, jobs.py."""
 import argparse
+import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,6 +102,36 @@ def test_little_memory_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
         commands.run(greedy)
     assert stopped.value.code == 2 and "not enough memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "weights.py"])
+def test_ctrl_c_while_modules_load_is_one_line(tmp_path, script):
+    """A stand-in for torch is interrupted as it is imported."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_an_output_that_nobody_reads_ends_no_work(monkeypatch, name):
+    """Nor one that does not know a letter."""
+    reader, writer = os.pipe()
+    stream = io.TextIOWrapper(io.FileIO(writer, "w"), "ascii", line_buffering=True)
+    monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr(sys, f"__{name}__", stream)
+    told = []
+
+    def work() -> None:
+        out = getattr(sys, name)
+        print("\u6f22 a\udcff", file=out, flush=True)
+        told.append(os.read(reader, 100))
+        os.close(reader)
+        for _ in range(9):
+            print("b" * 9999, file=out, flush=True)
+        told.append("done")
+    commands.run(work)
+    assert told == [b"\\u6f22 a\\udcff\n", "done"]
 
 
 # -------------------------------------------------------------------------------- python weights.py
@@ -373,3 +406,11 @@ def test_older_names_of_options_mean_the_same_and_are_not_told(monkeypatch, caps
     told = capsys.readouterr().out
     assert "--method" in told and "--recompute" in told
     assert "--adapter" not in told and "--checkpoint" not in told
+
+
+def test_help_says_what_seed_tiny_and_shift_mean(monkeypatch, capsys):
+    code, out, _ = run_command(monkeypatch, capsys, "train.py", train.main, "--help")
+    told = " ".join(out.split())
+    for words in ("--seed SEED of all that is random", "or tiny, the embedded model's drawn world",
+                  "above 1, more are near 1, pure noise", "--keep N keep the last N"):
+        assert code == 0 and words in told, words

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 import data
+from helpers import cell, omniedit, write_set
+from support import folders
 from support.public_sets import PUBLIC
 from support.tables import read_rows
 from tiny import world
@@ -175,7 +177,9 @@ def test_other_tables_are_named(tmp_path, name, words):
     {"edited_image": "1.png", "original_image": "0.png", "Edit-Instruction": "a"},
     {"after": "1.png", "before": ["0.png"], "Caption": "a"},
     {"File_Name": "1.png", "reference_images": ["0.png"], "TEXT": "a", "mask": None},
-    {"outputImage": "x", "tgt_img_path": "1.png", "input image": "0.png", "text": "a"},
+    {"outputNote": "x", "tgt_img_path": "1.png", "input image": "0.png", "text": "a"},
+    {"targetImagePath": "1.png", "inputImages": ["0.png"], "editPrompt": "a", "srcImg": None},
+    {"target": "1.png", "images": [], "srcImg": "0.png", "instruction": "a", "conds": []},
     {"image": "1.png", "ref_img_0": "0.png", "prompt": "a", "control": "strong"},
     {"edited_image_file_name": "1.png", "kontext_images": "0.png", "prompt": "a", "id": "1.png"}])
 def test_the_names_of_public_sets_are_known(tmp_path, row):
@@ -211,7 +215,7 @@ def test_a_table_of_capital_names_with_numbers(tmp_path):
     ({"target": "0.png", "more": {"deep": [[1, {"a": "./2.png"}]]}}, "'more' holds a picture"),
     ({"target": "0.png", "images": "https://a.b/c.png"}, "address; save that picture as a file"),
     ({"target": "S3://a/b.png"}, "address"), ({"target": "data:image/png;base64,iV"}, "address"),
-    ({"target": "0.png", "images": "sub\\1.png"}, "backslashes.*'sub/1.png'"),
+    ({"target": "0.png", "images": "sub\\1.png"}, "1.png: no such.*write folders with /"),
     ({"target": "0.png", "images": "sub"}, "sub: is a folder.*name one picture")])
 def test_what_has_two_readings_or_none_is_refused(tmp_path, row, words):
     (tmp_path / "sub").mkdir()
@@ -279,15 +283,88 @@ def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
     source = data.Folder(tmp_path)
     assert [[path.name for path in row.paths] for row in source.checked_rows()] == [
         ["a.jfif", "a.png"], ["b.AVIF", "b_1.tga"], ["c.ppm", "c.jpe"]]
-    files, folders = source.left_out
+    files, folders = source.left_out()
     assert re.match(r"files, 6 \(e.txt, f.caption, g.psd, ...\): neither", files)
     assert re.match(r"pictures in folders below, 2 \(set 2/1.png, set 2/deep/2.png\): ", folders)
     for name in ("e.txt", "f.caption", "g.psd", "h.mp4", "control/n.json", "control/d.png"):
         (tmp_path / name).unlink()
-    assert len(data.Folder(tmp_path).left_out) == 1
+    assert len(data.Folder(tmp_path).left_out()) == 1
     (tmp_path / "b.txt").rename(tmp_path / "b.caption")
     with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt; left out: .*b.caption"):
         data.Folder(tmp_path)
+
+
+def test_two_targets_of_one_stem_are_refused(tmp_path):
+    """Nobody knows whose the caption is. Elsewhere, both may be skipped."""
+    for i in range(20):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a")
+    Image.new("RGB", (32, 32)).save(tmp_path / "3.jpg")
+    with pytest.raises(ValueError, match=r"3.jpg: another picture has the same name .*3.txt"):
+        data.Folder(tmp_path)
+    bad: list[str] = []
+    source = data.Folder(tmp_path, bad=bad)
+    assert len(told(source)) == 19 and [line.split(": ")[0][-5:] for line in bad] == [
+        "3.jpg", "3.png"]
+
+
+def test_pictures_of_skipped_rows_are_named_by_them(tmp_path):
+    """What no row names is told; what a bad row names is not."""
+    rows = [{"target": "0.png", "instruction": str(i)} for i in range(30)]
+    folder(tmp_path, [*rows, {"target": "1.png", "instruction": "x"}])
+    for name in ("c.png", "d.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"target": "2.png", "images": ["./c.png"]}))      # no text
+        file.write("\n" + json.dumps({"target": "1.png", "instruction": "a", "images": "gone.png"}))
+    bad: list[str] = []
+    source = data.Folder(tmp_path, bad=bad)
+    assert len(bad) == 2 and source.left_out() == ["pictures that no row names, 1 (d.png)"]
+
+
+def test_looking_below_a_folder_ends_and_is_one_process_s(tmp_path, monkeypatch):
+    """However much there is; and not before it is asked for."""
+    source = folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
+    for i in range(4):
+        (tmp_path / f"sub{i}").mkdir()
+        for j in range(5):
+            Image.new("RGB", (32, 32)).save(tmp_path / f"sub{i}/{j}.png")
+    assert source.left_out() == ["pictures that no row names, 22 (1.png, 2.png, sub0/0.png, ...)"]
+    monkeypatch.setattr(folders, "LOOKED_AT", 8)
+    assert source.left_out() == [
+        "pictures that no row names, 7 (1.png, 2.png, sub0/0.png, ...) among the first 9 files"]
+    monkeypatch.setattr(folders.os, "walk", None)
+    data.Folder(tmp_path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("omniedit=nope", "--data omniedit=nope: is not there"), ("nope:2", "--data nope:2: is not"),
+    ("0.png", "0.png: is a picture; name its folder, or a .jsonl or .csv file")])
+def test_what_is_no_source_is_named(tmp_path, monkeypatch, text, words):
+    folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        data.open_source(text, {}, PUBLIC)
+
+
+def test_the_longest_side(tmp_path):
+    """Of a folder's pictures and of a public set's."""
+    Image.new("RGB", (1600, 800)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"target": "a.png", "instruction": "a"}))
+    for longest, shape in ((512, (256, 512, 3)), (1024, (512, 1024, 3))):
+        sample, = data.open_source(str(tmp_path), longest=longest)[0].all()
+        assert sample.target.shape == shape
+    rows = omniedit()[:1]
+    rows[0] |= {"edited_img": cell("blue", (1600, 800))}
+    file = write_set(tmp_path, "omniedit", rows)
+    subject = write_set(tmp_path, "subjectspatial")
+    for longest, shape in ((512, (256, 512, 3)), (1024, (512, 1024, 3))):
+        sample, = data.open_source(f"omniedit={file}", {}, PUBLIC, longest=longest)[0].draw(
+            np.random.default_rng(0), 1)
+        assert sample.target.shape == shape
+        sample, = data.open_source(f"subjectspatial={subject}", {}, PUBLIC, longest=longest)[
+            0].draw(np.random.default_rng(0), 1)
+        assert sample.target.shape == (longest, longest, 3)
 
 
 def test_missing_or_empty_folders(tmp_path):
@@ -311,7 +388,7 @@ def test_sources_and_weights(tmp_path):
         data.open_source("tiny", named)[0], world.TinyWorld)
     assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
     with pytest.raises(ValueError, match="no public set 'cooc'; there are omniedit, "):
-        data.open_source(f"cooc={tmp_path}", public=PUBLIC)
+        data.open_source(f"cooc={tmp_path}", {}, PUBLIC)
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
         with pytest.raises(ValueError, match="weight"):
             data.open_source(text)

@@ -121,7 +121,8 @@ def test_every_step_is_held(trained) -> None:
     """Not the last alone: the latents that a callback sees."""
     seen: list[torch.Tensor] = []
     picture = Image.open(PICTURE)
-    given = sample.condition(trained, [TEXT], *sample.prepare((SIDE, SIDE), [picture], [], (SIDE, SIDE)))
+    pictures = sample.prepare((SIDE, SIDE), [picture], [], (SIDE, SIDE))
+    given = sample.condition(trained, [TEXT], *pictures)
     x0, noise = dit.unpack(given.ref, 8, 8), sample.seeded_noise([0], (SIDE, SIDE))
     edit(trained, TEXT, picture, mask=LEFT, steps=4, callback=lambda _, x: seen.append(x))
     for t, x in zip(dit.schedule(4, 16).tolist()[1:], seen, strict=True):

@@ -17,6 +17,7 @@ from sample import condition, generate, load_pipeline, seeded_noise
 from support import commands, devices, dry_run, export, layouts, offload, routing_maps
 from support.files import files_of
 from support.fp8 import NarrowLinear
+from tiny import world
 
 # -------------------------------------------------------------------- weights that visit the device
 
@@ -205,6 +206,38 @@ def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys):
                             "fp8", "--method", "lora")
     assert other["activations"] < told["activations"]    # though the batch is twice as large
     assert other["transformer, frozen"] < 0.4 * told["transformer, frozen"]
+
+
+def test_dry_run_counts_the_batch_itself(monkeypatch, capsys, short_by_default):
+    """Few samples take less each than many do, when recomputing: two give no slope."""
+    monkeypatch.setattr(dry_run, "GB", 1)
+    def step_bytes(loss_of, batch, *_):                  # gradients, then activations are the most
+        return max(30 * 10 ** 6 + batch, 10 ** 6 * (25 + 2 * batch)), 28 * 10 ** 6
+    monkeypatch.setattr(dry_run, "step_bytes", step_bytes)
+    def told(batch: int, room: int) -> tuple[int, int]:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--batch-size", str(batch),
+                                          "--cache", "x", "--dry-run", str(room)])
+        monkeypatch.setattr(train, "open_sources", lambda *_: [(world.TinyWorld(), 1.0)])
+        train.main()
+        out = capsys.readouterr().out
+        return (int(float(re.search(r"together +([\d.]+)", out)[1])) // 10 ** 6,
+                int(re.search(r"largest batch in .*: ([\d,]+)$", out, re.M)[1].replace(",", "")))
+    for batch, room, whole, most in ((1, 2, 30, 0), (1, 100, 30, 36), (8, 36, 41, 4),
+                                     (8, 42, 41, 8), (40, 205, 105, 90)):
+        assert told(batch, room * 10 ** 6) == (whole, most), (batch, room)
+
+
+def test_dry_run_says_nothing_odd(monkeypatch, capsys, short_by_default):
+    """No steps that were not given, nothing of which there is none."""
+    monkeypatch.setattr(dry_run, "step_bytes", lambda loss_of, batch, *_: (10 ** 8 * batch, 10))
+    for more, steps in (([], False), (["--steps", "1"], True)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(ROOT / "tiny/examples/own"),
+                                          "--cache", "x", *more, "--dry-run"])
+        monkeypatch.setattr(dry_run, "largest", lambda batches: samples("t2i", 1)[0])
+        train.main()
+        out = capsys.readouterr().out
+        assert ("in a batch; 1 step: 1 pass\n" in out) == steps and "steps" not in out
+        assert "64x64, nothing given; the largest" in out and " 0.00" not in out
 
 
 def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):

@@ -233,7 +233,7 @@ def under_another_prefix(folder: Path) -> None:
 
 
 def draws(source: str | Path, named: dict | None = None) -> None:
-    found, _ = data.open_source(str(source), public=named or {})
+    found, _ = data.open_source(str(source), {}, named or {})
     assert found.draw(np.random.default_rng(0), 1)[0].instruction
 
 

@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and printed.startswith("error") and "run" in printed
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "adapter.safetensors", "checkpoint.pt", "log.jsonl", "run.json"}
+        "adapter.safetensors", "checkpoint.pt", "data.png", "log.jsonl", "run.json"}
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1
     monkeypatch.setattr(train, "previews", lambda *_: {})
     monkeypatch.setattr(sys, "argv", [*common, "--resume"])
@@ -279,8 +279,9 @@ def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, ca
                              "--save-every", 2, "--out", out, "--method", "lora", "--model",
                              short_model)
     assert code == 0, err
-    assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "log.jsonl",
-                                               "loss.png", "run.json", "samples_000002.png"}
+    assert {p.name for p in out.iterdir()} == {"adapter.safetensors", "checkpoint.pt", "data.png",
+                                               "log.jsonl", "loss.png", "run.json",
+                                               "samples_000002.png"}
     entry = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"step", "loss", "flow", "balance", "orthogonality", "tasks", "seconds"} <= entry.keys()
     before = (out / "adapter.safetensors").read_bytes()
@@ -432,3 +433,153 @@ def test_an_adapter_without_a_checkpoint_is_not_written_over(tmp_path, monkeypat
     with pytest.raises(ValueError, match="no checkpoint to go on from"):
         train.main()
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"precious"]
+
+
+# --------------------------------------------------------- pictures that go bad, adapters to keep
+
+def own_pictures(path, number: int = 20):
+    path.mkdir()
+    for i in range(number):
+        Image.new("RGB", (64, 64), (9 * i, 0, 0)).save(path / f"{i}.png")
+    (path / "metadata.jsonl").write_text("\n".join(
+        json.dumps({"target": f"{i}.png", "instruction": f"{i}"}) for i in range(number)))
+    return path
+
+
+@pytest.mark.parametrize("skip", [[], ["--skip-bad"]])
+def test_a_picture_that_goes_bad_costs_no_step(tmp_path, monkeypatch, capsys, short_model, skip):
+    """Saved after the step before, and said how to go on; or another is drawn in its place."""
+    folder, real, done = own_pictures(tmp_path / "own"), train.accumulate, []
+    content = (folder / "0.png").read_bytes()
+
+    def accumulate(pipe, micro, *rest):                  # all but a few are gone after step 3
+        done.append([s.instruction for _, batch in micro for s in batch])
+        if len(done) == 3:
+            for i in range(2 if skip else 20):
+                (folder / f"{i}.png").write_bytes(b"torn")
+        return real(pipe, micro, *rest)
+    monkeypatch.setattr(train, "accumulate", accumulate)
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    common = ["--data", folder, "--batch-size", 8, "--steps", 12, "--method", "lora", "--model",
+              short_model, "--out", tmp_path / "run", *skip]
+    code, _, err = run_train(monkeypatch, capsys, *common)
+    if skip:
+        assert code == 0 and len(done) == 12, err
+        assert "bad lines of the data, skipped: 2" in err and "0.png" in err and "1.png" in err
+        late = [text for batch in done[6:] for text in batch]
+        assert not {"0", "1"} & set(late) and len(late) == 48
+        return
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert code == 2 and 3 <= state["step"] == len(done) < 12, err
+    last = err.splitlines()[-1]
+    assert re.search(r"error: .*line \d+: .*/\d+.png: cannot be read as a picture", last)
+    assert f"stopped after {len(done)} steps, which are saved" in last
+    assert "--skip-bad" in last and "--resume goes on" in last and "Traceback" not in err
+    for i in range(20):
+        (folder / f"{i}.png").write_bytes(content)
+    code, _, err = run_train(monkeypatch, capsys, *common, "--resume")
+    assert code == 0 and len(done) == 12, err
+
+
+def test_a_picture_that_goes_bad_in_another_process_is_told_by_the_first(tmp_path, forks,
+                                                                         short_model):
+    """All end after the same step, which is saved."""
+    script = tmp_path / "train.py"
+    script.write_text(f"import os, sys\nsys.path[0] = {str(ROOT)!r}\nimport data, train\n"
+                      "from support import commands\n"
+                      "train.previews, batches = lambda *_: {}, data.batches\n"
+                      "def torn(*args):\n"
+                      "    for i, batch in enumerate(batches(*args)):\n"
+                      "        if i == 2 and os.environ['RANK'] == '1':\n"
+                      "            raise FileNotFoundError('3.png: gone')\n"
+                      "        yield batch\n"
+                      "data.batches = torn\ncommands.run(train.main)\n")
+    first, second = together(forks, script, "--data", "tiny", "--batch-size", 1, "--steps", 9,
+                             "--method", "lora", "--model", short_model, "--out", tmp_path / "run")
+    assert first.returncode == second.returncode == 2, (first, second)
+    assert first.stderr.splitlines()[-1] == (
+        "error: 3.png: gone; stopped after 2 steps, which are saved: mend it, or add --skip-bad to "
+        "draw others instead, and --resume goes on")
+    assert "error" not in second.stderr
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_the_next_item_is_there_before_this_one_is_used():
+    """What it raises is known in time; a first one that is none is raised at once."""
+    def items(last: int):
+        yield from range(last)
+        raise FileNotFoundError("gone")
+    asked: list = []
+    ahead = resume.one_ahead(items(3), asked)
+    assert [next(ahead), next(ahead), asked] == [0, 1, []]
+    assert next(ahead) == 2 and [str(error) for error in asked] == ["gone"]
+    with pytest.raises(FileNotFoundError):
+        next(resume.one_ahead(items(0), []))
+    with pytest.raises(ValueError, match="gone; stopped after 3 steps, which are saved"):
+        resume.leave(3, 0, asked)
+
+
+def test_the_last_adapters_are_kept(tmp_path, monkeypatch, capsys, short_model):
+    """Counted over stops; what is not the run's own stays."""
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    out = tmp_path / "run"
+    common = ["--data", "tiny", "--batch-size", 1, "--method", "lora", "--save-every", 1, "--model",
+              short_model, "--steps", 5, "--out", out, "--keep", 2]
+    out.mkdir()
+    others = {"adapter_000001.safetensors": b"mine", "adapter_best.safetensors": b"best",
+              "adapter_7.safetensors": b"seven"}
+    for name, content in others.items():
+        (out / name).write_bytes(content)
+    real = train.accumulate
+
+    def stops(pipe, micro, *rest):
+        if micro[0][0] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(pipe, micro, *rest)
+    monkeypatch.setattr(train, "accumulate", stops)
+    code, _, err = run_train(monkeypatch, capsys, *common)
+    assert code == 128 + signal.SIGTERM and "adapter_000001.safetensors is of another run" in err
+
+    def kept() -> list[int]:
+        return [int(file.stem[8:]) for file in sorted(out.glob("adapter_0*"))
+                if file.read_bytes() != b"mine"]
+    assert kept() == [2, 3]
+    (out / "adapter_000009.safetensors").write_bytes(
+        (out / "adapter_000003.safetensors").read_bytes())       # a copy under another name
+    code, _, err = run_train(monkeypatch, capsys, *common, "--resume")
+    assert code == 0 and kept() == [4, 5, 9], err
+    assert all((out / name).read_bytes() == content for name, content in others.items())
+    assert (out / "adapter_000005.safetensors").read_bytes() == (
+        out / "adapter.safetensors").read_bytes()
+    code, out_, _ = run_train(monkeypatch, capsys, *common, "--resume")
+    assert code == 0 and "finished already, at step 5; nothing to do" in out_
+    common[common.index("--steps") + 1] = 7
+    code, _, err = run_train(monkeypatch, capsys, *common, "--resume")
+    assert code == 2 and "began with steps = 5, not 7; go on with --steps as it was, or " in err
+    assert "another --out" in err and kept() == [4, 5, 9]
+
+
+def test_the_first_batch_is_shown(tmp_path, monkeypatch, capsys, short_model):
+    """As the model gets it: pictures resized, and where a text is cut; a resumed run leaves it."""
+    monkeypatch.setattr(train, "previews", lambda *_: {})
+    texts, real = [], record.grid
+    monkeypatch.setattr(record, "grid", lambda rows, told, **how: (
+        texts.append((rows, told)) or real(rows, told, **how)))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    Image.new("RGB", (200, 100), "red").save(folder / "a.png")
+    long = "make the red circle on the left blue " * 9
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(
+        {"target": "a.png", "instruction": text, "images": "a.png"}) for text in (long, "short")))
+    common = ["--data", folder, "--batch-size", 2, "--steps", 1, "--method", "lora", "--model",
+              short_model, "--out", tmp_path / "run"]
+    code, _, err = run_train(monkeypatch, capsys, *common)
+    assert code == 0 and (tmp_path / "run/data.png").is_file(), err
+    (rows, told), = texts
+    assert {p.shape for row in rows for p in row} == {(64, 64, 3)} and len(rows[0]) == 2
+    cut, short = sorted(told, key=len, reverse=True)
+    read, _, rest = cut.partition(" | not read: ")
+    assert short == "short" and read + rest == long and long.startswith(read) and len(read) > 50
+    (tmp_path / "run/data.png").unlink()
+    code, _, err = run_train(monkeypatch, capsys, *common, "--resume")
+    assert code == 0 and not (tmp_path / "run/data.png").exists()

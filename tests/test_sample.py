@@ -89,6 +89,8 @@ def test_sizes(bare):
                             [Image.new("RGB", (1000, 500))], (512, 768))
     assert [tuple(t.shape[-2:]) for t in images] == [(768, 512), (880, 1184)]  # first: the output's
     assert tuple(conds[0].shape[-2:]) == (256, 512)
+    _, conds = prepare(big, [], [Image.new("RGB", (1000, 500))], (512, 768), 768)
+    assert tuple(conds[0].shape[-2:]) == (384, 768)      # as its adapter was trained
     assert bare.vae.config.sample_size == 64
     assert output_size((64, 64), [Image.new("RGB", (400, 300))], None) == (64, 64)
 

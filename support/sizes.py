@@ -1,0 +1,88 @@
+"""Which adapter a training makes: its method and sizes, as the options, files and --init say.
+
+train.main() calls chosen() before any weight of the model is read.
+"""
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from mole import AdapterConfig
+from support import adapters, research, targets
+from support.files import config_from, read_json
+
+
+def entries_of(file: Path) -> tuple[dict, bool]:
+    """A configuration file's entries, and whether it is the research code's, which says it all.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    values = read_json(file)
+    theirs = bool(values.keys() & {"lora_config", "moe_config"})
+    return (research.from_research(values, file) if theirs else values), theirs
+
+
+def method_of(c: AdapterConfig) -> str:
+    """The --method whose adapters have this configuration; see baselines.configure()."""
+    if not c.mole_targets and not c.token_targets:
+        return "lora"
+    if c.routing != "instruction":
+        return c.routing
+    return "instructmole" if c.resampler else "pooled"
+
+
+def by_options(args: argparse.Namespace, base: AdapterConfig) -> dict:
+    """What --config, --rank and --experts change. Raises: ValueError where two contradict."""
+    named, asked = entries_of(args.config)[0] if args.config else {}, {}
+    before = asdict(config_from(AdapterConfig, asdict(base) | named, args.config, whole=True))
+    if args.rank:                                        # alpha follows: the scale stays
+        rank, alpha = ("lora_rank", "lora_alpha") if args.method == "lora" else ("rank", "alpha")
+        asked |= {rank: args.rank, alpha: args.rank * before[alpha] / max(1, before[rank])}
+    if args.experts:
+        if args.method == "lora":
+            raise ValueError(f"--experts {args.experts}: --method lora has none")
+        asked |= {"experts": args.experts, "top_k": min(args.experts, before["top_k"])}
+    for name, option in (("rank", args.rank), ("lora_rank", args.rank), ("experts", args.experts)):
+        if name in named and name in asked and named[name] != asked[name]:
+            raise ValueError(f"--{name.removeprefix('lora_')} {option}: {args.config} says {name} "
+                             f"{named[name]}; keep one")
+    return named | asked
+
+
+def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object], AdapterConfig]
+           ) -> tuple[AdapterConfig, dict[str, Tensor] | None]:
+    """The adapter's configuration and, with --init, its first weights; sets args.method then.
+
+    What --config names changes those values alone; the others are those of adapter.json beside the
+    model, where there is one, else the paper's. adapter_config: weights.adapter_config().
+    Raises: FileNotFoundError, ValueError.
+    """
+    beside, first, where = args.model.parent / "adapter.json", None, args.config or "--rank"
+    whole = args.config is not None and entries_of(args.config)[1]
+    if args.init:
+        values, first = adapters.read(args.init)
+        base = config_from(AdapterConfig, values, args.init, whole=True)
+        if args.method not in (None, method_of(base)):
+            raise ValueError(f"--init {args.init}: is an adapter of --method {method_of(base)}, "
+                             f"not {args.method}")
+        args.method = method_of(base)
+        if (side := adapters.longest([args.init])) != (args.longest or 512):
+            print(f"note: {args.init} was trained with --longest {side}, this run is with "
+                  f"{args.longest or 512}", file=sys.stderr)
+        if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
+            args.init = adapters.file_of(args.init)
+    else:
+        values = entries_of(beside)[0] if beside.is_file() and not whole else {}
+        base = config_from(AdapterConfig, values, beside, whole=True)
+    changes = by_options(args, base)
+    c = adapter_config(args.method, asdict(base) | changes, where)
+    if args.init and c != base:
+        told = ", ".join(f"{name} is {value}, not {asdict(c)[name]}"
+                         for name, value in asdict(base).items() if value != asdict(c)[name])
+        raise ValueError(f"--init {args.init}: its sizes stay as they are: {told}; leave out "
+                         "--config, --rank and --experts")
+    targets.check_sizes(c)
+    return c, first
