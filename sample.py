@@ -43,7 +43,7 @@ from support.files import files_of
 from support.fp8 import check_device
 from support.pictures import Given, each, given_picture, load_image, resize, save_picture
 from support.resolutions import cond_size, output_size, prepare
-from support.streaming import stream
+from support.streaming import visiting
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer
 from vae import AutoEncoder
 
@@ -63,7 +63,7 @@ class Pipeline:
     paths: dict[str, Path]                               # of each part
     names: dict[str, str] = field(default_factory=dict)  # what its pictures will say of it
     cache: caching.Cache | None = None                   # of what the encoders gave before
-    run: Callable = call                                 # how training calls a block
+    run: Callable | None = None                          # calls blocks, while training streams them
     lock: RLock = field(default_factory=RLock)           # weights move and merge while one works
     longest: int = 512                                   # side of a condition, as in training
 
@@ -80,28 +80,28 @@ class Conditioning:
 
 
 def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
-                  device: str = "auto", dtype: str = "auto", encoders_stay: bool = False,
-                  weightless: bool = False, **others: Path | None) -> Pipeline:
+                  device: str = "auto", dtype: str = "auto", matmul: str | None = None,
+                  encoders_stay: bool = False, weightless: bool = False,
+                  **others: Path | None) -> Pipeline:
     """Read a model, and adapters as adapters.chosen() takes them: by default the one beside it.
 
     adapter: None, FILE, or a list of (FILE, strength). others: as layouts.model_paths() takes them.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
     visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
-    fits. weightless: shapes alone, on "meta". Raises: FileNotFoundError, ValueError.
+    fits. weightless: shapes alone, on "meta". matmul: "fp8", where the device multiplies so.
+    Raises: FileNotFoundError, ValueError.
     """
     paths = layouts.model_paths(Path(model), **others)
     chosen = adapters.chosen(adapter, Path(model))
     tokenizers = T5Tokenizer(paths["tokenizer_2"]), CLIPTokenizer(paths["tokenizer"])
-    device = devices.choose_device(device)
+    device = devices.choose_device(device, matmul)
     files = {file for part in weights.PARTS for file in files_of(paths[part])}
     stored = sum(file.stat().st_size for file in files)
     dtype = devices.choose_dtype(dtype, device, stored)
-    memory, needed = devices.memory(device), stored * dtype.itemsize / 2     # stored: 2 bytes each
-    home = device if needed < devices.ROOM * memory else torch.device("cpu")
+    home, narrow = devices.home(device, stored * dtype.itemsize // 2)        # stored: 2 bytes each
     home = torch.device("meta") if weightless else home
     encoders_home = torch.device("cpu") if encoders_stay else home
-    narrow = device.type == "cpu" and needed >= memory / 2       # where wide ones would not fit
     devices.announce(f"loading {model}, {stored / 1e9:.1f} GB", 0 if weightless else stored)
     pipe = Pipeline(
         weights.load("transformer", paths["transformer"], home, dtype, narrow),
@@ -111,13 +111,12 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
         *tokenizers, adapter=None, device=device, dtype=dtype, paths=paths)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
-    devices.ready(pipe.dit, pipe.vae, device, dtype)
+    devices.ready(pipe.dit, pipe.vae, device, dtype, matmul)
     pipe.names = origin.names(Path(model), chosen)
     if chosen:
         pipe.adapter = weights.load_adapters(pipe.dit, chosen)
         pipe.longest = adapters.longest(path for path, _ in chosen)
-        for p in pipe.adapter.tensors().values():        # not the model's weights in its layers
-            p.data = p.data.to(device)
+        offload.move(pipe.adapter.tensors().values(), device)    # not the model's in its layers
     return pipe
 
 
@@ -223,8 +222,7 @@ def generate(pipe: Pipeline, given: Conditioning, noise: Tensor, steps: int = 28
     Shapes: noise (B, C, h, w) -> (B, H, W, 3) uint8; layer name -> (B, E), by token (..., E).
     callback: called after each step with its number, from 1 on, and the latents (B, C, h, w).
     """
-    visit = offload.on_device if offload.fits(pipe.dit, pipe.device) else stream
-    with (pipe.lock, torch.no_grad(), visit(pipe.dit, pipe.device) as run,
+    with (pipe.lock, torch.no_grad(), visiting(pipe.dit, pipe.device, pipe.run) as run,
           export.at_work(pipe.dit, pipe.adapter, given.txt, given.pooled, pipe.device)):
         for step, latents in enumerate(denoise(pipe, noise, given, steps, guidance, run, hold), 1):
             callback(step, latents)                      # (B, C, h, w)

@@ -22,7 +22,9 @@ import argparse
 import math
 import os
 import time
+from contextlib import nullcontext
 from itertools import count, islice
+from operator import call
 
 import numpy as np
 import torch
@@ -38,15 +40,16 @@ from data import Sample, Source, stack
 from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
-from support import (adapters, caching, devices, distributed, layouts, options, record, report,
-                     resume, routing_maps, sizes, summary)
+from support import (adapters, caching, devices, distributed, layouts, offload, options, record,
+                     report, resume, routing_maps, sizes, streaming, summary)
 from support.fp8 import to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
 from support.public_sets import PUBLIC
-from support.recompute import recomputing
+from support.recompute import recomputing, sparing
 from support.resume import Optimizers
 from support.tables import tell_skipped
+from support.training_options import train_options
 from support.validation import HeldOut, noted, open_held_out, some_of_each
 from tiny.world import TinyWorld
 
@@ -89,7 +92,8 @@ def matching_loss(pipe: Pipeline, given: Conditioning, x0: Tensor, noise: Tensor
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise              # (B, I, P)
     guidance = torch.full_like(t, GUIDANCE)                                  # (B,)
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
-        run = recomputing(pipe.adapter, routing, pipe.run) if recompute else pipe.run
+        run = pipe.run or call                           # calls a block of the transformer
+        run = recomputing(pipe.adapter, routing, run) if recompute else run
         v = velocity(pipe.dit, xt.to(pipe.dtype), t, guidance, given, *size, run)  # (B, I, P)
     return {"flow": F.mse_loss(v.float(), noise - x0), "balance": routing.balance,
             "orthogonality": routing.orthogonality}
@@ -178,6 +182,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     seeded = ((args.seed * 2 ** 32 + i, samples)
               for i, samples in zip(count(number + rank, workers), batches))
+    spared = sparing(accumulate, args.recompute)
     log, began = record.Log(args.out, start, rank), time.time()
     with resume.stop_signals() as asked, tqdm(
             range(start, args.steps), initial=start, total=args.steps, desc=args.method,
@@ -187,8 +192,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
             number += args.accumulate * workers          # of the next step's first micro-batch
             if step == 0 and rank == 0:
                 record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
-            losses = accumulate(pipe, micro, auxiliary_factor(step, args.steps), args.recompute,
-                                args.shift)
+            losses = spared(pipe, micro, auxiliary_factor(step, args.steps), args.shift)
             losses, stop = distributed.average(adapter.tensors().values(), losses,
                                                args.accumulate, len(asked) > 0)
             norm = update(args, adapter, optimizers, step, losses["loss"])
@@ -256,7 +260,8 @@ def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Source
         pipe.adapter = weights.new_adapter(pipe.dit, config)
         return pipe.adapter, make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
 
-    dry_run.tell(args, pipe, adapt, lambda n: empty_loss(pipe, largest, n, args.recompute), largest)
+    dry_run.tell(args, pipe, adapt, lambda n: empty_loss(pipe, largest, n, args.recompute == "on"),
+                 largest)
 
 
 def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Tensor:
@@ -289,9 +294,14 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Te
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
-    if not args.shard:
+    streamed = not args.shard and not offload.fits(pipe.dit, pipe.device)
+    if not args.shard and not streamed:
         pipe.dit.to(pipe.device)                         # the other parts may only visit it
     pipe.adapter = weights.new_adapter(pipe.dit, config)
+    if streamed:
+        args.recompute = "on"
+        streaming.tell(pipe.device)
+        offload.move(pipe.adapter.tensors().values(), pipe.device)
     if first:
         adapters.fill_in(pipe.adapter, first, args.init)
     if args.shard:
@@ -300,12 +310,13 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Te
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = record.settings_of(args, config, identity, sources, workers)
-    train(args, pipe, sources, held_out, settings, rank, workers)
+    with streaming.stream(pipe.dit, pipe.device) if streamed else nullcontext() as pipe.run:
+        train(args, pipe, sources, held_out, settings, rank, workers)
     distributed.leave()
 
 
 def main() -> None:
-    args = options.train_options(baselines.METHODS, PUBLIC)
+    args = train_options(baselines.METHODS, PUBLIC)
     config, first = sizes.chosen(args, weights.adapter_config)
     bad: list[str] | None = [] if args.skip_bad else None
     sources = open_sources(args, bad)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dit
+from support import fp8
 
 ROOM = 0.8                                               # of a device's memory, for weights
 LARGE = 1e9                                              # bytes of weights that take a while
@@ -29,8 +30,11 @@ def fast_bf16() -> bool:
 FAST_BF16 = fast_bf16()                                  # once: a compiled graph cannot ask
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: an accelerator where there is one. Raises: ValueError for what this machine has not."""
+def choose_device(name: str, matmul: str | None = None) -> torch.device:
+    """auto: an accelerator where there is one. matmul: "fp8", if it shall multiply so.
+
+    Raises: ValueError for what this machine has not.
+    """
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -41,6 +45,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: unusable here ({str(error).splitlines()[0]})") from None
+    if matmul:
+        fp8.check_products(device)
     return device
 
 
@@ -52,6 +58,15 @@ def memory(device: torch.device) -> int:
     if not hasattr(os, "sysconf"):                       # Windows does not say
         return 16 * 2 ** 30
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def home(device: torch.device, needed: int) -> tuple[torch.device, bool]:
+    """Where weights of so many bytes stay: there, or for lack of room in the computer's memory.
+
+    And whether as narrow as they are stored: on a CPU where wide ones would not fit.
+    """
+    stay = device if needed < ROOM * memory(device) else torch.device("cpu")
+    return stay, device.type == "cpu" and needed >= memory(device) / 2
 
 
 def available() -> int:
@@ -93,8 +108,10 @@ def rotate_in_reals(x: Tensor, pe: Tensor) -> Tensor:
 
 
 def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
-          dtype: torch.dtype) -> None:
+          dtype: torch.dtype, matmul: str | None = None) -> None:
     """Give models the forms of operations and layouts of memory that the device is quicker at."""
+    if matmul == "fp8":
+        fp8.multiply_in_fp8(model)
     if device.type == "cpu":                             # convolutions are (on a GPU they are not,
         vae.to(memory_format=torch.channels_last)        # with the norms between them)
     if device.type == "cpu" and dtype == torch.bfloat16 and not FAST_BF16:

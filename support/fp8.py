@@ -1,7 +1,7 @@
 """Weights in 8 bits: kept so, and widened where they are used or, with --matmul, multiplied so.
 
 weights.assign() makes such layers where a file has them; train.py asks for them with --base-dtype.
-sample.load_pipeline() asks for products in 8 bits: of tokens with the frozen weights of the blocks.
+devices.ready() asks for products in 8 bits, for --matmul: of tokens with the weights of blocks.
 """
 from collections.abc import Iterable
 

@@ -3,7 +3,7 @@
 sample.py calls it around every use of a part; nothing moves where a part is on its device already.
 A transformer for which there is no room visits block by block: support/streaming.py.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import call
 
@@ -15,6 +15,12 @@ from support import devices
 
 def weights_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def move(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """For good, each in its place."""
+    for t in tensors:
+        t.data = t.data.to(device)
 
 
 def fits(model: nn.Module, device: torch.device) -> bool:

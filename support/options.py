@@ -1,20 +1,19 @@
 """The commands' options, one function for each command.
 
-main() of sample.py, train.py, evaluate.py and weights.py begins with its own.
+main() of sample.py, evaluate.py and weights.py begins with its own; train.py's are many, and stand
+in support/training_options.py.
 """
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
 from support import adapters, layouts
-from support.checks import check_training
-from support.commands import (COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, STEPS,
+from support.commands import (COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE, STEPS,
                               Parser, checked, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
 SOURCE = ("a folder (metadata.jsonl or .csv, or pictures with .txt), a .jsonl or .csv file, or a "
           "public set: ")
-STEPS_OF_A_RUN = 100_000
 
 
 # ------------------------------------------------------------------------------ shared by several
@@ -33,12 +32,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto",
                         choices=["auto", "float32", "bfloat16", "float16"],
                         help="of the model; an adapter is fp32")
+    parser.add_argument("--matmul", choices=["fp8"], help="multiply tokens with the transformer's "
+                        "weights in 8 bits, where the device can: faster, slightly other pictures")
 
 
 def model_of(args: argparse.Namespace) -> dict[str, Path | str | None]:
     """What add_model() asked for, as sample.load_pipeline() takes it."""
     return {name: getattr(args, name) for name in ("model", "vae", "text_encoder", "text_encoder_2",
-                                                   "tokenizers", "device", "dtype")}
+                                                   "tokenizers", "device", "dtype", "matmul")}
 
 
 def add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +56,14 @@ def adapters_of(args: argparse.Namespace) -> list[tuple[Path, float]]:
 def add_compile(parser: argparse.ArgumentParser, first: str) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: "
                         f"{first} more at first, then faster steps")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How pairs are read, by training and by scoring."""
+    parser.add_argument("--data-root", type=FOLDER, metavar="FOLDER", help="that no path in the "
+                        "data may leave; by default the folder of the file that names it")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave bad lines out, one in ten at most; list them at the end")
 
 
 # --------------------------------------------------------------------------------- of one command
@@ -102,103 +111,6 @@ def sample_options() -> argparse.Namespace:
                         help="draw the experts' shares in each layer, and which are kept, for "
                         "--instruction or, by task, for a --batch; pictures too only with --out")
     return parser.parse_args()
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How pairs are read, by training and by scoring."""
-    parser.add_argument("--data-root", type=FOLDER, metavar="FOLDER", help="that no path in the "
-                        "data may leave; by default the folder of the file that names it")
-    parser.add_argument("--skip-bad", action="store_true",
-                        help="leave bad lines out, one in ten at most; list them at the end")
-
-
-def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
-    """What train.py draws from. public: names of the public sets."""
-    parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE[:weight]",
-                        help=f"{SOURCE}{'=PATH, '.join(public)}=PATH, or tiny, the embedded "
-                        "model's drawn world, without end; one is drawn per batch")
-    add_reading(parser)
-    parser.add_argument("--longest", type=checked(
-        int, lambda n: n > 0 and n % 16 == 0, "must be a multiple of 16"), metavar="PIXELS",
-        help="longer side of the pictures, at most; 512. Larger ones are shrunk")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
-                        "picture once, before training, and keep that here")
-    parser.add_argument("--cache-draws", type=COUNT, metavar="N", help="with --cache: ways "
-                        "to draw a row of a public set (wording, conditions, boxes); else one")
-    parser.add_argument("--validate", metavar="SOURCE", help="at each --save-every, the loss and a "
-                        "sheet of pictures on these held-out pairs; a source as for --data")
-
-
-def add_trained(parser: argparse.ArgumentParser, methods: list[str]) -> None:
-    """Which adapter is trained; support/sizes.py reads them."""
-    parser.add_argument("--method", choices=methods, help=f"{methods[0]} (if not said); pooled: "
-                        "routed by CLIP's vector alone; lora: no experts; the others: baselines.py")
-    parser.add_argument("--config", type=Path, help="JSON with fields of mole.AdapterConfig to "
-                        "change; the others as in adapter.json beside the model, if any, or as "
-                        "published")
-    parser.add_argument("--rank", type=COUNT, metavar="N", help="of each expert; with --method "
-                        "lora, of the LoRA; its alpha follows")
-    parser.add_argument("--experts", type=COUNT, metavar="N", help="in each layer that has some")
-    parser.add_argument("--init", type=Path, metavar="FILE", help="begin with this adapter: its "
-                        "method, sizes and weights")
-
-
-def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespace:
-    """methods: what may be trained, the default first; public: names of the public sets."""
-    parser = Parser(description="Train an adapter on a frozen model.",
-                    usage="python train.py --data SOURCE[:weight] ... [options]")
-    add_data(parser, public)
-    add_model(parser)
-    add_trained(parser, methods)
-    parser.add_argument("--steps", type=COUNT, help=f"{STEPS_OF_A_RUN:,} (if not said); the "
-                        "auxiliary losses fade over the run, so it cannot be made longer later")
-    parser.add_argument("--batch-size", type=COUNT, default=4,
-                        help="%(default)s, or as many as there are")
-    parser.add_argument("--accumulate", type=COUNT, default=1,
-                        help="micro-batches per step")
-    parser.add_argument("--lr", type=POSITIVE, default=1e-4,
-                        help="learning rate; %(default)s")
-    parser.add_argument("--router-lr", type=NOT_NEGATIVE, help="by default half of --lr")
-    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"],
-                        help="muon: for the matrices A and B, at twice the rate; the rest by adamw")
-    parser.add_argument("--schedule", default="constant", choices=["constant", "cosine"],
-                        help="of the learning rates")
-    parser.add_argument("--shift", type=POSITIVE, default=1.0, help="of the times: above 1, "
-                        "more are near 1, pure noise, where layout is decided; 3, for example. 1, "
-                        "as in the paper: uniform")
-    parser.add_argument("--recompute", action="store_true",
-                        help="recompute each block in backward: less memory, same gradients")
-    add_compile(parser, "minutes")
-    parser.add_argument("--base-dtype", choices=["fp8"], help="keep the transformer's frozen "
-                        "layers in 8 bits, widened where they are used: half of bf16's memory")
-    parser.add_argument("--shard", action="store_true", help="with torchrun: split the frozen "
-                        "blocks over the processes, where a device cannot hold them")
-    parser.add_argument("--dry-run", type=NOT_NEGATIVE, nargs="?", const=0, metavar="GB",
-                        help="only say what memory this will need, and the largest batch for so "
-                        "many GB (else for this device)")
-    parser.add_argument("--seed", type=checked(int, lambda n: 0 <= n < 2 ** 31,
-                        "must be from 0 to 2^31 - 1"),
-                        default=0, help="of all that is random: the same makes the same adapter")
-    parser.add_argument("--save-every", type=COUNT, default=500, metavar="STEPS",
-                        help="between checkpoints, and pictures of how it goes; %(default)s")
-    parser.add_argument("--keep", type=checked(int, lambda n: n >= 0, "must be 0 or more"),
-                        default=0, metavar="N", help="keep the last N saved adapters too, as "
-                        "adapter_STEP.safetensors; %(default)s")
-    parser.add_argument("--out", type=NEW_FOLDER, help="by default runs/METHOD")
-    parser.add_argument("--resume", action="store_true",
-                        help="go on from the last checkpoint in --out, if there is one")
-    older = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--adapter", dest="method", choices=methods, **older)
-    parser.add_argument("--checkpoint", dest="recompute", action="store_true", **older)
-    args = parser.parse_args()
-    if not args.init:
-        args.method = args.method or methods[0]
-    args.out = args.out or Path("runs") / (args.method or "init")
-    if args.dry_run is None:
-        args.steps = args.steps or STEPS_OF_A_RUN
-    check_training(args)
-    args.cache_draws = args.cache_draws or (1 if args.cache else None)
-    return args
 
 
 def evaluate_options(tasks: list[str], public: Iterable[str]) -> argparse.Namespace:

@@ -51,9 +51,9 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
     except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError,
             Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
         why = str(error).partition(" <")[0]              # without an object's address
-        if isinstance(error, UnidentifiedImageError):
-            why = "cannot identify what it is" if path is where or os.path.getsize(path) else (
-                "it is empty")
+        if isinstance(error, UnidentifiedImageError):    # its words name the path once more
+            empty = path is not where and not os.path.getsize(source)
+            why = "it is empty" if empty else "cannot identify what it is"
         raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
 
 

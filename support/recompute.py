@@ -1,12 +1,15 @@
 """Recomputing activations in backward, for less memory: train.py --recompute.
 
-train.matching_loss() hands what recomputing() gives to the transformer.
+train.matching_loss() hands what recomputing() gives to the transformer; train.train() has sparing()
+decide whether it does.
 """
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from operator import call
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from mole import Adapter, Routing
@@ -21,3 +24,27 @@ def recomputing(adapter: Adapter, routing: Routing, run: Callable = call) -> Cal
     def contexts() -> tuple:                             # around the first, and the second
         return nullcontext(), adapter.follow(replace(routing, recomputing=True))
     return lambda *args: checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
+
+
+def sparing(accumulate: Callable, choice: str) -> Callable:
+    """train.accumulate(), which recomputes: "on", "off", or "auto", once there is no memory else.
+
+    The step that had none is done again, by the same random numbers; so are the later ones.
+    """
+    recompute = choice == "on"
+
+    def spared(pipe: object, micro_batches: list, factor: float, shift: float) -> dict[str, float]:
+        nonlocal recompute
+        try:
+            return accumulate(pipe, micro_batches, factor, recompute, shift)
+        except torch.OutOfMemoryError as error:
+            if recompute or choice == "off":
+                raise MemoryError(f"{str(error).partition('.')[0]}; try a smaller --batch-size, "
+                                  "with --accumulate, or --recompute on, or --base-dtype fp8"
+                                  ) from None
+        recompute = True                                 # here what the error held is free
+        print("note: for lack of memory each block is recomputed in backward from now on; "
+              "--recompute does so from the start", file=sys.stderr)
+        pipe.adapter.zero_grad()
+        return spared(pipe, micro_batches, factor, shift)
+    return spared

@@ -19,7 +19,7 @@ from support.files import replacing, write_json
 from support.pictures import grid, save_picture
 from text_encoder import T5Tokenizer
 
-ASKED_FOR = "longest", "init"                            # settings that stand only where they are
+ASKED_FOR = "longest", "init", "matmul"                  # settings that stand only where given
 SHOWN = 16                                               # samples of a batch, at most
 
 

@@ -1,9 +1,10 @@
 """Transformers larger than the device: their blocks visit it one after another, copied ahead.
 
-sample.generate() and train.prepare() call it where offload.fits() says that there is no room.
+sample.generate() calls visiting(); train.prepare() streams where offload.fits() finds no room.
 """
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import Event, Thread
 
@@ -70,6 +71,12 @@ def pin(homes: list[list[Tensor]], lane: Lane, stop: Event) -> None:
         homes[i] = [home if home.is_pinned() else slabs.copy(home) for home in block]
 
 
+def tell(device: torch.device) -> None:
+    """Say that training streams."""
+    print(f"note: {device} has no room for the transformer: its blocks visit it one after another, "
+          "and are recomputed in backward; --base-dtype fp8 halves them", file=sys.stderr)
+
+
 @dataclass
 class Visit:
     """A block's weights on the device, once they have arrived."""
@@ -134,3 +141,14 @@ def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> 
             lane.wait(lane.mark())
             for i in range(len(blocks)):
                 go_home(i)
+
+
+def visiting(model: nn.Module, device: torch.device,
+             run: Callable | None = None) -> AbstractContextManager[Callable]:
+    """A `with` in which the transformer's weights come to the device, whole if it has room.
+
+    Gives what calls a block there; `run`, if its weights come and go already.
+    """
+    if run:
+        return nullcontext(run)
+    return (offload.on_device if offload.fits(model, device) else stream)(model, device)

@@ -20,7 +20,7 @@ from helpers import (MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_command, ru
                      tensors_of, written)
 from support import commands, jobs, plans
 from support.describe import describe
-from support.options import train_options
+from support.training_options import train_options
 from support.public_sets import PUBLIC
 
 # ------------------------------------------------------------------------------ support/commands.py
@@ -398,7 +398,7 @@ def test_older_names_of_options_mean_the_same_and_are_not_told(monkeypatch, caps
         return vars(train_options(baselines.METHODS, PUBLIC))
     assert options("--adapter", "lora") == options("--method", "lora") != options()
     assert options("--checkpoint") == options("--recompute") != options()
-    assert options()["method"] == "instructmole" and options()["recompute"] is False
+    assert options()["method"] == "instructmole" and options()["recompute"] == "auto"
     with pytest.raises(ValueError, match="--adapter.*'gone'"):
         options("--adapter", "gone")
     with pytest.raises(SystemExit):

@@ -17,6 +17,7 @@ from sample import condition, generate, load_pipeline, seeded_noise
 from support import commands, devices, dry_run, export, layouts, offload, routing_maps
 from support.files import files_of
 from support.fp8 import NarrowLinear
+from support.recompute import sparing
 from tiny import world
 
 # -------------------------------------------------------------------- weights that visit the device
@@ -256,3 +257,34 @@ def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
         assert size - shared[name] == pytest.approx(less, abs=2), name
     monkeypatch.setenv("RANK", "1")
     assert told_by_dry_run(monkeypatch, capsys, "--shard") == {}
+
+
+@pytest.mark.parametrize("choice", ["auto", "on", "off"])
+def test_what_has_no_memory_is_recomputed(choice, capsys):
+    """From that step on, which is done again: the same losses and gradients. Else the way out."""
+    pipe, batch = make_pipeline(), [(3, samples("move")), (4, samples("t2i"))]
+    asked, lacking = [], []
+
+    def accumulate(pipe, micro_batches, factor, recompute, shift):
+        asked.append(recompute)
+        losses = train.accumulate(pipe, micro_batches, factor, recompute, shift)
+        if lacking and not recompute:                    # after half of the work, as it may be
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return losses
+    wanted = train.accumulate(pipe, batch, 1.0, True), gradients(pipe)
+    spared = sparing(accumulate, choice)
+    spared(pipe, batch, 1.0, 1.0)
+    gradients(pipe)
+    lacking.append(True)
+    if choice == "off":
+        with pytest.raises(MemoryError, match="CUDA out of memory; try .*--batch-size.*on"):
+            spared(pipe, batch, 1.0, 1.0)
+        assert asked == [False, False]
+        return
+    losses = spared(pipe, batch, 1.0, 1.0)
+    for name, gradient in gradients(pipe).items():
+        assert torch.equal(gradient, wanted[1][name]), name
+    assert losses == wanted[0]
+    spared(pipe, batch, 1.0, 1.0)
+    assert asked == ([False, False, True, True] if choice == "auto" else [True] * 3)
+    assert capsys.readouterr().err.count("recomputed in backward") == (choice == "auto")

@@ -94,8 +94,8 @@ def test_a_streamed_model_makes_the_same_picture(trained, monkeypatch):
     monkeypatch.setattr(export, "mergeable", lambda *_: False)               # streamed is unmerged
     plain, _ = generate(trained, given, noise, steps=2)
     lane = Lane()
-    monkeypatch.setattr("sample.stream", lambda model, device: streaming.stream(
-        model, ELSEWHERE, lane))
+    stream = streaming.stream
+    monkeypatch.setattr(streaming, "stream", lambda model, device: stream(model, ELSEWHERE, lane))
     monkeypatch.setattr(offload, "fits", lambda model, device: model is not trained.dit)
     real = offload.on_device
     monkeypatch.setattr(offload, "on_device", lambda part, device: (

@@ -12,7 +12,7 @@ from pyarrow import parquet
 import train
 from helpers import MODEL, SETS
 from support import summary
-from support.options import train_options
+from support.training_options import train_options
 from text_encoder import T5Tokenizer
 
 
