@@ -286,6 +286,7 @@ def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
 def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Tensor] | None,
             sources: Sources, held_out: HeldOut) -> None:
     """Load the model, put an adapter on it, new or with `first` weights, and train that."""
+    devices.keep_freed_memory()
     rank, workers = distributed.join(args)
     pipe = load_pipeline(adapter=None, encoders_stay=bool(args.cache), **options.model_of(args))
     identity = record.identity(pipe.paths, pipe.dtype)

@@ -202,6 +202,7 @@ def wrong_model(path: Path, part: str, change) -> Path:
     (["--instruction", "a", "--guidance", "1e38"], "--guidance"),
     (["--instruction", "a\udcff"], "--instruction"),
     (["--instruction", "a", "--device", "meta"], "--device"),
+    (["--instruction", "a", "--device", "cpu", "--matmul", "fp8"], "--matmul fp8: cpu does not"),
     (["--instruction", "a", "--steps", "0"], "--steps"),
     (["--instruction", "a", "--guidance", "nan"], "--guidance"),
     (["--instruction", "a", "--seed", "-1"], "--seed"),
@@ -380,6 +381,8 @@ def test_what_options_need(monkeypatch):
     (["--data", "tiny", "--model", "gone"], "gone"),
     (["--data", "tiny", "--config", "gone.json"], "gone.json"),
     (["--data", "tiny", "--lr", "nan"], "--lr"),
+    (["--data", "tiny", "--device", "cpu", "--matmul", "fp8"], "--matmul fp8: cpu does not"),
+    (["--data", "tiny", "--recompute", "sometimes"], "--recompute invalid choice"),
     (["--data", "tiny", "--device", "cuda:99"], "--device")])
 def test_what_a_user_of_train_gets_wrong_is_one_line(tmp_path, arguments, words, monkeypatch,
                                                      capsys):

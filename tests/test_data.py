@@ -338,7 +338,7 @@ def test_looking_below_a_folder_ends_and_is_one_process_s(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("text, words", [
-    ("omniedit=nope", "--data omniedit=nope: is not there"), ("nope:2", "--data nope:2: is not"),
+    ("omniedit=nope", "--data omniedit=nope: not found"), ("nope:2", "--data nope: not found"),
     ("0.png", "0.png: is a picture; name its folder, or a .jsonl or .csv file")])
 def test_what_is_no_source_is_named(tmp_path, monkeypatch, text, words):
     folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
@@ -387,7 +387,7 @@ def test_sources_and_weights(tmp_path):
     assert data.open_source("tiny:2.5", named)[1] == 2.5 and isinstance(
         data.open_source("tiny", named)[0], world.TinyWorld)
     assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
-    with pytest.raises(ValueError, match="no public set 'cooc'; there are omniedit, "):
+    with pytest.raises(FileNotFoundError, match="no public set 'cooc'; there are omniedit, "):
         data.open_source(f"cooc={tmp_path}", {}, PUBLIC)
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):
         with pytest.raises(ValueError, match="weight"):

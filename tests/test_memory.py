@@ -1,7 +1,11 @@
 """Less memory: weights that visit a device, types, recomputing, a base in fp8, counting before."""
 import json
+import os
+import platform
 import re
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,3 +292,35 @@ def test_what_has_no_memory_is_recomputed(choice, capsys):
     spared(pipe, batch, 1.0, 1.0)
     assert asked == ([False, False, True, True] if choice == "auto" else [True] * 3)
     assert capsys.readouterr().err.count("recomputed in backward") == (choice == "auto")
+
+
+@pytest.mark.parametrize("libc, variable, kept", [
+    ("glibc", "", True), ("", "", False), ("glibc", "MALLOC_ARENA_MAX", False),
+    ("glibc", "MALLOC_TRIM_THRESHOLD_", False), ("glibc", "GLIBC_TUNABLES", False)])
+def test_freed_memory_is_kept_unless_the_user_says_how(libc, variable, kept, monkeypatch):
+    asked = []
+    for name in [name for name in os.environ if "MALLOC" in name or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(devices.platform, "libc_ver", lambda: (libc, "2.36"))
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: SimpleNamespace(
+        mallopt=lambda *what: asked.append(what)))
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    devices.keep_freed_memory()
+    assert asked == ([(-3, 32 * 2 ** 20), (-1, 2 ** 31 - 1)] if kept else [])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_step_is_not_given_new_pages_each_time():
+    """By the system's own count of pages that it cleared, in a process of its own."""
+    code = ("import resource, torch; from support import devices\n"
+            "def step(): return [torch.ones(2 ** 21) for _ in range(50)]\n"    # 8 MB each
+            "def faults(): step(); before = resource.getrusage(0).ru_minflt; step(); "
+            "return resource.getrusage(0).ru_minflt - before\n"
+            "plain = faults(); devices.keep_freed_memory(); print(plain, faults())")
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True,
+                          text=True)
+    plain, kept = map(int, done.stdout.split())
+    assert kept < plain / 10

@@ -141,7 +141,7 @@ def test_pictures_of_how_it_goes(tmp_path, monkeypatch, capsys, short_model):
         lines = (tmp_path / "all/log.jsonl").read_text().splitlines()
         return [{"from_even", "between", "changing"} <= json.loads(line).keys() for line in lines]
     always = {"adapter.safetensors", "checkpoint.pt", "checkpoint_before.pt", "log.jsonl",
-              "run.json", "samples_000001.png", "samples_000002.png"}
+              "data.png", "run.json", "samples_000001.png", "samples_000002.png"}
     assert files("--out", str(tmp_path / "all")) == always | {"loss.png", "routing.png",
                                                               "experts.png"}
     assert told() == [False, True]                       # one instruction has no other yet

@@ -1,16 +1,19 @@
 """Blocks that visit the device: copied ahead, in order, and never more than two."""
 import threading
 from contextlib import nullcontext
+from operator import call
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import dit
 import train
-from helpers import gradients, make_pipeline, samples
+from helpers import gradients, make_pipeline, run_train, samples
 from sample import condition, generate, seeded_noise
 from support import devices, export, offload, streaming
+from support.files import read_tensors
 
 ELSEWHERE = torch.device("meta")                         # no weight is there, and no copy
 
@@ -47,7 +50,7 @@ class Lane(streaming.Lane):
 @pytest.fixture
 def at_home(monkeypatch):
     """The parts that are no blocks stay where they are."""
-    monkeypatch.setattr(offload, "on_device", lambda *_: nullcontext())
+    monkeypatch.setattr(offload, "on_device", lambda *_: nullcontext(call))
 
 
 def addresses(model):
@@ -177,3 +180,22 @@ def test_slabs_hold_any_type_and_shape(dtype, monkeypatch):
 
 def test_how_much_memory_can_be_had():
     assert 0 <= devices.available() <= devices.memory(torch.device("cpu"))
+
+
+def test_a_command_that_streams_trains_the_same_adapter(tmp_path, monkeypatch, capsys, at_home):
+    """A device without room: the whole command, its pictures on the way included."""
+    common = ["--data", "tiny", "--steps", 2, "--batch-size", 2, "--method", "lora", "--out"]
+    assert run_train(monkeypatch, capsys, *common, tmp_path / "plain", "--recompute")[0] == 0
+    lane, real, stream = Lane(), offload.weights_of, streaming.stream
+    monkeypatch.setattr(offload, "fits", lambda model, device: not isinstance(
+        model, dit.FluxTransformer))
+    monkeypatch.setattr(offload, "weights_of", lambda block: [
+        t for t in real(block) if not t.requires_grad])          # the adapter's are on the device
+    monkeypatch.setattr(streaming, "stream", lambda model, device: stream(model, ELSEWHERE, lane))
+    code, _, err = run_train(monkeypatch, capsys, *common, tmp_path / "streamed")
+    assert code == 0 and "no room for the transformer" in err and lane.log.count("send") > 30
+    plain, streamed = (read_tensors([tmp_path / name / "adapter.safetensors"])
+                       for name in ("plain", "streamed"))
+    assert all(torch.equal(t, streamed[name]) for name, t in plain.items())
+    assert all(t.abs().max() > 0 for t in streamed.values())
+    assert len(list((tmp_path / "streamed").glob("samples_*.png"))) == 1
