@@ -33,7 +33,7 @@ from common import in_turns                              # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
 from mole import (Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, # noqa: E402
                   route)
-from support.devices import compile_blocks              # noqa: E402
+from support.devices import compile_blocks, keep_freed_memory # noqa: E402
 from support.export import merged                        # noqa: E402
 from support.recompute import recomputing                # noqa: E402
 from support.targets import layers_of                    # noqa: E402
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    keep_freed_memory()                                  # as train.py does; for all contestants
     torch.set_default_device(args.device)
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in args.dtype or ["bfloat16", "float32"]:

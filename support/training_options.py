@@ -1,4 +1,7 @@
-"""The options of train.py, whose main() begins with train_options()."""
+"""The options of train.py, and which of them go together.
+
+train.main() calls train_options() before all else.
+"""
 import argparse
 import os
 from collections.abc import Iterable
