@@ -168,8 +168,8 @@ def boxed(scene: Scene, thing: Thing) -> np.ndarray:
 # Wordings per task. The last two of each list are used for testing only.
 WORDINGS = {
     "t2i": ["{scene}", "a picture of {scene}", "draw {scene}", "paint {scene}",
-            "make a picture with {scene}", "show {scene}", "an image of {scene}",
-            "please draw {scene}"],
+            "make a picture with {scene}", "show {scene}", "image of {scene}",
+            "{scene} please"],
     "recolour": ["make the {a} {colour}", "paint the {a} {colour}", "recolour the {a} to {colour}",
                  "change the colour of the {a} to {colour}", "the {a} should be {colour}",
                  "give the {a} the colour {colour}", "change the {a} to {colour}",
@@ -234,8 +234,7 @@ WORDINGS = {
               "on {colour}",
               "draw the object of the {first} picture in the {map} of the {second},{rest} "
               "on {colour}",
-              "please use the object of the {first} picture in the {map} of the {second}{rest} "
-              "on {colour}"],
+              "please put the {first} object in the {map} of the {second}{rest} on {colour}"],
 }
 BASE_TASKS = ("t2i", "recolour", "reshape", "move", "remove", "add", "background")
 NEW_TASKS = ("canny", "depth", "pose", "fill", "subject", "multi", "mixed")
