@@ -42,6 +42,7 @@ from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture
                     generate, load_pipeline, seeded_noise, velocity)
 from support import (adapters, caching, devices, distributed, layouts, offload, options, record,
                      report, resume, routing_maps, sizes, streaming, summary)
+from support.casts import cast_once
 from support.fp8 import to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
@@ -119,9 +120,10 @@ def accumulate(pipe: Pipeline, micro_batches: list[tuple[int, list[Sample]]], fa
     """
     totals: dict[str, float] = {}
     for seed, samples in micro_batches:
-        parts = flow_loss(pipe, samples, seed, recompute, shift)
-        loss = parts["flow"] + factor * (parts["balance"] + parts["orthogonality"])
-        loss.backward()
+        with cast_once(pipe.adapter, pipe.dtype):
+            parts = flow_loss(pipe, samples, seed, recompute, shift)
+            loss = parts["flow"] + factor * (parts["balance"] + parts["orthogonality"])
+            loss.backward()
         for name, value in (parts | {"loss": loss}).items():
             totals[name] = totals.get(name, 0.0) + value.item() / len(micro_batches)
     return totals

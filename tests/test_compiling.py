@@ -1,5 +1,6 @@
 """--compile, by the compiler that a user has: inductor, which the CPU has too."""
 import shutil
+from operator import call
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import weights
 from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
 from support import devices
+from support.casts import cast_once
 from support.recompute import recomputing
 
 def step(model, adapter, side, dtype, recompute):
@@ -17,11 +19,12 @@ def step(model, adapter, side, dtype, recompute):
     ids = torch.cat([dit.position_ids(side, side, i) for i in range(2)])
     img, txt, pooled = (torch.randn(1, len(ids), 16), torch.randn(1, 3, 8), torch.randn(1, 8))
     given = (*(x.to(dtype) for x in (img, txt, pooled)), torch.tensor([0.7]), torch.ones(1), ids)
-    with adapter.serve(given[1], given[2], losses=True) as routing:
-        run = recomputing(adapter, routing) if recompute else lambda block, *args: block(*args)
-        v = model(*given, run=run)
     adapter.zero_grad()
-    (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
+    with cast_once(adapter, dtype):
+        with adapter.serve(given[1], given[2], losses=True) as routing:
+            run = recomputing(adapter, routing) if recompute else call
+            v = model(*given, run=run)
+        (v.float().square().mean() + routing.balance + routing.orthogonality).backward()
     return v.float().detach(), torch.cat([p.grad.flatten() for p in adapter.tensors().values()])
 
 
