@@ -95,15 +95,16 @@ class Folder:
         self.file = table_of(self.path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.bad, self.all_bad = None if bad is None else [], bad
-        self.groups: dict[tuple, list[Row]] = {}         # rows whose pictures have equal sizes
+        self.rows, self.groups = list[Row](), dict[tuple, list[Row]]()       # by pictures' sizes
         self.unread, self.of_bad_rows = Counter[str](), list[Path]()
         read = partial(read_rows, self.file) if self.file else partial(read_pairs, self.folder)
         for row, rest in looked_through(read, self.checked, self.bad, str(path)):
+            self.rows.append(row)
             self.groups.setdefault((row.natives, *row.sizes), []).append(row)
             self.unread.update(rest)
-        self.number = len(self.bad or []) + sum(map(len, self.groups.values()))
+        self.number = len(self.bad or []) + len(self.rows)
         check_few(self.bad, self.number, self.all_bad)
-        if not self.groups:
+        if not self.rows:
             raise ValueError(f"{self.file or path}: holds no rows")
 
     def checked(self, where: str, line: dict) -> tuple[Row, list[str]]:
@@ -169,7 +170,7 @@ class Folder:
             map(self.read_good, islice(self.checked_rows(), first, None, stride)))
 
     def checked_rows(self) -> Iterator[Row]:
-        return chain.from_iterable(self.groups.values())
+        return iter(self.rows)
 
     def contents(self) -> Iterator[tuple]:
         for row in self.checked_rows():

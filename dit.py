@@ -206,7 +206,7 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, rotate: Callable = rotate) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with rotary positions; q may hold fewer, leading, tokens than k.
 
-    q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D).
+    q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D). rotate: or a form of it.
     """
     q, k = rotate(q, pe[:q.shape[2]]), rotate(k, pe)
     out = F.scaled_dot_product_attention(q, k, v)        # (B, N, S', d)

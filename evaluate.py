@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -97,8 +97,8 @@ def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Sco
     """Score pictures against their samples, of one task; and the first picture given, if any."""
     found = np.array([[(success(p, s), psnr(p, s.target)) for p in (made, *pictures_given(s)[:1])]
                       for made, s in zip(pictures, samples)])    # (samples, 1 or 2, 2)
-    means = found.mean(0).tolist()
-    return Score(task, len(samples), *means[0], *(means[1] if len(means) > 1 else (None, None)))
+    own, *copied = found.mean(0).tolist()
+    return Score(task, len(samples), *own, *(copied[0] if copied else (None, None)))
 
 
 def table(found: list[Score]) -> str:
@@ -107,9 +107,9 @@ def table(found: list[Score]) -> str:
     for name, tasks in (("mean of edits", EDITS), ("mean of new tasks", NEW_TASKS)):
         part = [s for s in found if s.task in tasks]
         if len(part) == len(tasks):
-            means = (float(np.mean([getattr(s, key) for s in part]))
-                     for key in ("success", "psnr", "copy_success", "copy_psnr"))
-            rows.append(Score(name, sum(s.number for s in part), *means))
+            averages = (float(np.mean([getattr(s, key) for s in part]))
+                        for key in ("success", "psnr", "copy_success", "copy_psnr"))
+            rows.append(Score(name, sum(s.number for s in part), *averages))
     lines = ["| task | pictures | success | copying the input | PSNR | of the copy |",
              "|---|---|---|---|---|---|"]
     for s in rows:
@@ -162,16 +162,28 @@ def score_pairs(pipe: Pipeline, samples: Iterable[Sample], steps: int, guidance:
     return rows, grid(shown, texts, lines=2, gap=4)
 
 
+def read_all(source: Source, places: list[str]) -> Iterator[Sample]:
+    """A source's samples; of a folder, where rows have names, those are added to places."""
+    if not hasattr(source, "checked_rows"):
+        yield from source.all()
+        return
+    for row in source.checked_rows():
+        for sample in source.read_good(row):             # none, if it has gone bad
+            places.append(row.where)
+            yield sample
+
+
 def score_source(pipe: Pipeline, source: Source, args: argparse.Namespace) -> None:
     """Score the pairs of --data, all or the first --number, and write FILES into --out.
 
     Raises: ValueError when there are none.
     """
     total = min(number_of(source), args.number or sys.maxsize)
-    rows, sheet = score_pairs(pipe, islice(source.all(), total), args.steps, args.guidance, total)
-    if hasattr(source, "checked_rows"):                  # a folder, whose rows have names
-        for own, row in zip(rows, source.checked_rows()):
-            own["where"] = row.where
+    places: list[str] = []
+    rows, sheet = score_pairs(pipe, islice(read_all(source, places), total), args.steps,
+                              args.guidance, total)
+    for row, where in zip(rows, places):
+        row["where"] = where
     cut = summary.told_cut((row["instruction"] for row in rows), pipe.t5_tokens)
     write(args.out, {
         "data": args.data, "model": str(args.model), "steps": args.steps,

@@ -112,7 +112,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype, matmul)
-    pipe.names = origin.names(Path(model), chosen)
+    pipe.names = origin.names(Path(model), chosen, dtype, matmul)
     if chosen:
         pipe.adapter = weights.load_adapters(pipe.dit, chosen)
         pipe.longest = adapters.longest(path for path, _ in chosen)
@@ -223,7 +223,7 @@ def generate(pipe: Pipeline, given: Conditioning, noise: Tensor, steps: int = 28
     callback: called after each step with its number, from 1 on, and the latents (B, C, h, w).
     """
     with (pipe.lock, torch.no_grad(), visiting(pipe.dit, pipe.device, pipe.run) as run,
-          export.at_work(pipe.dit, pipe.adapter, given.txt, given.pooled, pipe.device)):
+          export.at_work(pipe.dit, pipe.adapter, given.txt, given.pooled, pipe.device, run)):
         for step, latents in enumerate(denoise(pipe, noise, given, steps, guidance, run, hold), 1):
             callback(step, latents)                      # (B, C, h, w)
         routing = routing_maps.last_weights(pipe.adapter)

@@ -207,8 +207,9 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
                                        args.keep)
             if due and watching:
                 pictures = previews(pipe, shown, held_out, log, step + 1)
-                for name, picture in pictures.items() if rank == 0 else ():
-                    save_picture(picture, args.out / f"{name}.png")
+                if rank == 0:
+                    for name, picture in pictures.items():
+                        save_picture(picture, args.out / f"{name}.png")
             bar.set_postfix(log.told(losses), refresh=False)
             if stop and not last:
                 bar.close()
@@ -298,7 +299,7 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Te
         to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
     streamed = not args.shard and not offload.fits(pipe.dit, pipe.device)
-    if not args.shard and not streamed:
+    if not (args.shard or streamed):
         pipe.dit.to(pipe.device)                         # the other parts may only visit it
     pipe.adapter = weights.new_adapter(pipe.dit, config)
     if streamed:
@@ -313,7 +314,8 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Te
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = record.settings_of(args, config, identity, sources, workers)
-    with streaming.stream(pipe.dit, pipe.device) if streamed else nullcontext() as pipe.run:
+    with streaming.stream(pipe.dit, pipe.device) if streamed else nullcontext() as run:
+        pipe.run = run
         train(args, pipe, sources, held_out, settings, rank, workers)
     distributed.leave()
 

@@ -129,8 +129,9 @@ def adapter_config(method: str, given: Path | dict | None, where: object = "adap
     given: a file (ours, or the research code's), or entries that `where` has.
     Raises: FileNotFoundError, ValueError.
     """
-    values, where = (sizes.entries_of(given)[0], given) if isinstance(given, Path) else (
-        given or {}, where)
+    values = given or {}
+    if isinstance(given, Path):
+        values, where = sizes.entries_of(given)[0], given
     return baselines.configure(method, config_from(AdapterConfig, values, where, whole=True))
 
 

@@ -76,7 +76,11 @@ def available() -> int:
     """Bytes of the computer's memory that can be had now; 0 where the system does not say."""
     file = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+) kB", file.read_text()) if file.is_file() else None
-    return int(found[1]) * 1024 if found else 0
+    free = int(found[1]) * 1024 if found else 0
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip().isdecimal():            # a container's own
+        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    return free
 
 
 def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:

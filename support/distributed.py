@@ -66,7 +66,8 @@ def shard(model: nn.Module, adapter: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard  # takes a second to import
     own = set(adapter.tensors().values())
     for block in model.blocks:
-        fully_shard(block.to(device), ignored_params=own)        # one at a time on the device
+        fully_shard(block.to(device), ignored_params=own,        # one at a time on the device
+                    reshard_after_forward=True)          # each is its own root, and those are kept
     for part in (adapter.instruction, *model.children()):
         if part is not None and not isinstance(part, nn.ModuleList):
             part.to(device)

@@ -102,6 +102,10 @@ def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapt
         model.to_empty(device="cpu")
         base = live.now
         blocks = [sum(t.nbytes for t in offload.weights_of(block)) for block in model.blocks]
+        room = args.dry_run * GB or devices.memory(pipe.device)
+        visits = not args.shard and (args.dry_run or pipe.device.type != "cpu")
+        streamed = visits and base >= devices.ROOM * room
+        args.recompute = "on" if streamed else args.recompute
         adapter, optimizers = adapt()
         own = live.now - base
         first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)
@@ -110,9 +114,9 @@ def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapt
         passes = {1: first + states}
         for n in (many, batch):
             passes[n], update = step_bytes(loss_of, n, adapter, optimizers, args.accumulate, live)
-    room = args.dry_run * GB or devices.memory(pipe.device)
-    if args.shard:                                       # but for two: at work, and on its way
-        elsewhere = (sum(blocks) - 2 * max(blocks)) * (1 - 1 / int(os.environ["WORLD_SIZE"]))
+    if args.shard or streamed:                           # but for two: at work, and on its way
+        away = 1 - 1 / int(os.environ["WORLD_SIZE"]) if args.shard else 1
+        elsewhere = max(0, sum(blocks) - 2 * max(blocks)) * away
         base, update = int(base - elsewhere), int(update - elsewhere)
         passes = {n: int(size - elsewhere) for n, size in passes.items()}
     kept = 0 if args.cache else sum(t.nbytes for part in encoders for t in offload.weights_of(part))
@@ -127,9 +131,14 @@ def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapt
         (sample.images, "reference"), (sample.conds, "condition")) if pictures]
     print(f"memory for a batch of {batch}, {width}x{height}, "
           f"{' and '.join(given) or 'nothing given'}; the largest of 16 samples:")
+    if streamed:
+        print("  the transformer has no room: its blocks visit the device, and are recomputed")
     for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
                        ("optimizer", states), ("activations", whole - base - 2 * own - states),
                        ("text encoders, autoencoder", stay), ("together", whole + stay)):
         if size:
             print(f"  {name:27}{in_words(size)}")
     print(f"  largest batch in {in_words(room).strip()}: {most:,}")
+    if args.recompute == "auto" and whole + stay > room:
+        print("  that is without recomputing, to which a CUDA device turns by itself; --recompute "
+              "counts with it")

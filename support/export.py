@@ -3,8 +3,9 @@
 sample.generate() merges where it can, so that an adapter costs nothing per step; sample.py
 --export-lora writes what every other FLUX tool loads.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import call
 from pathlib import Path
 
 import torch
@@ -89,11 +90,14 @@ def mergeable(adapter: Adapter, instructions: int, device: torch.device) -> bool
 
 
 def at_work(model: nn.Module, adapter: Adapter | None, txt: Tensor, pooled: Tensor,
-            device: torch.device) -> AbstractContextManager:
-    """A `with` in which the adapter does its work: merged into the weights where it can be."""
+            device: torch.device, run: Callable) -> AbstractContextManager:
+    """A `with` in which the adapter does its work: merged into the weights where it can be.
+
+    run: what calls a block; where weights come and go with it, they are not merged.
+    """
     if adapter is None:
         return nullcontext()
-    if mergeable(adapter, len(pooled), device):
+    if run is call and mergeable(adapter, len(pooled), device):
         return merged(model, adapter, txt, pooled)
     return adapter.serve(txt, pooled)
 

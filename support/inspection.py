@@ -36,7 +36,8 @@ def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
         while True:
             try:
                 while reading and len(waiting) < AHEAD:
-                    waiting.append((len(left_out), pool.submit(check, *next(rows))))
+                    row = next(rows)                     # others may be left out before it
+                    waiting.append((len(left_out), pool.submit(check, *row)))
             except StopIteration:
                 reading = False
             except (ValueError, OSError) as error:

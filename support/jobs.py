@@ -92,8 +92,10 @@ def read_paths(row: dict, rest: dict, file: Path, where: str, blur: float
 
     Each picture is read once, to be sure.
     """
-    images, conds, masks = ([file.parent / checked_path(path, where)
-                             for path in row_paths(given, name, where)]
+    def located(path: str) -> Path:                      # canny:/PATH is no address
+        checked_path(path.removeprefix("canny:"), where)
+        return file.parent / path
+    images, conds, masks = ([located(path) for path in row_paths(given, name, where)]
                             for given, name in ((row, "images"), (row, "conds"), (rest, "mask")))
     if len(masks) > 1:
         raise ValueError(f"{where}: 'mask' must be one path")

@@ -14,7 +14,8 @@ from support import devices
 from support.adapters import files_in
 from support.pictures import open_picture
 
-FIELDS = ("instruction", "seed", "steps", "guidance", "size", "model", "adapters", "torch")
+FIELDS = ("instruction", "seed", "steps", "guidance", "size", "model", "adapters", "dtype",
+          "torch")
 
 
 def digest(path: Path) -> str:
@@ -28,11 +29,13 @@ def digest(path: Path) -> str:
     return whole.hexdigest()[:16]
 
 
-def names(model: Path, adapters: list[tuple[Path, float]]) -> dict[str, str]:
-    """What a pipeline was loaded from: names without folders, and what tells an adapter apart."""
+def names(model: Path, adapters: list[tuple[Path, float]], dtype: torch.dtype,
+          matmul: str | None) -> dict[str, str]:
+    """What a pipeline was loaded from and as: names without folders, what tells adapters apart."""
     told = [path.resolve().name + (f":{strength:g}" if strength != 1 else "")
             + f" (sha256 {digest(path)})" for path, strength in adapters]
     return {"model": model.resolve().name, "adapters": ", ".join(told) or "none",
+            "dtype": str(dtype).removeprefix("torch.") + (f", {matmul} products" if matmul else ""),
             "torch": torch.__version__}
 
 

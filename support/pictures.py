@@ -99,8 +99,10 @@ def given_picture(source: Given) -> Image.Image:
     Arrays: (H, W) or (H, W, 3 or 4), uint8. Raises: as load_image() does.
     """
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
-            raise ValueError(f"a picture as an array must be uint8 in 0..255, not {source.dtype}")
+        fits = source.ndim > 1 and source.shape[2:] in ((), (3,), (4,))
+        if source.dtype != np.uint8 or not fits:
+            raise ValueError("a picture as an array must be uint8 in 0..255, (H, W) or (H, W, 3 or "
+                             f"4); this one is {source.dtype}, {source.shape}")
         source = Image.fromarray(source)
     return as_seen(source) if isinstance(source, Image.Image) else load_image(source)
 

@@ -68,7 +68,8 @@ class SubjectSpatial(Public):
             raise ValueError(f"{where}: 'description' must have an item and a description_0")
         left, right = (both.crop((x, 0, x + both.width // 2, both.height))
                        for x in (0, both.width // 2))
-        size = self.size or (self.longest, self.longest)
+        side = min(self.longest, max(512, left.height // 16 * 16))           # not enlarged for it
+        size = self.size or (side, side)
         names = [str(name) for name in rng.choice(list(PHRASES), number, replace=False)]
         conds = [self.fit(right, size) if name == "subject" else
                  self.blacked(left, row["bbox"], size, where) if name == "fill" else

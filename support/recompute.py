@@ -29,22 +29,26 @@ def recomputing(adapter: Adapter, routing: Routing, run: Callable = call) -> Cal
 def sparing(accumulate: Callable, choice: str) -> Callable:
     """train.accumulate(), which recomputes: "on", "off", or "auto", once there is no memory else.
 
-    The step that had none is done again, by the same random numbers; so are the later ones.
+    The step that had none is done again, from the same numbers, random ones too; so are the later
+    ones.
     """
     recompute = choice == "on"
 
     def spared(pipe: object, micro_batches: list, factor: float, shift: float) -> dict[str, float]:
         nonlocal recompute
+        states = [(t, t.clone()) for t in pipe.adapter.tensors().values() if not t.requires_grad]
         try:
             return accumulate(pipe, micro_batches, factor, recompute, shift)
         except torch.OutOfMemoryError as error:
             if recompute or choice == "off":
-                raise MemoryError(f"{str(error).partition('.')[0]}; try a smaller --batch-size, "
-                                  "with --accumulate, or --recompute on, or --base-dtype fp8"
-                                  ) from None
+                more = "" if recompute else "--recompute on, or "
+                raise MemoryError(f"{str(error).partition('.')[0]}; try {more}a smaller "
+                                  "--batch-size, with --accumulate, or --base-dtype fp8") from None
         recompute = True                                 # here what the error held is free
         print("note: for lack of memory each block is recomputed in backward from now on; "
               "--recompute does so from the start", file=sys.stderr)
         pipe.adapter.zero_grad()
+        for t, before in states:                         # what a routing learns in passing
+            t.copy_(before)
         return spared(pipe, micro_batches, factor, shift)
     return spared

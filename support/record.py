@@ -20,6 +20,7 @@ from support.pictures import grid, save_picture
 from text_encoder import T5Tokenizer
 
 ASKED_FOR = "longest", "init", "matmul"                  # settings that stand only where given
+UNSAID = None, 512                                       # which are as if they were not given
 SHOWN = 16                                               # samples of a batch, at most
 
 
@@ -69,7 +70,7 @@ def settings_of(args: argparse.Namespace, config: AdapterConfig, identity: dict[
         "config": json.dumps(asdict(config)), "dtype": identity["dtype"],
         "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
         "micro_batches": str(args.accumulate * workers)} | {     # in each step
-        name: str(values[name]) for name in ASKED_FOR if values[name] is not None}
+        name: str(values[name]) for name in ASKED_FOR if values[name] not in UNSAID}
 
 
 def write_run(args: argparse.Namespace, settings: dict) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mole import AdapterConfig
-from support import adapters, research, targets
+from support import adapters, foreign, research, targets
 from support.files import config_from, read_json
 
 
@@ -63,6 +63,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
     beside, first, where = args.model.parent / "adapter.json", None, args.config or "--rank"
     whole = args.config is not None and entries_of(args.config)[1]
     if args.init:
+        args.init = foreign.snapshot(args.init)
         values, first = adapters.read(args.init)
         base = config_from(AdapterConfig, values, args.init, whole=True)
         if args.method not in (None, method_of(base)):

@@ -2,6 +2,7 @@
 
 sample.generate() calls visiting(); train.prepare() streams where offload.fits() finds no room.
 """
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -68,13 +69,18 @@ def pin(homes: list[list[Tensor]], lane: Lane, stop: Event) -> None:
     for i, block in enumerate(homes):
         if stop.is_set() or devices.available() < reserve:
             break
-        homes[i] = [home if home.is_pinned() else slabs.copy(home) for home in block]
+        try:
+            homes[i] = [home if home.is_pinned() else slabs.copy(home) for home in block]
+        except RuntimeError:                             # the system locks no more
+            break
 
 
 def tell(device: torch.device) -> None:
-    """Say that training streams."""
-    print(f"note: {device} has no room for the transformer: its blocks visit it one after another, "
-          "and are recomputed in backward; --base-dtype fp8 halves them", file=sys.stderr)
+    """Say, in the first process, that training streams."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {device} has no room for the transformer: its blocks visit it one after "
+              "another, and are recomputed in backward; --base-dtype fp8 halves them",
+              file=sys.stderr)
 
 
 @dataclass
@@ -115,15 +121,16 @@ def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> 
         lane.follow(here[i].arrival)
         for t, copy in zip(away[i], here[i].copies):
             t.data = copy
-        out = block(*args)                               # a device is asked, and not waited for
-        lane.wait(asked)
-        for other in here.keys() - {i}:                  # all that used it is computed
-            go_home(other)
-            del here[other]
-        backward = i in (last, last - 1)                 # then they come in reverse
-        fetch(i - 1 if backward else i + 1)
-        last = i
-        return out
+        try:
+            return block(*args)                          # a device is asked, and not waited for
+        finally:                                         # recomputing ends by an exception
+            lane.wait(asked)
+            for other in here.keys() - {i}:              # all that used it is computed
+                go_home(other)
+                del here[other]
+            backward = i in (last, last - 1)             # then they come in reverse
+            fetch(i - 1 if backward else i + 1)
+            last = i
 
     pinning = Thread(target=pin, args=(homes, lane, stop), daemon=True)
     if lane.pins:

@@ -104,6 +104,8 @@ def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespa
     if args.dry_run is None:
         args.steps = args.steps or STEPS_OF_A_RUN
     check_training(args)
+    if args.shard and args.recompute == "auto":          # processes that split a model go together
+        args.recompute = "off"
     args.cache_draws = args.cache_draws or (1 if args.cache else None)
     return args
 

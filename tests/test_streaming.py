@@ -117,14 +117,18 @@ def test_a_streamed_model_trains_alike(monkeypatch, at_home):
     real = offload.weights_of
     monkeypatch.setattr(offload, "weights_of", lambda block: [
         t for t in real(block) if id(t) not in trained])         # those are on the device
+    homes, most = addresses(pipe.dit), []
     with streaming.stream(pipe.dit, ELSEWHERE, lane) as run:
         def watched(block, *args):
             order.append(blocks.index(block))
+            away = [now != home for now, home in zip(addresses(pipe.dit), homes)]
+            most.append(sum(away))
             return run(block, *args)
         pipe.run = watched
         assert train.accumulate(pipe, batch, 1.0, recompute=True) == losses
     n = len(blocks)
     assert order == [*range(n), *reversed(range(n))]
+    assert max(most) == 1                                # and the next one is on its way
     assert lane.log.count("send") <= 2 * n               # each is fetched once in either direction
     for name, grad in gradients(pipe).items():
         assert torch.equal(grad, wanted[name]), name
