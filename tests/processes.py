@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import sample                                            # noqa: E402
 import train                                             # noqa: E402
 import weights                                           # noqa: E402
+from dit import FluxTransformer                          # noqa: E402
 from support import distributed                          # noqa: E402
 from tiny.world import TinyWorld                         # noqa: E402
 
@@ -34,8 +35,11 @@ def run(model: Path, dtype: str, steps: int, mine: list[int], together: bool, sp
     own = pipe.adapter.tensors()
     for p in own.values():                               # as after some training
         torch.nn.init.normal_(p, std=0.02)
+    most: list[int] = []                                 # blocks that are whole, as each has run
     if split:
         distributed.shard(pipe.dit, pipe.adapter, pipe.device)
+        for block in pipe.dit.blocks:
+            block.register_forward_hook(lambda *_: most.append(whole(pipe.dit)))
     optimizers, first = train.make_optimizers(pipe.adapter, 1e-3, 1e-3), {}
     for step in range(steps):
         numbers = [2 * step + i for i in mine]
@@ -50,7 +54,14 @@ def run(model: Path, dtype: str, steps: int, mine: list[int], together: bool, sp
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    assert max(most, default=0) <= 1, most
     return first, {name: p.detach() for name, p in own.items()}
+
+
+def whole(model: FluxTransformer) -> int:
+    """How many blocks' frozen weights are not split over the processes now."""
+    return sum(any(not hasattr(p, "placements") for p in block.parameters() if not p.requires_grad)
+               for block in model.blocks)
 
 
 def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

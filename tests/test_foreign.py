@@ -52,7 +52,8 @@ def refused(monkeypatch, capsys, told: str, *arguments: object) -> None:
     if len(arguments) == 1:
         found = run_command(monkeypatch, capsys, "weights.py", weights.main, *arguments)
     else:
-        monkeypatch.chdir(Path(arguments[-1]).parent)    # where no out.png is yet
+        if (folder := Path(arguments[-1]).parent).is_dir():      # where no out.png is yet
+            monkeypatch.chdir(folder)
         found = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)
     code, out, err = found
     assert code == 2 and told in err and len(err.splitlines()) == 1 and not out
