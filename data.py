@@ -24,7 +24,7 @@ from torch import Tensor
 from support.folders import left_out, naming, read_pairs, table_of
 from support.inspection import looked_through
 from support.names import check_unread, ours
-from support.pictures import checked_size, fitted, load_image, resize, to_tensor
+from support.pictures import LONGEST, checked_size, fitted, load_image, resize, to_tensor
 from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_text,
                             skipping)
 
@@ -90,7 +90,7 @@ class Folder:
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 root: Path | None = None, bad: list[str] | None = None, longest: int = 512):
+                 root: Path | None = None, bad: list[str] | None = None, longest: int = LONGEST):
         self.path, self.size, self.root, self.longest = Path(path), size, root, longest
         self.file = table_of(self.path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
@@ -195,7 +195,7 @@ def open_source(text: str, *known: dict[str, Callable[..., Source]],
 
 def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
              public: dict[str, Callable[..., Source]] = {}, size: tuple[int, int] | None = None,
-             root: Path | None = None, bad: list[str] | None = None, longest: int = 512,
+             root: Path | None = None, bad: list[str] | None = None, longest: int = LONGEST,
              draws: int | None = None, option: str = "--data") -> Source:
     """A source: a name | FOLDER | FILE.jsonl or .csv | a public set's name=PATH.
 

@@ -41,7 +41,7 @@ from support import (adapters, caching, devices, export, jobs, layouts, masks, o
 from support.conditions import read_cond
 from support.files import files_of
 from support.fp8 import check_device
-from support.pictures import Given, each, given_picture, load_image, resize, save_picture
+from support.pictures import LONGEST, Given, each, given_picture, load_image, resize, save_picture
 from support.resolutions import cond_size, output_size, prepare
 from support.streaming import visiting
 from text_encoder import CLIPEncoder, CLIPTokenizer, T5Encoder, T5Tokenizer
@@ -65,7 +65,7 @@ class Pipeline:
     cache: caching.Cache | None = None                   # of what the encoders gave before
     run: Callable | None = None                          # calls blocks, while training streams them
     lock: RLock = field(default_factory=RLock)           # weights move and merge while one works
-    longest: int = 512                                   # side of a condition, as in training
+    longest: int = LONGEST                               # side of a condition, as in training
 
 
 @dataclass

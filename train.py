@@ -280,7 +280,7 @@ def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     size = layouts.only_size(args.vae or args.model / "vae")
     sources = [data.open_source(
         text, {"tiny": TinyWorld}, PUBLIC, size=size, root=args.data_root, bad=bad,
-        longest=args.longest or 512, draws=args.cache_draws) for text in args.data]
+        longest=args.longest, draws=args.cache_draws) for text in args.data]
     if args.cache:
         caching.check_ends(args.data, sources)
     return sources

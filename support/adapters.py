@@ -15,6 +15,7 @@ from mole import Adapter, LoRALinear, MoLELinear
 from support import foreign, lora, research
 from support.commands import file_and_strength
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
+from support.pictures import LONGEST
 
 # What a folder holds its adapter in: of a run, of PEFT, of diffusers.
 FILE_NAMES = ("adapter.safetensors", "adapter_model.safetensors",
@@ -102,13 +103,13 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def longest(paths: Iterable[Path]) -> int:
-    """The most pixels that a side of a picture had where such adapters were trained; 512 unsaid."""
+    """The most pixels that a side of a picture had where such adapters were trained."""
     found = []
     for path in map(foreign.snapshot, paths):
         if not (path / "train_config.json").is_file():   # the paper's says nothing of it
             stored = json_object(read_metadata(file_of(path)).get("adapter", "{}"), path)
             found.append(stored.get("longest", ""))
-    return max((int(side) for side in found if str(side).isdecimal()), default=512)
+    return max((int(side) for side in found if str(side).isdecimal()), default=LONGEST)
 
 
 @torch.no_grad()

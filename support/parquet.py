@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from support.conditions import pick
-from support.pictures import fitted, load_image, open_picture, resize
+from support.pictures import LONGEST, fitted, load_image, open_picture, resize
 from support.tables import check_few, checked_text, skipping
 
 HELD_OUT = re.compile(r"dev|test|val")                   # files that are not for training
@@ -44,7 +44,7 @@ class Public:
     conditions: tuple[int, ...] = (1,)                   # how many a sample may have; with n of
                                                          # them a batch has size // n samples
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 bad: list[str] | None = None, draws: int | None = None, longest: int = 512):
+                 bad: list[str] | None = None, draws: int | None = None, longest: int = LONGEST):
         self.size, self.draws, self.longest = size, draws, longest
         self.bad, self.all_bad = None if bad is None else [], bad
         self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it

@@ -28,6 +28,7 @@ PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", 
             ".bmp", ".dib", ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pnm", ".qoi")
 
 
+LONGEST = 512                                            # side in training, if not said otherwise
 Given = str | Path | Image.Image | np.ndarray            # what a Python caller names or holds
 ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)     # Path makes one / of two
 
@@ -128,7 +129,7 @@ def checked_size(path: Path, where: str = "") -> tuple[int, int]:
         return whole.size
 
 
-def fitted(size: tuple[int, int], longest: int = 512, multiple: int = 16) -> tuple[int, int]:
+def fitted(size: tuple[int, int], longest: int = LONGEST, multiple: int = 16) -> tuple[int, int]:
     """(W, H) shrunk to `longest` on the longer side (never enlarged), each side to `multiple`."""
     scale = min(1.0, longest / max(size))
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)

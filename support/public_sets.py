@@ -13,7 +13,7 @@ from data import Sample
 from support.conditions import pick, random_box, random_canny, skeletons
 from support.files import parse_json
 from support.parquet import Public, text_of
-from support.pictures import pictures_in
+from support.pictures import LONGEST, pictures_in
 from support.tables import located, read_text
 
 SECOND_PROMPT = 0.7                                      # OmniEdit: of a row's second wording
@@ -68,7 +68,7 @@ class SubjectSpatial(Public):
             raise ValueError(f"{where}: 'description' must have an item and a description_0")
         left, right = (both.crop((x, 0, x + both.width // 2, both.height))
                        for x in (0, both.width // 2))
-        side = min(self.longest, max(512, left.height // 16 * 16))           # not enlarged for it
+        side = min(self.longest, max(LONGEST, left.height // 16 * 16))       # not enlarged for it
         size = self.size or (side, side)
         names = [str(name) for name in rng.choice(list(PHRASES), number, replace=False)]
         conds = [self.fit(right, size) if name == "subject" else

@@ -16,11 +16,11 @@ import torch
 
 from mole import Adapter, AdapterConfig
 from support.files import replacing, write_json
-from support.pictures import grid, save_picture
+from support.pictures import LONGEST, grid, save_picture
 from text_encoder import T5Tokenizer
 
 ASKED_FOR = "longest", "init", "matmul"                  # settings that stand only where given
-UNSAID = None, 512                                       # which are as if they were not given
+UNSAID = None, LONGEST                                   # which are as if they were not given
 SHOWN = 16                                               # samples of a batch, at most
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from support.pictures import fitted, resize, to_tensor
+from support.pictures import LONGEST, fitted, resize, to_tensor
 
 # Sizes of about one megapixel that the released model was trained on: width, height.
 PREFERRED = [(672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248),
@@ -30,13 +30,13 @@ def output_size(only: tuple[int, int] | None, images: list[Image.Image],
 
 
 def cond_size(only: tuple[int, int] | None, size: tuple[int, int],
-              longest: int = 512) -> tuple[int, int]:
+              longest: int = LONGEST) -> tuple[int, int]:
     """(W, H) that a condition takes: its aspect, the longer side at most `longest`, as trained."""
     return only or fitted(size, longest)
 
 
 def prepare(only: tuple[int, int] | None, images: list[Image.Image], conds: list[Image.Image],
-            size: tuple[int, int], longest: int = 512) -> tuple[list[Tensor], list[Tensor]]:
+            size: tuple[int, int], longest: int = LONGEST) -> tuple[list[Tensor], list[Tensor]]:
     """Resize what is given, to (1, 3, H, W) tensors in [-1, 1].
 
     The picture to edit takes the output's size, so that the grids coincide.

@@ -70,9 +70,9 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
             raise ValueError(f"--init {args.init}: is an adapter of --method {method_of(base)}, "
                              f"not {args.method}")
         args.method = method_of(base)
-        if (side := adapters.longest([args.init])) != (args.longest or 512):
+        if (side := adapters.longest([args.init])) != (args.longest):
             print(f"note: {args.init} was trained with --longest {side}, this run is with "
-                  f"{args.longest or 512}", file=sys.stderr)
+                  f"{args.longest}", file=sys.stderr)
         if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
             args.init = adapters.file_of(args.init)
     else:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from support import layouts
+from support.pictures import LONGEST
 from text_encoder import T5Tokenizer
 
 SHOWN = 3                                                # of what there is many of
@@ -98,7 +99,7 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
     tokens = T5Tokenizer(layouts.model_paths(
         args.model, args.tokenizers, vae=args.vae, text_encoder=args.text_encoder,
         text_encoder_2=args.text_encoder_2)["tokenizer_2"])
-    if args.longest:
+    if args.longest != LONGEST:
         say(f"pictures: at most {args.longest} on the longer side, by --longest")
     batches = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))         # in each step
     for name, (source, weight) in zip(args.data, sources, strict=True):

@@ -13,6 +13,7 @@ from support import devices, layouts, resume
 from support.commands import COUNT, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, Parser, checked
 from support.fp8 import check_device
 from support.options import SOURCE, add_compile, add_model, add_reading
+from support.pictures import LONGEST
 
 STEPS_OF_A_RUN = 100_000
 
@@ -25,7 +26,7 @@ def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
     add_reading(parser)
     parser.add_argument("--longest", type=checked(
         int, lambda n: n > 0 and n % 16 == 0, "must be a multiple of 16"), metavar="PIXELS",
-        help="longer side of the pictures, at most; 512. Larger ones are shrunk")
+        help=f"longer side of the pictures, at most; {LONGEST}. Larger ones are shrunk")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
                         "picture once, before training, and keep that here")
     parser.add_argument("--cache-draws", type=COUNT, metavar="N", help="with --cache: ways "
@@ -104,6 +105,7 @@ def train_options(methods: list[str], public: Iterable[str]) -> argparse.Namespa
     if args.dry_run is None:
         args.steps = args.steps or STEPS_OF_A_RUN
     check_training(args)
+    args.longest = args.longest or LONGEST
     if args.shard and args.recompute == "auto":          # processes that split a model go together
         args.recompute = "off"
     args.cache_draws = args.cache_draws or (1 if args.cache else None)

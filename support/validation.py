@@ -136,4 +136,4 @@ def open_held_out(args: argparse.Namespace, open_one: Callable, tiny: type,
     return HeldOut(args.validate, open_one(
         args.validate, {"tiny": lambda: tiny(held_out=True)}, public,
         layouts.only_size(args.vae or args.model / "vae"), args.data_root, bad,
-        longest=args.longest or 512, option="--validate"))
+        longest=args.longest, option="--validate"))
