@@ -263,7 +263,8 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
             picture = Image.fromarray(resize(picture, images[0].size))
         if mask:
             picture = masks.laid_over(picture, images[0], mask)
-        picture.info = origin.texts(pipe.names, instruction, seed, steps, guidance, made_at)
+        picture.info = origin.texts(pipe.names, instruction, seed, steps, guidance, made_at, {
+            "reference": len(images), "condition": len(conds), "mask": bool(mask)})
         yield picture
 
 

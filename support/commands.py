@@ -4,6 +4,7 @@ Each command calls loading() before what takes seconds to import, and run(main) 
 support/options.py declares the options, of the types here.
 """
 import argparse
+import errno
 import io
 import math
 import os
@@ -25,12 +26,14 @@ def loading() -> None:
 
 
 class Lasting(io.FileIO):
-    """A file that takes what is written to it even where nobody reads it any more (`| head`)."""
+    """A file that takes what is written to it though it gets lost (`| head`, a full disk)."""
 
     def write(self, content: bytes) -> int:
         try:
             return super().write(content)
-        except BrokenPipeError:
+        except OSError as error:                         # nobody reads; or there is no room
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
             return len(content)
 
 
@@ -50,6 +53,7 @@ def run(command: Callable[[], None]) -> None:
     try:
         command()
     except (ValueError, OSError) as error:
+        print(end="", flush=True)                        # what was said before comes first
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:         # torch says so in many ways
@@ -106,7 +110,15 @@ COUNT = checked(int, lambda n: n > 0, "must be positive")
 POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
 NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
 FOLDER = checked(Path, Path.is_dir, "no such folder")
-NEW_FOLDER = checked(Path, lambda p: p.is_dir() or not p.exists(), "is a file, not a folder")
+
+
+def may_hold(folder: Path) -> bool:
+    """Whether files can be written to a folder, which may have to be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
+NEW_FOLDER = checked(Path, may_hold, "is a file, not a folder, or may not be written to")
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +48,8 @@ def choose_device(name: str, matmul: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: unusable here ({str(error).splitlines()[0]})") from None
+        why = textwrap.shorten(str(error).partition("\n")[0], 120)
+        raise ValueError(f"--device {name}: unusable here ({why})") from None
     if matmul:
         fp8.check_products(device)
     return device

@@ -114,7 +114,7 @@ def open_safetensors(file: Path) -> Iterator[safe_open]:
     """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
     if not file.is_file():
         raise foreign.nothing_at(file) if not file.exists() else FileNotFoundError(
-            f"{file}: is a folder; name a file in it")
+            f"{file}: is {'a folder; name a file in it' if file.is_dir() else 'no regular file'}")
     foreign.check_weights(file)
     try:
         with safe_open(file, framework="pt") as handle:

@@ -16,7 +16,8 @@ STARTS = {  # how a file begins (spaces left out), and what it then is
     rb"<(!doctype|html|head|\?xml|!--)": "is a web page, not weights: log in and agree to the "
     f"licence where its page asks for it, then {AGAIN}",
     rb'\{\s*"|\[|Entry not found|Invalid (user|cred)|Access to|Repository not|Unauthorized|'
-    rb"Not Found": f"is text, perhaps a server's answer, not weights: {AGAIN}",
+    rb"Not Found": f"is text, perhaps a server's answer or a configuration, not weights: "
+    f"name its folder, or {AGAIN}",
     rb"GGUF": f"GGUF is not read; {SAFE}",
     rb"PK\x03\x04|\x80[\x02-\x05]": "is a pickle (.bin, .pt, .ckpt) or a zip archive; a pickle may "
     f"hold code and is not read: {SAFE}",

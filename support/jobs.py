@@ -111,6 +111,7 @@ def read_paths(row: dict, rest: dict, file: Path, where: str, blur: float
 def check_mask(mask: Path | None, images: list[Path], blur: float, where: str) -> None:
     """Raises: ValueError, FileNotFoundError for a mask that lies over nothing, or cannot."""
     if mask:
+        load_image(mask, where.removesuffix(f" {mask}"))
         read_mask(mask, [load_image(path) for path in images[:1]], blur, where)
 
 

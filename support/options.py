@@ -91,7 +91,7 @@ def sample_options() -> argparse.Namespace:
                         "with images, conds and mask, per line; a picture whose name is in --out "
                         "already is not made again")
     parser.add_argument("--seed", type=checked(int, lambda n: 0 <= n < 2 ** 63 - 10_000,
-                        "must be from 0 to 2^63"),
+                        "must be from 0 to 2^63 - 10,001"),
                         default=0, help="of the noise: the same makes the same")
     parser.add_argument("--steps", type=STEPS, default=28,
                         help="from noise to picture; %(default)s")

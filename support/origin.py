@@ -13,8 +13,9 @@ from PIL import Image
 from support import devices
 from support.adapters import files_in
 from support.pictures import open_picture
+from support.summary import counted
 
-FIELDS = ("instruction", "seed", "steps", "guidance", "size", "model", "adapters", "dtype",
+FIELDS = ("instruction", "seed", "steps", "guidance", "size", "given", "model", "adapters", "dtype",
           "torch")
 
 
@@ -40,10 +41,15 @@ def names(model: Path, adapters: list[tuple[Path, float]], dtype: torch.dtype,
 
 
 def texts(names: dict[str, str], instruction: str, seed: int, steps: int, guidance: float,
-          size: tuple[int, int]) -> dict[str, str]:
-    """All fields, and before them one text for people, in the form that picture viewers know."""
+          size: tuple[int, int], given: dict[str, int]) -> dict[str, str]:
+    """All fields, and before them one text for people, in the form that picture viewers know.
+
+    given: how many pictures of each kind.
+    """
     found = {"instruction": instruction, "seed": str(seed), "steps": str(steps),
-             "guidance": f"{guidance:g}", "size": f"{size[0]}x{size[1]}", **names}
+             "guidance": f"{guidance:g}", "size": f"{size[0]}x{size[1]}",
+             "given": ", ".join(counted(n, kind) for kind, n in given.items() if n) or "nothing",
+             **names}
     line = ", ".join(f"{name.capitalize()}: {text}" for name, text in found.items()
                      if name != "instruction")
     return {"parameters": f"{instruction}\n{line}", **found}

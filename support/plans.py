@@ -5,6 +5,7 @@ sample.main() calls plan(), which checks all that was given before any weight is
 import argparse
 import os
 import sys
+import textwrap
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count, filterfalse, islice
@@ -13,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support import devices
+from support.commands import may_hold
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
 from support.pictures import is_picture, load_image
@@ -64,7 +66,8 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
         raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
     if tokens.cuts(instruction):
         tqdm.write(f"note: the model reads {tokens.length} tokens of text; the end of this "
-                   f"instruction is lost: {instruction}", file=sys.stderr)       # above any bar
+                   f"instruction is lost: {textwrap.shorten(instruction, 300)}",
+                   file=sys.stderr)                      # above any bar
 
 
 def tell_size(wanted: tuple[int, int] | None, only: tuple[int, int] | None) -> None:
@@ -99,12 +102,12 @@ def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:
                          "leave out --image, --cond, --mask and --num")
     out = args.out or Path("out")
     jobs = read_batch(batch_file(args.batch), out, args.seed, args.mask_blur)
+    if not may_hold(out):
+        raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
     if args.routing:
         masks = [job.mask for job in jobs if job.mask]
         check_pictures("--routing", [args.routing], [*masks, *(
             path for job in jobs for path in (*job.images, *map(check_cond, job.conds)))])
-    if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
-        raise ValueError(f"--out {out}: with --batch this must be a folder to write to")
     return jobs if make else [replace(job, outs=[], there=None) for job in jobs]
 
 

@@ -4,6 +4,7 @@ train.train() starts with start(), saves with save_checkpoint() each time that o
 after the step it is at when stop_signals() or one_ahead() say so.
 """
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,8 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
 
     wanted: whether to go on from a checkpoint in `out`; else, or where there is none, (0, 0).
     """
+    if wanted and not holds_checkpoint(out) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: {out} holds no checkpoint; this run begins at its start", file=sys.stderr)
     own = load_checkpoint(out, adapter, optimizers, settings) if wanted else (0, 0)
     places = [own] * workers
     if workers > 1:

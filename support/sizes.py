@@ -70,6 +70,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
             raise ValueError(f"--init {args.init}: is an adapter of --method {method_of(base)}, "
                              f"not {args.method}")
         args.method = method_of(base)
+        print(f"begins with {args.init}, of --method {args.method}")
         if (side := adapters.longest([args.init])) != (args.longest):
             print(f"note: {args.init} was trained with --longest {side}, this run is with "
                   f"{args.longest}", file=sys.stderr)

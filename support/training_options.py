@@ -27,7 +27,7 @@ def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
     parser.add_argument("--longest", type=checked(
         int, lambda n: n > 0 and n % 16 == 0, "must be a multiple of 16"), metavar="PIXELS",
         help=f"longer side of the pictures, at most; {LONGEST}. Larger ones are shrunk")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="encode every text and "
+    parser.add_argument("--cache", type=NEW_FOLDER, metavar="FOLDER", help="encode every text and "
                         "picture once, before training, and keep that here")
     parser.add_argument("--cache-draws", type=COUNT, metavar="N", help="with --cache: ways "
                         "to draw a row of a public set (wording, conditions, boxes); else one")

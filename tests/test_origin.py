@@ -43,9 +43,9 @@ def test_a_picture_remembers_how_it_was_made(tmp_path, monkeypatch, capsys) -> N
     assert told == {
         "instruction": TEXT, "seed": "5", "steps": "2", "guidance": "3", "size": "64x64",
         "model": "model", "adapters": f"adapter.safetensors (sha256 {digest})",
-        "dtype": "float32", "torch": torch.__version__, "parameters":
-        f"{TEXT}\nSeed: 5, Steps: 2, Guidance: 3, Size: 64x64, Model: model, Adapters: "
-        f"adapter.safetensors (sha256 {digest}), Dtype: float32, Torch: {torch.__version__}"}
+        "given": "1 reference", "dtype": "float32", "torch": torch.__version__, "parameters":
+        f"{TEXT}\nSeed: 5, Steps: 2, Guidance: 3, Size: 64x64, Given: 1 reference, Model: model, "
+        f"Adapters: adapter.safetensors (sha256 {digest}), Dtype: float32, Torch: {torch.__version__}"}
     assert str(MODEL.parent) not in str(told)            # names, no folders
     kinds = {kind for kind, _ in chunks(out)}
     assert kinds == {b"IHDR", b"tEXt", b"IDAT", b"IEND"}                     # no time
@@ -81,8 +81,8 @@ def test_weights_tells_it(tmp_path, monkeypatch, capsys) -> None:
     assert code == 0 and not err
     assert printed.splitlines() == [
         f"{out}: a picture (PNG, 64x64), made by sample.py", f"instruction: {TEXT}", "seed: 0",
-        "steps: 2", "guidance: 2.5", "size: 64x64", "model: model", "adapters: none",
-        "dtype: float32", f"torch: {torch.__version__}"]
+        "steps: 2", "guidance: 2.5", "size: 64x64", "given: nothing", "model: model",
+        "adapters: none", "dtype: float32", f"torch: {torch.__version__}"]
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp", "tif", "gif", "avif", "ppm"])
