@@ -45,7 +45,8 @@ def test_a_picture_remembers_how_it_was_made(tmp_path, monkeypatch, capsys) -> N
         "model": "model", "adapters": f"adapter.safetensors (sha256 {digest})",
         "given": "1 reference", "dtype": "float32", "torch": torch.__version__, "parameters":
         f"{TEXT}\nSeed: 5, Steps: 2, Guidance: 3, Size: 64x64, Given: 1 reference, Model: model, "
-        f"Adapters: adapter.safetensors (sha256 {digest}), Dtype: float32, Torch: {torch.__version__}"}
+        f"Adapters: adapter.safetensors (sha256 {digest}), Dtype: float32, "
+        f"Torch: {torch.__version__}"}
     assert str(MODEL.parent) not in str(told)            # names, no folders
     kinds = {kind for kind, _ in chunks(out)}
     assert kinds == {b"IHDR", b"tEXt", b"IDAT", b"IEND"}                     # no time
