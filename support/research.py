@@ -47,6 +47,16 @@ def from_research(values: dict, where: str | Path) -> dict:
     return ours
 
 
+def entries_of(file: Path) -> tuple[dict, bool]:
+    """A configuration file's entries, and whether it is the research code's, which says it all.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    values = read_json(file)
+    theirs = bool(values.keys() & {"lora_config", "moe_config"})
+    return (from_research(values, file) if theirs else values), theirs
+
+
 def to_research(c: dict, where: str | Path) -> dict:
     """Our adapter's entries -> its JSON configuration. Raises: ValueError for other routings."""
     if c["routing"] not in ("instruction", "token"):

@@ -6,23 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 from torch import Tensor
 
 from mole import AdapterConfig
 from support import adapters, foreign, research, targets
-from support.files import config_from, read_json
-
-
-def entries_of(file: Path) -> tuple[dict, bool]:
-    """A configuration file's entries, and whether it is the research code's, which says it all.
-
-    Raises: FileNotFoundError, ValueError.
-    """
-    values = read_json(file)
-    theirs = bool(values.keys() & {"lora_config", "moe_config"})
-    return (research.from_research(values, file) if theirs else values), theirs
+from support.files import config_from
 
 
 def method_of(c: AdapterConfig) -> str:
@@ -36,7 +25,7 @@ def method_of(c: AdapterConfig) -> str:
 
 def by_options(args: argparse.Namespace, base: AdapterConfig) -> dict:
     """What --config, --rank and --experts change. Raises: ValueError where two contradict."""
-    named, asked = entries_of(args.config)[0] if args.config else {}, {}
+    named, asked = research.entries_of(args.config)[0] if args.config else {}, {}
     before = asdict(config_from(AdapterConfig, asdict(base) | named, args.config, whole=True))
     if args.rank:                                        # alpha follows: the scale stays
         rank, alpha = ("lora_rank", "lora_alpha") if args.method == "lora" else ("rank", "alpha")
@@ -61,7 +50,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
     Raises: FileNotFoundError, ValueError.
     """
     beside, first, where = args.model.parent / "adapter.json", None, args.config or "--rank"
-    whole = args.config is not None and entries_of(args.config)[1]
+    whole = args.config is not None and research.entries_of(args.config)[1]
     if args.init:
         args.init = foreign.snapshot(args.init)
         values, first = adapters.read(args.init)
@@ -77,7 +66,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
         if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
             args.init = adapters.file_of(args.init)
     else:
-        values = entries_of(beside)[0] if beside.is_file() and not whole else {}
+        values = research.entries_of(beside)[0] if beside.is_file() and not whole else {}
         base = config_from(AdapterConfig, values, beside, whole=True)
     changes = by_options(args, base)
     c = adapter_config(args.method, asdict(base) | changes, where)
