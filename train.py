@@ -20,7 +20,6 @@ if __name__ == "__main__":
     commands.loading()                                   # what is imported now takes seconds
 import argparse
 import math
-import os
 import time
 from contextlib import nullcontext
 from itertools import count, islice
@@ -330,7 +329,7 @@ def main() -> None:
         summary.tell(args, sources, held_out)
         if args.dry_run is None:
             prepare(args, config, first, sources, held_out)
-        elif int(os.environ.get("RANK", 0)) == 0:        # one speaks for all
+        elif commands.is_first():
             tell_memory(args, config, sources)
     finally:
         tell_skipped(bad)

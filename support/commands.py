@@ -44,6 +44,11 @@ def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
                             line_buffering=stream.line_buffering)
 
 
+def is_first() -> bool:
+    """Whether this process, of those that torchrun started, is the one that speaks for all."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def run(command: Callable[[], None]) -> None:
     """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
     for name in ("stdout", "stderr"):

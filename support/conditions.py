@@ -68,12 +68,13 @@ def drawn_from(path: str | Path, where: str = "--cond") -> tuple[str, Path]:
     It may stand behind a folder, as in FOLDER/canny:FILE. A file that has such a name is itself.
     Raises: ValueError for a kind that is not drawn here.
     """
-    canny = re.fullmatch(r"(|.*?[/\\])canny:(.+)", str(path), re.S)
-    if canny and not os.path.exists(path):
-        return "canny", Path(canny[1]) / canny[2]
+    if os.path.exists(path):
+        return "", Path(path)
+    if edges := re.fullmatch(r"(|.*?[/\\])canny:(.+)", str(path), re.S):
+        return "canny", Path(edges[1]) / edges[2]
     kind, colon, _ = Path(path).name.partition(":")
-    if not colon or len(kind) < 2 or os.path.exists(path) or ADDRESS.search(str(path)):
-        return "", Path(path)                            # C:\ is a drive
+    if not colon or len(kind) < 2 or ADDRESS.search(str(path)):      # C:\ is a drive
+        return "", Path(path)
     raise ValueError(f"{where} {path}: no such file, and no condition called {kind!r} is drawn "
                      "here; canny:FILE draws edges, while maps of depth or pose are made with "
                      "other tools and named as pictures")

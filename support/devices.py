@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dit
 from support import fp8
+from support.commands import is_first
 
 ROOM = 0.8                                               # of a device's memory, for weights
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3              # of glibc's malloc.h
@@ -130,7 +131,7 @@ def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
 
 def announce(what: str, nbytes: float) -> None:
     """A line before work on so many bytes of weights, where that is enough to look hung."""
-    if nbytes > LARGE and int(os.environ.get("RANK", 0)) == 0:       # of many processes, one
+    if nbytes > LARGE and is_first():
         print(f"{what} ...", file=sys.stderr)
 
 

@@ -19,10 +19,15 @@ EXAMPLES = 3                                             # of what is left out
 LOOKED_AT = 100_000                                      # files below a folder, at most
 
 
+def metadata_of(path: Path) -> Path | None:
+    """The file itself, or the folder's metadata.jsonl or else .csv, if there is one."""
+    files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
+    return next(filter(Path.is_file, files), None)
+
+
 def table_of(path: Path) -> Path | None:
     """The table that data come in: a file, or in a folder, if any. Raises: FileNotFoundError."""
-    files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
-    file = next(filter(Path.is_file, files), None)
+    file = metadata_of(path)
     if file is None and not pictures_in(path):
         there = "".join(f"; there are {line}" for line in unused(path, set()))
         raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "

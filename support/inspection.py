@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from support.commands import is_first
 from support.tables import skipping
 
 THREADS = min(8, os.cpu_count() or 1)                    # Pillow decodes in several at once
@@ -31,7 +32,7 @@ def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
     waiting: deque[tuple[int, Future[Found]]] = deque()  # with how many were left out before
     pool, reading, broken, known = ThreadPoolExecutor(THREADS), True, None, 0
     bar = tqdm(desc=f"looking through {what}", unit=" rows", mininterval=1, delay=QUIET,
-               leave=False, disable=int(os.environ.get("RANK", 0)) > 0)
+               leave=False, disable=not is_first())
     try:
         while True:
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from support.conditions import check_cond
+from support.folders import metadata_of
 from support.masks import read_mask
 from support.names import looks_like_pictures, ours, read_name
 from support.pictures import is_picture, load_image
@@ -30,12 +31,11 @@ class Job:
 
 def batch_file(path: Path) -> Path:
     """The file of --batch, or its folder's metadata.jsonl or .csv. Raises: FileNotFoundError."""
-    files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
-    found = [file for file in files if file.is_file()]
-    if not found:
+    file = metadata_of(path)
+    if file is None:
         raise FileNotFoundError(f"--batch {path}: " + (
             "holds no metadata.jsonl or metadata.csv" if path.is_dir() else "no such file"))
-    return found[0]
+    return file
 
 
 def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job]:
@@ -111,8 +111,8 @@ def read_paths(row: dict, rest: dict, file: Path, where: str, blur: float
 def check_mask(mask: Path | None, images: list[Path], blur: float, where: str) -> None:
     """Raises: ValueError, FileNotFoundError for a mask that lies over nothing, or cannot."""
     if mask:
-        load_image(mask, where.removesuffix(f" {mask}"))
-        read_mask(mask, [load_image(path) for path in images[:1]], blur, where)
+        grey = load_image(mask, where.removesuffix(f" {mask}"))      # named by its row, if broken
+        read_mask(grey, [load_image(path) for path in images[:1]], blur, where)
 
 
 def check_target(line: dict, row: dict, where: str) -> None:

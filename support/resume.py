@@ -4,7 +4,6 @@ train.train() starts with start(), saves with save_checkpoint() each time that o
 after the step it is at when stop_signals() or one_ahead() say so.
 """
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from mole import Adapter
 from support import adapters, record
+from support.commands import is_first
 from support.files import json_object, read_metadata, replacing, unpickled
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
@@ -143,7 +143,7 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
 
     wanted: whether to go on from a checkpoint in `out`; else, or where there is none, (0, 0).
     """
-    if wanted and not holds_checkpoint(out) and int(os.environ.get("RANK", 0)) == 0:
+    if wanted and not holds_checkpoint(out) and is_first():
         print(f"note: {out} holds no checkpoint; this run begins at its start", file=sys.stderr)
     own = load_checkpoint(out, adapter, optimizers, settings) if wanted else (0, 0)
     places = [own] * workers

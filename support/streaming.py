@@ -2,7 +2,6 @@
 
 sample.generate() calls visiting(); train.prepare() streams where offload.fits() finds no room.
 """
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from support import devices, offload
+from support.commands import is_first
 
 SLAB = 2 ** 28                                           # bytes of page-locked memory taken at once
 
@@ -77,7 +77,7 @@ def pin(homes: list[list[Tensor]], lane: Lane, stop: Event) -> None:
 
 def tell(device: torch.device) -> None:
     """Say, in the first process, that training streams."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         print(f"note: {device} has no room for the transformer: its blocks visit it one after "
               "another, and are recomputed in backward; --base-dtype fp8 halves them",
               file=sys.stderr)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from support import layouts
+from support.commands import is_first
 from support.pictures import LONGEST
 from text_encoder import T5Tokenizer
 
@@ -94,7 +95,7 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
     sources: with their weights; held_out: a validation.HeldOut.
     Raises: FileNotFoundError, ValueError for a broken tokenizer.
     """
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first():
         return
     tokens = T5Tokenizer(layouts.model_paths(
         args.model, args.tokenizers, vae=args.vae, text_encoder=args.text_encoder,
