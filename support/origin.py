@@ -1,8 +1,8 @@
 """How a picture was made: texts that its PNG carries along, and what they tell.
 
 sample.edits() lays them in each picture, pictures.save_picture() writes them, and python weights.py
-PICTURE reads them. No date is among them, so that the same command gives the same file; what was
-given (pictures, a mask) is not either. Files of other kinds, as JPEG, are written without texts.
+PICTURE reads them. No date is among them, so that the same command gives the same file; of the
+pictures given, how many there were. Files of other kinds, as JPEG, are written without texts.
 """
 import hashlib
 from pathlib import Path
