@@ -25,7 +25,7 @@ from support.folders import left_out, naming, read_pairs, table_of
 from support.inspection import looked_through
 from support.names import check_unread, ours
 from support.pictures import LONGEST, checked_size, fitted, load_image, resize, to_tensor
-from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_text,
+from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_texts,
                             skipping)
 
 NEIGHBOURS = 16                                          # batches for which a source may read ahead
@@ -95,16 +95,17 @@ class Folder:
         self.file = table_of(self.path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.bad, self.all_bad = None if bad is None else [], bad
-        self.rows, self.groups = list[Row](), dict[tuple, list[Row]]()       # by pictures' sizes
+        self.checked_rows = list[Row]()
+        self.groups = dict[tuple, list[Row]]()           # by pictures' sizes
         self.unread, self.of_bad_rows = Counter[str](), list[Path]()
         read = partial(read_rows, self.file) if self.file else partial(read_pairs, self.folder)
         for row, rest in looked_through(read, self.checked, self.bad, str(path)):
-            self.rows.append(row)
+            self.checked_rows.append(row)
             self.groups.setdefault((row.natives, *row.sizes), []).append(row)
             self.unread.update(rest)
-        self.number = len(self.bad or []) + len(self.rows)
+        self.number = len(self.bad or []) + len(self.checked_rows)
         check_few(self.bad, self.number, self.all_bad)
-        if not self.rows:
+        if not self.checked_rows:
             raise ValueError(f"{self.file or path}: holds no rows")
 
     def checked(self, where: str, line: dict) -> tuple[Row, list[str]]:
@@ -114,7 +115,7 @@ class Folder:
         """
         with naming(self.of_bad_rows, line, self.folder):
             line, rest = ours(line, where)
-            instruction, target = (row_text(line, key, where) for key in ("instruction", "target"))
+            target, instruction = row_texts(line, ("target", "instruction"), where, rest)
             images, conds = (row_paths(line, key, where) for key in ("images", "conds"))
             paths = [located(path, self.folder, self.root, where)
                      for path in (target, *images, *conds)]
@@ -129,7 +130,7 @@ class Folder:
 
     def left_out(self) -> list[str]:
         """Lines about what lies beside the data and is not used."""
-        paths = chain(self.of_bad_rows, *(row.paths for row in self.checked_rows()))
+        paths = chain(self.of_bad_rows, *(row.paths for row in self.checked_rows))
         return left_out(self.path, self.file, paths)
 
     def read(self, row: Row) -> Sample:
@@ -167,13 +168,10 @@ class Folder:
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
         """Every row that is not bad, or every stride-th."""
         return chain.from_iterable(
-            map(self.read_good, islice(self.checked_rows(), first, None, stride)))
-
-    def checked_rows(self) -> Iterator[Row]:
-        return iter(self.rows)
+            map(self.read_good, islice(self.checked_rows, first, None, stride)))
 
     def contents(self) -> Iterator[tuple]:
-        for row in self.checked_rows():
+        for row in self.checked_rows:
             yield row.instruction, *((path.name, path.stat().st_size) for path in row.paths)
 
 

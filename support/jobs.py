@@ -54,11 +54,12 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
         rest = {name: value for name, value in rest.items() if value is not None}
         check_target(line, row, where)
         targets += "target" in row
-        for name in sorted(rest.keys() - {"seed", "out", "mask"}):
+        unknown = sorted(rest.keys() - {"seed", "out", "mask"})
+        for name in unknown:
             if looks_like_pictures(rest[name]):
                 raise ValueError(f"{where}: unknown entry {name!r}; a line may hold instruction, "
                                  "images, conds, mask, task, seed, out")
-            unread[name] += 1
+        unread.update(unknown)
         name = rest.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
             raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
@@ -66,8 +67,9 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
             raise ValueError(f"{where}: a line before it has the same \"out\", {name}")
         names.add(name)
         out = folder / name
-        job = Job(row_text(row, "instruction", where), *read_paths(row, rest, file, where, blur),
-                  str(row.get("task", "")), [(row_seed(rest, seed, where), out)])
+        job = Job(row_text(row, "instruction", where, unknown),
+                  *read_paths(row, rest, file, where, blur), str(row.get("task", "")),
+                  [(row_seed(rest, seed, where), out)])
         jobs.append(replace(job, outs=[], there=out) if out.exists() else job)
     if not jobs:
         raise ValueError(f"{file}: holds no rows")
@@ -95,11 +97,12 @@ def read_paths(row: dict, rest: dict, file: Path, where: str, blur: float
 
     Each picture is read once, to be sure.
     """
-    def located(path: str) -> Path:                      # canny:/PATH is no address
-        checked_path(path.removeprefix("canny:"), where)
-        return file.parent / path
-    images, conds, masks = ([located(path) for path in row_paths(given, name, where)]
-                            for given, name in ((row, "images"), (row, "conds"), (rest, "mask")))
+    def paths(given: dict, name: str) -> list[Path]:
+        found = row_paths(given, name, where)
+        for path in found:                               # canny:/PATH is no address
+            checked_path(path.removeprefix("canny:"), where)
+        return [file.parent / path for path in found]
+    images, conds, masks = paths(row, "images"), paths(row, "conds"), paths(rest, "mask")
     if len(masks) > 1:
         raise ValueError(f"{where}: 'mask' must be one path")
     mask = masks[0] if masks else None

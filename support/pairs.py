@@ -45,7 +45,7 @@ def read_all(source: object, places: list[str]) -> Iterator:
     if not hasattr(source, "checked_rows"):
         yield from source.all()
         return
-    for row in source.checked_rows():
+    for row in source.checked_rows:
         for sample in source.read_good(row):             # none, if it has gone bad
             places.append(row.where)
             yield sample

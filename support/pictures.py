@@ -39,9 +39,11 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
 
     Raises: FileNotFoundError, or ValueError when the file is no readable picture.
     """
-    path = where if isinstance(source, io.BytesIO) else f"{where}: {source}" if where else source
-    if path is not where and not os.path.isfile(source):  # Path.is_file minds names too long
-        raise FileNotFoundError(f"{path}: {missing(str(source))}")
+    path, is_file = where, not isinstance(source, io.BytesIO)
+    if is_file:
+        path = f"{where}: {source}" if where else str(source)
+        if not os.path.isfile(source):                   # Path.is_file minds names too long
+            raise FileNotFoundError(f"{path}: {missing(str(source))}")
     try:
         if str(source).lower().endswith(HEIF):
             read_heif()
@@ -53,7 +55,7 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
             Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
         why = str(error).partition(" <")[0]              # without an object's address
         if isinstance(error, UnidentifiedImageError):    # its words name the path once more
-            empty = path is not where and not os.path.getsize(source)
+            empty = is_file and not os.path.getsize(source)
             why = "it is empty" if empty else "cannot identify what it is"
         raise ValueError(f"{path}: cannot be read as a picture ({why})") from None
 
@@ -76,6 +78,12 @@ def missing(path: str) -> str:
         return "is an address; save that picture as a file, and name the file"
     if "\\" in path and os.sep == "/":
         return "no such picture file; write folders with /, not with \\"
+    folder, (stem, _) = os.path.dirname(path), os.path.splitext(path)
+    if folder and not os.path.isdir(folder):
+        return f"no such picture file; there is no folder {os.path.basename(folder)}/"
+    for other in (f"{stem}{ending}" for ending in PICTURES):
+        if os.path.isfile(other):
+            return f"no such picture file; there is {os.path.basename(other)}"
     return "no such picture file"
 
 

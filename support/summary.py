@@ -57,7 +57,7 @@ def told_cut(texts: Iterable[str], tokens: T5Tokenizer) -> str | None:
 
 def rows_of(source: object) -> list[str]:
     """Lines about a folder's rows: what they are given, their sizes, what is not used."""
-    rows = list(source.checked_rows())
+    rows = source.checked_rows
     given = Counter(counted(row.natives, "reference") + (
         f" and {counted(len(row.paths) - 1 - row.natives, 'condition')}"
         if len(row.paths) - 1 > row.natives else "") for row in rows)
@@ -115,7 +115,7 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
         say(f"{name}: {counted(rows, 'row')}; a pass over them takes about "
             f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch{passes}")
         if hasattr(source, "checked_rows"):
-            cut = told_cut((row.instruction for row in source.checked_rows()), tokens)
+            cut = told_cut((row.instruction for row in source.checked_rows), tokens)
             for line in rows_of(source) + ([cut] if cut else []):
                 say(f"  {line}")
     for line in held_out.about(tokens, [source for source, _ in sources]) if held_out else []:

@@ -9,11 +9,12 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice, zip_longest
 from pathlib import Path
 
-from support.files import parse_json
+from support.files import json_object, parse_json
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
 from support.pictures import ADDRESS, PICTURES
 
@@ -57,17 +58,18 @@ def tell_skipped(bad: list[str] | None) -> None:
 def read_text(file: Path) -> str:
     """The file's text. Raises: ValueError saying which encoding it has, if not UTF-8."""
     content = file.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:99]:
-        kind = "UTF-16, it seems"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        kind = "UTF-16, by its first bytes"
+    elif b"\0" in content[:99]:
+        kind = "it has zero bytes, as UTF-16 has, and files that hold no text"
     else:
         try:
-            text = content.decode("utf-8-sig")
-            return text.replace("\r\n", "\n").replace("\r", "\n")
+            return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             byte = content[error.start]
             kind = f"Latin-1 or Windows-1252, perhaps: byte {error.start + 1} is {byte:#x}"
-    raise ValueError(f"{file}: not UTF-8 text ({kind}); save it as UTF-8, which a spreadsheet "
-                     "calls \"CSV UTF-8\"")
+    also = ', which a spreadsheet calls "CSV UTF-8"' if file.suffix.lower() == ".csv" else ""
+    raise ValueError(f"{file}: not UTF-8 text ({kind}); save it as UTF-8{also}")
 
 
 def check_columns(file: Path, first: str) -> None:
@@ -83,29 +85,32 @@ def check_columns(file: Path, first: str) -> None:
 
 
 def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a table that are not empty, each with the number of its last line.
+    """The rows of a table that are not empty, each with the number of its first line.
 
     Raises: ValueError for the file, not for a row: after an error nobody knows where rows end.
     """
-    text = read_text(file)
-    table = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+    text, names, number = read_text(file), [], 1
+    table = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
     if text.strip():
         check_columns(file, text.lstrip().partition("\n")[0].rstrip())
     try:
-        names = [name for name in table.fieldnames or [] if name]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{file}: two columns have the same name")
-        for row in table:
-            if any(row.values()):
-                yield table.line_num, row
+        for cells in table:
+            if any(cells) and names:
+                yield number, dict(zip_longest(names, cells))    # None: has too many cells
+            elif any(cells):
+                names, named = cells, [name for name in cells if name]
+                if len(set(named)) < len(named):
+                    raise ValueError(f"{file}: two columns have the same name")
+            number = table.line_num + 1                  # a cell may have several lines
     except csv.Error as error:
-        raise ValueError(f"{file} line {table.reader.line_num}: not valid CSV ({error})") from None
+        raise ValueError(f"{file} line {number}: not valid CSV ({error})") from None
 
 
 def from_cells(cells: dict, where: str) -> dict:
     """A table's row: empty cells are none, a list of paths is in JSON. Raises: ValueError."""
     if None in cells:
-        raise ValueError(f"{where}: has more cells than the first line has names")
+        raise ValueError(f"{where}: has more cells than the first line has names; a text that "
+                         'holds commas stands in "double quotes"')
     row = {name: text for name, cell in cells.items() if cell and (text := cell.strip())}
     for name in row:
         if row[name][0] + row[name][-1] == "[]" and read_name(name)[2] in SEVERAL:
@@ -114,7 +119,7 @@ def from_cells(cells: dict, where: str) -> dict:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """A .jsonl file's lines, with their numbers. Raises: ValueError for what is another table."""
+    """A .jsonl file's lines that are not empty, with their numbers. Raises: ValueError."""
     if file.suffix.lower() in PICTURES:
         raise ValueError(f"{file}: is a picture; name its folder, or a .jsonl or .csv file whose "
                          "rows name it")
@@ -125,7 +130,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     if text.lstrip().startswith("["):
         raise ValueError(f"{file}: is one JSON list; write each of its objects on a line of its "
                          "own, without commas between them (.jsonl)")
-    return enumerate(text.split("\n"), 1)
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
@@ -133,17 +138,13 @@ def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
 
     Their entries have the names that stand there: names.ours() knows them. Raises: ValueError.
     """
-    table = file.suffix.lower() == ".csv"
-    lines = read_csv(file) if table else read_lines(file)
-    for number, line in lines:
-        if table or line.strip():
-            where, row = f"{file} line {number}", None
-            with skipping(bad):
-                row = (from_cells if table else parse_json)(line, where)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: expected an object like {{\"instruction\": ...}}")
-            if isinstance(row, dict):
-                yield where, row
+    read, parse = read_lines, json_object
+    if file.suffix.lower() == ".csv":
+        read, parse = read_csv, from_cells
+    for number, line in read(file):
+        where = f"{file} line {number}"
+        with skipping(bad):
+            yield where, parse(line, where)
 
 
 def checked_text(text: str, where: str) -> str:
@@ -155,12 +156,24 @@ def checked_text(text: str, where: str) -> str:
     return text
 
 
-def row_text(row: dict, name: str, where: str) -> str:
-    """A row's text. Raises: ValueError if there is none."""
-    text = row.get(name)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: needs a non-empty text under {name!r} (or {ALSO[name]})")
-    return checked_text(text, where)
+def row_texts(row: dict, names: Iterable[str], where: str, rest: Iterable[str] = ()) -> list[str]:
+    """A row's texts, by these names. Raises: ValueError naming all that are missing.
+
+    rest: the row's entries without a known name, of which one may be meant.
+    """
+    missing = [name for name in names
+               if not isinstance(row.get(name), str) or not row[name].strip()]
+    if missing:
+        needed = " and ".join(f"{name!r} (or {ALSO[name]})" for name in missing)
+        unknown = ", ".join(f"{name[:60]!a}" for name in islice(rest, 3))
+        raise ValueError(f"{where}: needs a non-empty text under {needed}"
+                         + (f"; no known name is {unknown}" if unknown else ""))
+    return [checked_text(row[name], where) for name in names]
+
+
+def row_text(row: dict, name: str, where: str, rest: Iterable[str] = ()) -> str:
+    """A row's text. Raises: as row_texts() does."""
+    return row_texts(row, [name], where, rest)[0]
 
 
 def row_paths(row: dict, name: str, where: str) -> list[str]:

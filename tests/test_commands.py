@@ -298,7 +298,7 @@ def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, wo
 
 
 @pytest.mark.parametrize("row, words", [
-    ("{", "JSON"), ("[]", "instruction"), ('{"instruction": ""}', "instruction"),
+    ("{", "JSON"), ("[]", "expected a JSON object"), ('{"instruction": ""}', "instruction"),
     ('{"instruction": "a", "images": ["gone.png"]}', "gone.png"),
     ('{"instruction": "a", "out": "../x.png"}', "out"),
     ('{"instruction": "a", "images": 3}', "images"),

@@ -54,6 +54,10 @@ def test_a_folder_of_pictures(tmp_path):
 @pytest.mark.parametrize("row, words", [
     ("{broken", "line 2.*JSON"), ("[1]", "line 2.*object"),
     ({"instruction": "a"}, "line 2.*target"), ({"target": "0.png"}, "line 2.*instruction"),
+    ({"task": "a"}, "line 2: needs .* 'target' .*and 'instruction' "),       # both at once
+    ({"taget": "0.png", "instruction": "a"}, "line 2: .*'target'.*; no known name is 'taget'$"),
+    ({"target": "0.jpg", "instruction": "a"}, "line 2: .*0.jpg: no such.*; there is 0.png$"),
+    ({"target": "aftr/0.png", "instruction": "a"}, "line 2: .*; there is no folder aftr/$"),
     ({"target": "0.png", "instruction": " "}, "line 2.*instruction"),
     ({"target": "gone.png", "instruction": "a"}, "line 2.*gone.png"),
     ({"target": "0.png", "instruction": "\ud800" + "a" * 9999}, "line 2.*not valid Unicode"),
@@ -129,7 +133,7 @@ def test_a_table_says_what_lines_of_json_say(tmp_path):
 
 
 @pytest.mark.parametrize("row, words", [
-    ("0.png,a,more,even more", "line 3.*more cells"), (",a", "line 3.*target"),
+    ("0.png,a,more,even more", "line 3.*more cells.*double quotes"), (",a", "line 3.*target"),
     ("0.png", "line 3.*instruction"), ('0.png,a,"[""1.png"""', "line 3.*no such picture file"),
     ("0.png,a,[1.png]", "line 3 'images'.*JSON"), ("0.png,a,[3]", "line 3.*list of paths"),
     ("0.png,a,../1.png", "line 3.*leads out")])
@@ -145,7 +149,7 @@ def test_bad_rows_of_a_table_are_named(tmp_path, row, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b'target,text\n0.png,"a', "line 2.*CSV"), (b'target,text\n"0.png"x,a', "line 2.*CSV"),
+    (b'target,text\n0.png,"a\nb\nc', "line 2.*CSV"), (b'target,text\n"0.png"x,a', "line 2.*CSV"),
     (b"target,text\n0.png," + b"a" * 200_000, "line 2.*CSV"), (b"target,text\n\xff", "UTF-8"),
     (b"image,image,text\n0.png,1.png,a", "two columns"), (b"", "no rows"),
     (b"target,text\n", "no rows"), (b"a,b\n", "'a,b'; it must name the columns: target"),
@@ -161,6 +165,22 @@ def test_a_broken_table_is_refused(tmp_path, content, words):
     for bad in (None, []):                               # nobody can say which rows are good
         with pytest.raises(ValueError, match=f"rows.csv.*{words}"):
             data.Folder(tmp_path / "rows.csv", bad=bad)
+
+
+def test_lines_of_a_table_have_the_numbers_that_an_editor_shows(tmp_path):
+    """Of a row whose cell has several lines that of the first."""
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b'\r\ntarget,text\r\n\r\n0.png,"a\r\nb"\r\n1.png,c\r\n')
+    assert list(read_rows(file)) == [(f"{file} line 4", {"target": "0.png", "text": "a\nb"}),
+                                     (f"{file} line 6", {"target": "1.png", "text": "c"})]
+
+
+@pytest.mark.parametrize("name, spoken", [("rows.csv", True), ("rows.jsonl", False)])
+def test_spreadsheets_are_spoken_of_where_one_may_have_been_at_work(tmp_path, name, spoken):
+    (tmp_path / name).write_text("target,text", "utf-16")
+    with pytest.raises(ValueError, match="UTF-16.*; save it as UTF-8") as error:
+        list(read_rows(tmp_path / name))
+    assert ("a spreadsheet calls" in str(error.value)) == spoken
 
 
 @pytest.mark.parametrize("name, words", [
@@ -281,7 +301,7 @@ def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
                  "desktop.ini", ".DS_Store", "control/Thumbs.db", "notes/x.txt", "control/n.json"):
         (tmp_path / name).write_text("make it red")
     source = data.Folder(tmp_path)
-    assert [[path.name for path in row.paths] for row in source.checked_rows()] == [
+    assert [[path.name for path in row.paths] for row in source.checked_rows] == [
         ["a.jfif", "a.png"], ["b.AVIF", "b_1.tga"], ["c.ppm", "c.jpe"]]
     files, folders = source.left_out()
     assert re.match(r"files, 6 \(e.txt, f.caption, g.psd, ...\): neither", files)
