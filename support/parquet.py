@@ -47,10 +47,24 @@ def row_groups(files: list[Path], columns: tuple[str, ...], whose: str
             about = parquet.read_metadata(file)
             names = set(about.schema.to_arrow_schema().names)
             counts = [about.row_group(i).num_rows for i in range(about.num_row_groups)]
-        if missing := [name for name in columns if name not in names]:
-            raise ValueError(f"{file}: has no column {missing[0]!r}, as {whose} has; is it another "
-                             "set?")
+        if missing := [repr(name) for name in columns if name not in names]:
+            raise ValueError(f"{file}: has no column {' or '.join(missing)}, as {whose} has; is it "
+                             "another set?")
         yield from ((file, i, sum(counts[:i]), counts[i]) for i in range(len(counts)) if counts[i])
+
+
+def read_group(file: Path, group: int, columns: tuple[str, ...], what: object) -> list[dict]:
+    """Some columns of a row group, as one dict for each row. Raises: ValueError naming `what`."""
+    from pyarrow import parquet
+    with reading(what):
+        return parquet.ParquetFile(file).read_row_group(group, list(columns)).to_pylist()
+
+
+def bytes_of(cell: object, where: str) -> io.BytesIO:
+    """A cell's picture, as its file's bytes. Raises: ValueError."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
+        raise ValueError(f"{where}: holds no picture")
+    return io.BytesIO(cell["bytes"])
 
 
 class Public:
@@ -89,11 +103,9 @@ class Public:
 
     def read(self, number: int) -> list[dict]:
         """The rows of a row group."""
-        from pyarrow import parquet
         file, group, before = self.groups[number]
-        with reading(f"{file} rows {before} to {before + self.sizes[number]}"):
-            table = parquet.ParquetFile(file).read_row_group(group, columns=list(self.columns))
-            return table.to_pylist()
+        return read_group(file, group, self.columns,
+                          f"{file} rows {before} to {before + self.sizes[number]}")
 
     def draw(self, rng: np.random.Generator, size: int,
              nearby: np.random.Generator | None = None) -> list:
@@ -177,12 +189,8 @@ class Public:
 
     def content(self, row: dict, column: str, where: str) -> tuple[Path | io.BytesIO, str]:
         """What open_picture() takes: a cell's bytes, or, in a plain folder, its file."""
-        cell = row[column]
-        if isinstance(cell, Path):
-            return cell, ""
-        if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
-            raise ValueError(f"{where}: {column!r} holds no picture")
-        return io.BytesIO(cell["bytes"]), f"{where} {column!r}"
+        cell, where = row[column], f"{where} {column!r}"
+        return (cell, "") if isinstance(cell, Path) else (bytes_of(cell, where), where)
 
     def picture(self, row: dict, column: str, where: str) -> Image.Image:
         return load_image(*self.content(row, column, where))

@@ -2,13 +2,12 @@
 
 omnicontext.read() and spatial.read() go through here; public_sets.PUBLIC draw theirs at random.
 """
-import io
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from support.parquet import reading, row_groups
+from support.parquet import bytes_of, read_group, row_groups
 from support.pictures import load_image
 
 
@@ -31,17 +30,11 @@ class Rows:
         for file, group, before, rows in row_groups(files, (*texts, *pictures), whose):
             left = rows if most is None else min(rows, most - len(self.texts))
             if left > 0:
-                self.texts += self.read(file, group, texts)[:left]
+                self.texts += read_group(file, group, texts, file)[:left]
                 self.places += [(file, group, i, before + i) for i in range(left)]
         if not self.texts:
             raise ValueError(f"{path}: holds no row; name the files of {whose}")
-        self.kept = lru_cache(maxsize=1)(self.read)      # neighbours are in one group
-
-    def read(self, file: Path, group: int, columns: tuple[str, ...]) -> list[dict]:
-        """Some columns of a row group."""
-        from pyarrow import parquet
-        with reading(file):
-            return parquet.ParquetFile(file).read_row_group(group, list(columns)).to_pylist()
+        self.kept = lru_cache(maxsize=1)(read_group)     # neighbours are in one group
 
     def where(self, i: int) -> str:
         """Words for where a row stands."""
@@ -50,10 +43,7 @@ class Rows:
     def pictures(self, i: int, column: str) -> list[Image.Image]:
         """A row's picture, or its list of them, as load_image() gives them. Raises: as it does."""
         file, group, place, _ = self.places[i]
-        cells = self.kept(file, group, self.columns)[place][column]
+        cells = self.kept(file, group, self.columns, file)[place][column]
+        cells = cells if isinstance(cells, list) and cells else [cells]      # [] is no picture
         where = f"{self.where(i)} {column!r}"
-        cells = cells if isinstance(cells, list) else [cells]
-        if not cells or not all(isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)
-                                for cell in cells):
-            raise ValueError(f"{where}: holds no picture")
-        return [load_image(io.BytesIO(cell["bytes"]), where) for cell in cells]
+        return [load_image(bytes_of(cell, where), where) for cell in cells]

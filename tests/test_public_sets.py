@@ -419,7 +419,7 @@ def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
 
 def test_files_that_are_no_such_set(tmp_path, monkeypatch):
     file = write_set(tmp_path, "musar")
-    with pytest.raises(ValueError, match="no column 'edited_img'"):
+    with pytest.raises(ValueError, match="no column 'edited_img' or 'src_img' or 'edited_p"):
         data.open_source(f"omniedit={file}", public=public_sets.PUBLIC)
     (tmp_path / "torn.parquet").write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match="torn.parquet.*parquet"):
