@@ -97,16 +97,6 @@ def check_ends(names: list[str], sources: list) -> None:
             raise ValueError(f"--cache: {name} has no end; there is nothing to encode once")
 
 
-def open_cache(folder: Path, about: dict, rank: int, workers: int) -> Cache:
-    """The folder's cache, made by the first process. Raises: ValueError."""
-    if rank > 0:
-        dist.barrier()
-    cache = Cache(folder, about)
-    if rank == 0 and workers > 1:
-        dist.barrier()
-    return cache
-
-
 def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
          encode_text: Callable, encode_picture: Callable, rank: int, workers: int) -> None:
     """Give a sample.Pipeline the cache in the folder of --cache.
@@ -116,7 +106,11 @@ def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
     identity: what tells the model from others. sources: with their weights. Raises: ValueError.
     """
     about = {part: value for part, value in identity.items() if part != "transformer"}
-    pipe.cache = open_cache(args.cache, about, rank, workers)
+    if rank > 0:
+        dist.barrier()                                   # the first process makes it
+    pipe.cache = Cache(args.cache, about)
+    if rank == 0 and workers > 1:
+        dist.barrier()
     if args.resume and resume.holds_checkpoint(args.out):
         return
     samples = (sample for source, _ in sources for sample in source.all(rank, workers))

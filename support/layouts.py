@@ -160,9 +160,9 @@ def model_paths(model: Path, tokenizers: Path | None = None,
         raise ValueError(f"{model}: is no whole model; name {', '.join(missing)} too "
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
     found |= {part: part_in(path, part) for part, path in others.items()}
-    for part, path in found.items():
-        if not path.exists():
-            raise foreign.nothing_at(path)
-        for file in path.iterdir() if part.startswith("tokenizer") and path.is_dir() else ():
-            foreign.check_text(foreign.start_of(file) if file.is_file() else b"", file)
+    for folder in (found["tokenizer"], found["tokenizer_2"]):
+        if not folder.exists():
+            raise foreign.nothing_at(folder)
+        for file in filter(Path.is_file, folder.glob("*")):
+            foreign.check_text(foreign.start_of(file), file)
     return found
