@@ -158,12 +158,10 @@ class Folder:
 
     def read_good(self, row: Row) -> list[Sample]:
         """The row's sample; none if it is bad by now and such rows are skipped."""
-        good: list[Sample] = []
         with skipping(self.bad):
-            good.append(self.read(row))
-        if not good:
-            check_few(self.bad, self.number, self.all_bad)
-        return good
+            return [self.read(row)]
+        check_few(self.bad, self.number, self.all_bad)
+        return []
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
         """Every row that is not bad, or every stride-th."""

@@ -142,10 +142,9 @@ class Public:
 
     def rows(self, number: int) -> list[dict]:
         """The rows of a row group; none if it is a bad one."""
-        rows: list[dict] = []
         with self.skipping(), self.lock:                 # one thread reads for all
-            rows = self.kept(number)
-        return rows
+            return self.kept(number)
+        return []
 
     def where(self, number: int, i: int) -> str:
         """Words for where a row stands."""

@@ -34,10 +34,10 @@ def by_options(args: argparse.Namespace, base: AdapterConfig) -> dict:
         if args.method == "lora":
             raise ValueError(f"--experts {args.experts}: --method lora has none")
         asked |= {"experts": args.experts, "top_k": min(args.experts, before["top_k"])}
-    for name, option in (("rank", args.rank), ("lora_rank", args.rank), ("experts", args.experts)):
+    for name in ("rank", "lora_rank", "experts"):
         if name in named and name in asked and named[name] != asked[name]:
-            raise ValueError(f"--{name.removeprefix('lora_')} {option}: {args.config} says {name} "
-                             f"{named[name]}; keep one")
+            raise ValueError(f"--{name.removeprefix('lora_')} {asked[name]}: {args.config} says "
+                             f"{name} {named[name]}; keep one")
     return named | asked
 
 
@@ -60,7 +60,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
                              f"not {args.method}")
         args.method = method_of(base)
         print(f"begins with {args.init}, of --method {args.method}")
-        if (side := adapters.longest([args.init])) != (args.longest):
+        if (side := adapters.longest([args.init])) != args.longest:
             print(f"note: {args.init} was trained with --longest {side}, this run is with "
                   f"{args.longest}", file=sys.stderr)
         if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
