@@ -147,6 +147,3 @@ def routing(edit: Edit) -> Parts:
                              ("B", shape(layer.experts_B), "E r, out")),
             "lines": lines(passage(read), passage(type(layer).logits),
                            passage(type(layer).routing_weights), passage(route))}
-
-
-STAGES = {"routing": routing}

@@ -209,6 +209,3 @@ def reduced(edit: Edit) -> str:
     if any(grid.cells(ASKED) != grid[2:4] for grid in trace.grids):
         told.append(f"What is asked is summed in cells, at most {ASKED} on a side.")
     return " ".join(told)
-
-
-STAGES = {"attention": attention}

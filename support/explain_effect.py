@@ -105,6 +105,3 @@ def effect(edit: Edit) -> Parts:
             "shapes": shapes(("block", f"1 x {x} x {edit.trace.pipe.dit.config.width}",
                               "B, I, D: the target's tokens, compared")),
             "lines": lines(*used, *[passage(export.merged)] * edit.trace.merged)}
-
-
-STAGES = {"effect": effect}

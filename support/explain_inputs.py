@@ -219,6 +219,3 @@ def schedule(edit: Edit) -> Parts:
             "shapes": shapes(("times", f"{number + 1}", "the end, 0, included"),
                              ("I", f"{target:,}", "target tokens")),
             "lines": lines(passage(dit.schedule))}
-
-
-STAGES = {"asked": asked, "words": words, "tokens": tokens, "schedule": schedule}

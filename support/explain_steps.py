@@ -131,6 +131,3 @@ def result(edit: Edit) -> Parts:
                           "H, W, and uint8 colours")),
         "lines": lines(passage(edit.pipeline.generate, "with pipe.lock, torch.no_grad(), off",
                                "return"))}
-
-
-STAGES = {"steps": steps, "result": result}
