@@ -14,7 +14,7 @@ from support.explain_edit import (Edit, figure, heat_strip, lines, Parts, Piece,
                                   shape, shapes)
 from support.figures import channels, chart, heat, picture, text
 from support.origin import ROUTED_BY
-from support.passages import passage
+from support.passages import from_here, passage
 from support.routing_maps import mixtures
 from support.summary import counted
 
@@ -69,7 +69,7 @@ def asked(edit: Edit) -> Parts:
              for one, name in zip(edit.images, edit.names)]
     shown += [figure(picture(one, name), f"{text(name)}, as it is read")
               for one, name in zip(edit.given[number:], edit.names[number:])]
-    info = edit.picture.info
+    info = edit.picture.info | {"model": from_here(edit.trace.pipe.model)}
     facts = "".join(f"<tr><th>{name}</th><td>{text(info[name])}</td></tr>"
                     for name in (*FACTS, ROUTED_BY) if name in info)
     command = (f'<p>This page is made again by</p><pre class="command" tabindex="0">'

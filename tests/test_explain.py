@@ -116,6 +116,7 @@ def test_the_picture_is_the_ordinary_one_to_the_byte(tmp_path, monkeypatch, caps
     page = Page((tmp_path / "page.html").read_text())
     assert page.after("blockquote") == TEXT and str(tmp_path / "page.html") in printed
     assert f"--explain {tmp_path / 'page.html'}" in "".join(page.words)      # makes it again
+    assert "<tr><th>model</th><td>tiny/model</td></tr>" in page.text         # not its name alone
 
 
 def test_nothing_is_watched_unasked(monkeypatch, capsys, tmp_path):
