@@ -23,8 +23,9 @@ EQUATIONS = {
     "plain": "y = x W<sup>T</sup> + b + what the adapter adds",
     "routed": "p = softmax( G z )<br>y = x W<sup>T</sup> + b + &sum;<sub>e kept</sub> "
               "p<sub>e</sub> s (x A<sub>e</sub>) B<sub>e</sub>"}
-NONE = ("There is no adapter in this run: the model works as it was published.",
-        "No layer of this adapter is routed by the instruction.")
+NO_ADAPTER = ("<p><strong>There is no adapter in this run: the model works as it was published."
+              "</strong></p>")
+NOT_ROUTED = "<p><strong>No layer of this adapter is routed by the instruction.</strong></p>"
 
 
 def within(values: list[int]) -> str:
@@ -122,9 +123,10 @@ def routing(edit: Edit) -> Parts:
     adapter, given = edit.trace.pipe.adapter, edit.trace.given
     layers = routed(adapter)
     if not layers:
-        told = composed(adapter) if adapter else ""
-        return {"told": f"{told}<p><strong>{NONE[adapter is not None]}</strong></p>", "figures": "",
-                "shapes": "", "lines": "", "equation": EQUATIONS["plain" if adapter else "none"]}
+        told, equation = NO_ADAPTER, EQUATIONS["none"]
+        if adapter:
+            told, equation = composed(adapter) + NOT_ROUTED, EQUATIONS["plain"]
+        return {"told": told, "equation": equation, "figures": "", "shapes": "", "lines": ""}
     with torch.no_grad(), adapter.serve(*given.routed_by) as now:
         z, lora = now.z, plain_lora(edit, now)
     own = shares(adapter, *given.routed_by)

@@ -44,16 +44,14 @@ def totals(edit: Edit, weights: np.ndarray) -> dict[str, float]:
     return found
 
 
-def own_places(edit: Edit, weights: np.ndarray, begin: int = 0) -> int | None:
-    """How many cells, from `begin` on, look in the first reference most at their own place."""
-    if len(edit.trace.grids) < 2 or edit.trace.grids[1].kind != "reference":
-        return None
+def at_own_place(edit: Edit, weights: np.ndarray) -> np.ndarray:
+    """Whether a cell looks in the first reference most at its own place, (cells,) bool."""
     start, end = edit.spans[2]
     (down, across), grid = edit.trace.target.cells(ASKING), edit.trace.grids[1].cells(ASKED)
     most = weights[:, start:end].argmax(1)               # (cells,)
     row, column = (most // grid[1] + 0.5) / grid[0], (most % grid[1] + 0.5) / grid[1]
     there = (row * down).astype(int) * across + (column * across).astype(int)
-    return int((there == begin + np.arange(len(weights))).sum())
+    return there == np.arange(len(weights))
 
 
 def told_parts(edit: Edit, first: np.ndarray) -> str:
@@ -66,15 +64,15 @@ def looked(edit: Edit, first: np.ndarray) -> str:
     cells, blocks = first.shape[1], counted(len(first) - 1, "block")
     told = (f"<p>At the first step, as a mean over {blocks} and all of the target, attention goes "
             f"to {told_parts(edit, first)}.</p>")
-    places = [own_places(edit, block) for block in first[1:]]
-    if places[0] is None:
+    if not edit.counts["reference"]:
         return told
+    places = [int(at_own_place(edit, block).sum()) for block in first[1:]]
     best = int(np.argmax(places))
     return told + (
         "<p>By its position a token of the target can find its own place in the reference. In "
         f"block {edit.entries[1 + best]}, {places[best]} of {cells} do: of the reference they read "
         "most what stands at their own row and column (by chance it would be 1). As a mean over "
-        f"these blocks it is {np.mean(places):.1f}.</p>") + empty_place(edit, first)
+        f"these blocks it is {np.mean(places):.1f}.</p>") + read_first(edit, first)
 
 
 def opened(edit: Edit, first: np.ndarray) -> int:
@@ -87,18 +85,18 @@ def opened(edit: Edit, first: np.ndarray) -> int:
     return 1 + int(read.argmax())
 
 
-def empty_place(edit: Edit, first: np.ndarray) -> str:
+def read_first(edit: Edit, first: np.ndarray) -> str:
     """What the asking token reads most in the first reference, in the block that is opened."""
     entry, (start, end) = opened(edit, first), edit.spans[2]
     part = first[entry, edit.changed, start:end]
     grid = edit.trace.grids[1].cells(ASKED)
     place = int(part.argmax())
-    own = own_places(edit, first[entry][edit.changed:edit.changed + 1], edit.changed) == 1
     row, column = divmod(place, grid[1])
     H, W, _ = edit.given[0].shape
     cell = edit.given[0][row * H // grid[0]:(row + 1) * H // grid[0],
                          column * W // grid[1]:(column + 1) * W // grid[1]]
     spread = cell.astype(float).std((0, 1)).mean()
+    own = at_own_place(edit, first[entry])[edit.changed]
     where = "its own place" if own else "another place"
     plain = ", which is empty there: its pixels hardly vary" if spread < PLAIN else ""
     return (f"<p>Below, a token first asks in block {edit.entries[entry]}, where it reads the "

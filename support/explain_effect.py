@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from support import export
-from support.explain_adapter import EQUATIONS, NONE
+from support.explain_adapter import EQUATIONS, NO_ADAPTER
 from support.explain_edit import Edit, figure, lines, Parts, shapes
 from support.figures import picture, text
 from support.passages import passage
@@ -81,8 +81,8 @@ def effect(edit: Edit) -> Parts:
     """Stage 8."""
     adapter = edit.trace.pipe.adapter
     if adapter is None:
-        return {"told": f"<p><strong>{NONE[0]}</strong></p>", "figures": "", "shapes": "",
-                "lines": "", "equation": EQUATIONS["none"], "letters": ""}
+        return {"told": NO_ADAPTER, "equation": EQUATIONS["none"], "letters": "", "figures": "",
+                "shapes": "", "lines": ""}
     layers, experts = list(adapter.layers.values()), mixtures(adapter)
     told, shown = without_it(edit)
     off = max(found.off for found in edit.effects)

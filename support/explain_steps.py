@@ -84,7 +84,7 @@ def steps(edit: Edit) -> Parts:
                for name, said, latents in (("x_t", "x<sub>t</sub>", step.xt),
                                            ("velocity", "velocity v", step.velocity))]
         row.append(figure(picture(edit.x0[step.number], f"x0 as expected at {at}", "x0"), "x0"))
-        shown.append(f'<li data-step="{step.number}"><h3>step {step.number} of {trace.number}</h3>'
+        shown.append(f'<li><h3>step {step.number} of {trace.number}</h3>'
                      f"{''.join(row)}<p>t = {step.t:.3f} to {step.t_next:.3f}{moved}</p></li>")
     top = max(y for points in open_.values() for _, y in points)
     differs = chart(open_, "step", "how far x0 differs from the final x0", "how far the expected "

@@ -113,7 +113,7 @@ def chart(lines: dict[str, Sequence[tuple[float, float]]], x_label: str, y_label
                  f'<text x="0" y="12">{text(y_label)}</text></svg>')
     keys = "".join(f'<span class="key line{i}">{text(name)}</span>'
                    for i, name in enumerate(lines))
-    return f'<div class="figure">{"".join(parts)}<p class="keys">{keys}</p></div>'
+    return f'<div>{"".join(parts)}<p class="keys">{keys}</p></div>'
 
 
 def bars(rows: dict[str, dict[str, float]], alt: str) -> str:
@@ -126,5 +126,5 @@ def bars(rows: dict[str, dict[str, float]], alt: str) -> str:
         found.append(f'<div class="bar" role="img" aria-label="{text(f"{label}: {told}")}">'
                      f"<b>{text(label)}</b><span>{pieces}</span></div>")
     keys = "".join(f'<span class="key {name}">{name}</span>' for name in next(iter(rows.values())))
-    return (f'<div class="figure bars" role="group" aria-label="{text(alt)}">{"".join(found)}'
+    return (f'<div role="group" aria-label="{text(alt)}">{"".join(found)}'
             f'<p class="keys">{keys}</p></div>')
