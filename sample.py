@@ -36,8 +36,8 @@ from tqdm import tqdm
 import dit
 import weights
 from mole import Adapter
-from support import (adapters, caching, devices, explain, export, jobs, layouts, masks, offload,
-                     options, origin, plans, routing_maps)
+from support import (adapters, caching, devices, export, jobs, layouts, masks, offload, options,
+                     origin, plans, routing_maps)
 from support.conditions import read_cond
 from support.files import files_of
 from support.fp8 import check_device
@@ -62,6 +62,7 @@ class Pipeline:
     adapter: Adapter | None
     device: torch.device
     dtype: torch.dtype
+    model: Path                                          # as its user names it
     paths: dict[str, Path]                               # of each part
     names: dict[str, str] = field(default_factory=dict)  # what its pictures will say of it
     cache: caching.Cache | None = None                   # of what the encoders gave before
@@ -111,7 +112,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
         weights.load("vae", paths["vae"], encoders_home, dtype),
         weights.load("text_encoder_2", paths["text_encoder_2"], encoders_home, dtype, narrow),
         weights.load("text_encoder", paths["text_encoder"], encoders_home, dtype),
-        *tokenizers, adapter=None, device=device, dtype=dtype, paths=paths)
+        *tokenizers, None, device, dtype, Path(model), paths)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype, matmul)
@@ -301,6 +302,7 @@ def make(pipe: Pipeline, job: jobs.Job, args: argparse.Namespace, bar: tqdm) -> 
         bar.write(f"{out}: {jobs.size_told(picture, images)}, {args.steps} steps, seed {seed}, "
                   f"{time.time() - start:.1f} s{routing_maps.experts_line(pipe.adapter)}")
         if args.explain:
+            from support import explain                  # imports much that a picture does without
             explain.write(args.explain, watch, picture, job)
         start = time.time()
 

@@ -26,6 +26,10 @@ class Grid(NamedTuple):
     columns: int
     shift: int                                           # of its columns
 
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
+
     def cells(self, most: int) -> tuple[int, int]:
         """Rows and columns of cells, where a side has at most so many."""
         return min(self.rows, most), min(self.columns, most)

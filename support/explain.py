@@ -35,7 +35,11 @@ from support.trace import Trace
 
 FRAME = Path(__file__).with_name("explain.html")
 OTHERS = Path(__file__).parent.parent / "tiny/examples/tasks.jsonl"
-FINDINGS = {3: "routing", 6: "steps", 7: "attention", 9: "result"}       # stages that have one
+STAGES = {"asked": explain_inputs.asked, "words": explain_inputs.words,
+          "routing": explain_adapter.routing, "tokens": explain_inputs.tokens,
+          "schedule": explain_inputs.schedule, "steps": explain_steps.steps,
+          "attention": explain_attention.attention, "effect": explain_effect.effect,
+          "result": explain_steps.result}                # from the page's top to its end
 NUMBER = 6                                               # of other instructions, at most
 
 
@@ -71,7 +75,6 @@ def explain(trace: Trace, picture: Image.Image, images: Given | Iterable[Given] 
     if "instruction" not in picture.info:
         raise ValueError("explain() takes the picture that sample.edit() gave, with its texts")
     images, conds = each(images), each(conds)
-    told = picture.info["instruction"]
     sizes = iter(trace.sizes())
     given = [resize(given_picture(one), size) for one, size in zip(images, sizes)]
     given += [resize(read_cond(one, lambda _, size=size: size), size)
@@ -80,13 +83,13 @@ def explain(trace: Trace, picture: Image.Image, images: Given | Iterable[Given] 
                 [*names_of(images, "reference"), *names_of(conds, "condition")], truth,
                 [], command)
     edit.others = other_instructions(edit.routing_text) if others is None else others
-    parts = {"title": text(told)}
-    for room in (explain_inputs, explain_adapter, explain_steps, explain_attention,
-                 explain_effect):
-        for name, stage in room.STAGES.items():
-            parts |= {f"{name}.{part}": found for part, found in stage(edit).items()}
-    parts["findings"] = "".join(f'<li>{parts[f"{name}.finding"]} <a href="#{name}">{i}</a></li>'
-                                for i, name in FINDINGS.items() if f"{name}.finding" in parts)
+    parts, findings = {"title": text(edit.instruction)}, []
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
+        found = stage(edit)
+        parts |= {f"{name}.{part}": shown for part, shown in found.items()}
+        if "finding" in found:
+            findings.append(f'<li>{found["finding"]} <a href="#{name}">{number}</a></li>')
+    parts["findings"] = "".join(findings)
     parts["data"] = json.dumps(edit.data).replace("<", "\\u003c")           # no tag ends it
     return re.sub(r"\{\{([\w.]+)\}\}", lambda place: parts[place[1]], FRAME.read_text("utf-8"))
 

@@ -5,17 +5,15 @@ beside the weights, made for the page.
 
 Key: B = 1; D' width of z; E experts; k kept; p a router's shares before the top k are kept.
 """
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from mole import Adapter, LoRALinear, route, Routing
 from support import export
-from support.explain_edit import Edit, figure, lines, Parts, shape, shapes
+from support.explain_edit import Edit, heat_strip, lines, Parts, shape, shapes
 from support.explain_shares import comparison, Comparison, shares_table, stacked, verdict
-from support.figures import heat, text
+from support.figures import text
 from support.passages import passage
 from support.routing_maps import mixtures, routed, shares, Shares
 from support.summary import counted
@@ -25,13 +23,14 @@ EQUATIONS = {
     "plain": "y = x W<sup>T</sup> + b + what the adapter adds",
     "routed": "p = softmax( G z )<br>y = x W<sup>T</sup> + b + &sum;<sub>e kept</sub> "
               "p<sub>e</sub> s (x A<sub>e</sub>) B<sub>e</sub>"}
-NONE = ("There is no adapter in this run: the model works as it was published.",
-        "No layer of this adapter is routed by the instruction.")
+NO_ADAPTER = ("<p><strong>There is no adapter in this run: the model works as it was published."
+              "</strong></p>")
+NOT_ROUTED = "<p><strong>No layer of this adapter is routed by the instruction.</strong></p>"
 
 
-def within(values: Iterable[int]) -> str:
+def within(values: list[int]) -> str:
     """One number, or the least and the largest."""
-    least, most = min(values := list(values)), max(values)
+    least, most = min(values), max(values)
     return f"{least}" if least == most else f"{least} to {most}"
 
 
@@ -43,13 +42,13 @@ def composed(adapter: Adapter) -> str:
     by_token = [layer for layer in mixed if layer.by_token]
     parts = []
     if plain:
-        ranks = within(len(layer.lora_A) for layer in plain)
+        ranks = within([len(layer.lora_A) for layer in plain])
         parts.append(f"<strong>plain LoRA on {counted(len(plain), 'layer')}</strong>, two thin "
                      f"matrices of rank {ranks} beside a frozen one, the same for every "
                      "instruction")
     if mixed:
-        experts, ranks = (within(getattr(layer.config, name) for layer in mixed)
-                          for name in ("experts", "rank"))
+        experts = within([layer.config.experts for layer in mixed])
+        ranks = within([layer.config.rank for layer in mixed])
         parts.append(f"<strong>on {counted(len(mixed), 'layer')} {experts} experts</strong> of "
                      f"rank {ranks}, which are small LoRAs too, and a router that weighs them")
     told = f"<p>The adapter of this run consists of {'; and '.join(parts)}."
@@ -77,7 +76,7 @@ def sees(edit: Edit) -> str:
 
 def with_others_experts(edit: Edit, others: Comparison) -> str:
     """How far the picture moves with the experts of the instruction whose choice differs most."""
-    if not others.changing or max(others.changing) == 0:
+    if not any(others.changing):
         return ""
     most = int(np.argmax(others.changing))
     trace = edit.trace
@@ -90,16 +89,15 @@ def with_others_experts(edit: Edit, others: Comparison) -> str:
 
 def plain_lora(edit: Edit, routing: Routing) -> str:
     """The rank and size of the LoRA that the adapter is for this one instruction, in words."""
-    ranks, numbers = [], 0
-    for layer in edit.trace.pipe.adapter.layers.values():
-        if getattr(layer, "by_token", False):
-            return ("<p>Some layers are routed by each token, so that the adapter is no plain LoRA."
-                    "</p>")
+    adapter, ranks, numbers = edit.trace.pipe.adapter, [], 0
+    if any(layer.by_token for layer in mixtures(adapter)):
+        return "<p>Some layers are routed by each token, so that the adapter is no plain LoRA.</p>"
+    for layer in adapter.layers.values():
         A, B = export.layer_as_lora(layer, routing)      # one at a time: they may be large
         ranks.append(len(A))
         numbers += A.numel() + B.numel()
     return (f"<p>One instruction, one mixture: for this edit the whole adapter is a plain LoRA of "
-            f"rank {min(ranks)} to {max(ranks)} on {len(ranks)} layers, {numbers:,} numbers.</p>")
+            f"rank {within(ranks)} on {len(ranks)} layers, {numbers:,} numbers.</p>")
 
 
 def same_shares(edit: Edit, own: dict[str, Shares]) -> str:
@@ -125,16 +123,16 @@ def routing(edit: Edit) -> Parts:
     adapter, given = edit.trace.pipe.adapter, edit.trace.given
     layers = routed(adapter)
     if not layers:
-        told = composed(adapter) if adapter else ""
-        return {"told": f"{told}<p><strong>{NONE[adapter is not None]}</strong></p>", "figures": "",
-                "shapes": "", "lines": "", "equation": EQUATIONS["plain" if adapter else "none"]}
+        told, equation = NO_ADAPTER, EQUATIONS["none"]
+        if adapter:
+            told, equation = composed(adapter) + NOT_ROUTED, EQUATIONS["plain"]
+        return {"told": told, "equation": equation, "figures": "", "shapes": "", "lines": ""}
     with torch.no_grad(), adapter.serve(*given.routed_by) as now:
         z, lora = now.z, plain_lora(edit, now)
     own = shares(adapter, *given.routed_by)
     others, (p, kept) = comparison(edit, own), stacked(own)
     layer = layers[0]
-    strip = figure(heat(z[:1].float().cpu().numpy(), "the instruction vector", "wide strip"),
-                   f"z, the instruction vector, {z.shape[1]} channels.")
+    strip = heat_strip(z, "z, the instruction vector")
     read = adapter.instruction.forward if adapter.instruction else adapter.serve
     return {"told": composed(adapter) + sees(edit) + same_shares(edit, own)
             + verdict(p, kept, others) + with_others_experts(edit, others) + lora,
@@ -147,6 +145,3 @@ def routing(edit: Edit) -> Parts:
                              ("B", shape(layer.experts_B), "E r, out")),
             "lines": lines(passage(read), passage(type(layer).logits),
                            passage(type(layer).routing_weights), passage(route))}
-
-
-STAGES = {"routing": routing}

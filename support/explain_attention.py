@@ -44,35 +44,35 @@ def totals(edit: Edit, weights: np.ndarray) -> dict[str, float]:
     return found
 
 
-def own_places(edit: Edit, weights: np.ndarray, begin: int = 0) -> int | None:
-    """How many cells, from `begin` on, look in the first reference most at their own place."""
-    if len(edit.trace.grids) < 2 or edit.trace.grids[1].kind != "reference":
-        return None
+def at_own_place(edit: Edit, weights: np.ndarray) -> np.ndarray:
+    """Whether a cell looks in the first reference most at its own place, (cells,) bool."""
     start, end = edit.spans[2]
     (down, across), grid = edit.trace.target.cells(ASKING), edit.trace.grids[1].cells(ASKED)
     most = weights[:, start:end].argmax(1)               # (cells,)
     row, column = (most // grid[1] + 0.5) / grid[0], (most % grid[1] + 0.5) / grid[1]
     there = (row * down).astype(int) * across + (column * across).astype(int)
-    return int((there == begin + np.arange(len(weights))).sum())
+    return there == np.arange(len(weights))
 
 
-def looked(edit: Edit, every: list[np.ndarray]) -> str:
-    """What attention's numbers say, in words. every: by step (entries, cells, words and cells)."""
-    first, cells = every[0], every[0].shape[1]
-    whole = totals(edit, first[0].mean(0))
-    blocks = counted(len(first) - 1, "block")
+def told_parts(edit: Edit, first: np.ndarray) -> str:
+    """What attention goes to, as a mean over blocks and all of the target."""
+    return ", ".join(f"{name} {part:.0%}" for name, part in totals(edit, first[0].mean(0)).items())
+
+
+def looked(edit: Edit, first: np.ndarray) -> str:
+    """What attention's numbers say, in words. first: of step 1, (entries, cells, ...)."""
+    cells, blocks = first.shape[1], counted(len(first) - 1, "block")
     told = (f"<p>At the first step, as a mean over {blocks} and all of the target, attention goes "
-            "to ") + (
-        ", ".join(f"{name} {part:.0%}" for name, part in whole.items())) + ".</p>"
-    places = [own_places(edit, block) for block in first[1:]]
-    if places[0] is None:
+            f"to {told_parts(edit, first)}.</p>")
+    if not edit.counts["reference"]:
         return told
+    places = [int(at_own_place(edit, block).sum()) for block in first[1:]]
     best = int(np.argmax(places))
     return told + (
         "<p>By its position a token of the target can find its own place in the reference. In "
         f"block {edit.entries[1 + best]}, {places[best]} of {cells} do: of the reference they read "
         "most what stands at their own row and column (by chance it would be 1). As a mean over "
-        f"these blocks it is {np.mean(places):.1f}.</p>") + empty_place(edit, first)
+        f"these blocks it is {np.mean(places):.1f}.</p>") + read_first(edit, first)
 
 
 def opened(edit: Edit, first: np.ndarray) -> int:
@@ -85,18 +85,18 @@ def opened(edit: Edit, first: np.ndarray) -> int:
     return 1 + int(read.argmax())
 
 
-def empty_place(edit: Edit, first: np.ndarray) -> str:
+def read_first(edit: Edit, first: np.ndarray) -> str:
     """What the asking token reads most in the first reference, in the block that is opened."""
     entry, (start, end) = opened(edit, first), edit.spans[2]
     part = first[entry, edit.changed, start:end]
     grid = edit.trace.grids[1].cells(ASKED)
     place = int(part.argmax())
-    own = own_places(edit, first[entry][edit.changed:edit.changed + 1], edit.changed) == 1
     row, column = divmod(place, grid[1])
     H, W, _ = edit.given[0].shape
     cell = edit.given[0][row * H // grid[0]:(row + 1) * H // grid[0],
                          column * W // grid[1]:(column + 1) * W // grid[1]]
     spread = cell.astype(float).std((0, 1)).mean()
+    own = at_own_place(edit, first[entry])[edit.changed]
     where = "its own place" if own else "another place"
     plain = ", which is empty there: its pixels hardly vary" if spread < PLAIN else ""
     return (f"<p>Below, a token first asks in block {edit.entries[entry]}, where it reads the "
@@ -115,10 +115,10 @@ def by_block(edit: Edit, every: list[np.ndarray]) -> str:
     return f'<div class="row even">{"".join(shown)}</div>'
 
 
-def asking(edit: Edit, target: str, cell: int) -> str:
+def asking(edit: Edit, target: str) -> str:
     """The target, on which a token is chosen."""
     down, across = edit.trace.target.cells(ASKING)
-    row, column = divmod(cell, across)
+    row, column = divmod(edit.changed, across)
     box = (f'<i class="cell" style="left:{column / across:.2%};top:{row / down:.2%};'
            f'width:{1 / across:.2%};height:{1 / down:.2%}"></i>')
     return figure('<div class="map" id="asks" tabindex="0" role="application" aria-label="choose a '
@@ -127,15 +127,15 @@ def asking(edit: Edit, target: str, cell: int) -> str:
                   f"<output>row {row}, column {column}</output>")
 
 
-def maps(edit: Edit, now: np.ndarray, cell: int, word: int) -> str:
-    """What a cell of the target reads, and where a word is read. now: (cells, words and cells)."""
+def maps(edit: Edit, now: np.ndarray, word: int) -> str:
+    """What edit.changed reads, and where a word is read. now: (cells, words and cells)."""
     trace = edit.trace
     target = picture(edit.x0[trace.steps[0].number], "the target, as the model expects it")
     shown = [target, *(picture(one, name) for one, name in zip(edit.given, edit.names))]
     names = ["the target", *edit.names]
-    found = [asking(edit, target, cell)]
+    found = [asking(edit, target)]
     for i, (start, end) in enumerate(edit.spans[1:]):
-        part = now[cell, start:end]
+        part = now[edit.changed, start:end]
         found.append(overlaid(shown[i], part, trace.grids[i].cells(ASKED), f"{i}",
                               f"{text(names[i])} <output>{part.sum():.1%}</output>"))
     found.append(overlaid(target, now[:, word], trace.target.cells(ASKING), "word",
@@ -143,34 +143,35 @@ def maps(edit: Edit, now: np.ndarray, cell: int, word: int) -> str:
     return f'<div class="row">{"".join(found)}</div>'
 
 
-def for_the_script(edit: Edit, packed: np.ndarray, cell: int, word: int) -> dict:
+def for_the_script(edit: Edit, packed: np.ndarray, entry: int, word: int) -> dict:
     """All of attention, in steps of 1/65535, and what it is of. packed: (steps, entries, ., .)."""
     trace = edit.trace
     whole = np.rint(packed * 65535).astype("<u2").tobytes()
     return {"shape": packed.shape, "attention": base64.b64encode(whole).decode(),
             "spans": edit.spans, "cells": [grid.cells(ASKED) for grid in trace.grids],
             "asking": trace.target.cells(ASKING), "read": edit.read, "words": edit.words,
-            "entries": edit.entries, "steps": [step.number for step in trace.steps],
-            "cell": cell, "word": word}
+            "many": edit.many, "steps": [step.number for step in trace.steps],
+            "cell": edit.changed, "entry": entry, "word": word}
 
 
 def attention(edit: Edit) -> Parts:
     """Stage 7."""
-    trace, cell = edit.trace, edit.changed
+    trace = edit.trace
     every = [edit.attention(step).numpy() for step in trace.steps]   # (entries, cells, keys)
     entry = opened(edit, every[0])
     now = every[0][entry]                                # (cells, keys): first step
     to_words = now[:, :len(edit.words)]
     word = int((to_words.max(0) / to_words.mean(0).clip(1e-12)).argmax())    # the least even one
-    edit.data |= for_the_script(edit, np.stack(every), cell, word) | {
-        "entry": entry, "many": edit.many}
-    chips = word_chips(edit, to_words[cell], word)
+    edit.data = for_the_script(edit, np.stack(every), entry, word)
+    chips = word_chips(edit, to_words[edit.changed], word)
     c, S = trace.pipe.dit.config, len(trace.asked())
     return {"figures": f'{controls(edit, entry)}<p class="note js">Click a word to see, in the '
                        'last picture, where it is read.</p>'
                        '<div class="words-row" role="group" aria-label="words">'
-                       f"{chips}</div>{maps(edit, now, cell, word)}{by_block(edit, every)}",
-            "told": looked(edit, every), "finding": finding(edit, every[0]), "cells": reduced(edit),
+                       f"{chips}</div>{maps(edit, now, word)}{by_block(edit, every)}",
+            "told": looked(edit, every[0]), "cells": reduced(edit),
+            "finding": "At the first step the target's attention goes to "
+                       f"{told_parts(edit, every[0])}.",
             "shapes": shapes(
                 ("q, k, v", f"1 x {c.num_attention_heads} x {S} x {c.attention_head_dim}",
                  "B, N, S, d"),
@@ -178,13 +179,6 @@ def attention(edit: Edit) -> Parts:
                  "of the target's cells: words, then cells of each picture")),
             "lines": lines(passage(trace.pipe.dit.blocks[0].attend),
                            passage(dit.DoubleBlock.forward, "q, k, v =", "txt_out"))}
-
-
-def finding(edit: Edit, first: np.ndarray) -> str:
-    """Where the target looks at the first step, in a sentence for the top of the page."""
-    parts = ", ".join(f"{name} {part:.0%}" for name, part in
-                      totals(edit, first[0].mean(0)).items())
-    return f"At the first step the target's attention goes to {parts}."
 
 
 def controls(edit: Edit, chosen: int) -> str:
@@ -209,6 +203,3 @@ def reduced(edit: Edit) -> str:
     if any(grid.cells(ASKED) != grid[2:4] for grid in trace.grids):
         told.append(f"What is asked is summed in cells, at most {ASKED} on a side.")
     return " ".join(told)
-
-
-STAGES = {"attention": attention}

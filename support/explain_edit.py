@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from support.attention import ASKED, ASKING
+from support.figures import fullest, heat
 from support.origin import ROUTED_BY
 from support.passages import listing, Passage
 from support.trace import Effect, Step, Trace
-
 
 Parts = dict[str, str]                                   # of a stage, by name: HTML
 
@@ -57,17 +57,23 @@ def figure(shown: str, caption: str) -> str:
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
 
 
+def scale(values: np.ndarray) -> str:
+    """What the colours of heat() mean."""
+    return (f"from {values.min():.2g} to {values.max():.2g}; warm is positive, cold is negative; "
+            f"the fullest colours are at {fullest(values):.2g}, clear is 0.")
+
+
+def heat_strip(vector: Tensor, name: str) -> str:
+    """A vector (1, channels) as colours, with their scale."""
+    values = vector.float().cpu().numpy()
+    return figure(heat(values, name, "wide strip"),
+                  f"{name}, {values.shape[1]} channels, {scale(values)}")
+
+
 def lines(*passages: Passage) -> str:
     """The source, below a stage."""
     return ("<details open><summary>The lines that did it</summary>"
             f"{''.join(map(listing, passages))}</details>")
-
-
-def counts_of(trace: Trace) -> dict[str, int]:
-    """Tokens by kind."""
-    return {"text": trace.texts} | {
-        kind: sum(grid.rows * grid.columns for grid in trace.grids if grid.kind == kind)
-        for kind in ("target", "reference", "condition")}
 
 
 @dataclass
@@ -96,6 +102,20 @@ class Edit:
     def pipeline(self) -> ModuleType:
         """sample.py, which stands above this room: its lines are shown, none of it is called."""
         return inspect.getmodule(self.trace.denoise)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens by kind."""
+        return {"text": self.trace.texts} | {
+            kind: sum(grid.tokens for grid in self.trace.grids if grid.kind == kind)
+            for kind in ("target", "reference", "condition")}
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the transformer's blocks."""
+        model = self.trace.pipe.dit
+        return [*(f"double {i}" for i in range(len(model.transformer_blocks))),
+                *(f"single {i}" for i in range(len(model.single_transformer_blocks)))]
 
     @cached_property
     def pieces(self) -> tuple[list[Piece], int]:
@@ -145,13 +165,11 @@ class Edit:
         """How many of the words are no padding."""
         return len(self.words) - bool(self.pieces[1])
 
-    @cached_property
+    @property
     def entries(self) -> list[str]:
         """Names of what attention() gives: a mean, then each block that is watched."""
-        double = len(self.trace.pipe.dit.transformer_blocks)
-        return [f"mean of {len(self.trace.blocks)} blocks",
-                *(f"double {i}" if i < double else f"single {i - double}"
-                  for i in self.trace.blocks)]
+        watched = self.trace.blocks
+        return [f"mean of {len(watched)} blocks", *(self.blocks[i] for i in watched)]
 
     def attention(self, step: Step) -> Tensor:
         """(entries, cells of the target, words and cells of all pictures); rows sum to 1."""

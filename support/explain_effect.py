@@ -8,9 +8,8 @@ import math
 import numpy as np
 
 from support import export
-from support.explain_adapter import EQUATIONS, NONE
+from support.explain_adapter import EQUATIONS, NO_ADAPTER
 from support.explain_edit import Edit, figure, lines, Parts, shapes
-from support.explain_shares import KINDS
 from support.figures import picture, text
 from support.passages import passage
 from support.routing_maps import mixtures
@@ -23,11 +22,9 @@ def effect_table(edit: Edit, mixed: bool) -> str:
     """Of each block, means over the steps: how much changes, and how much of it is the experts'."""
     change, experts = (np.array([getattr(effect, name) for effect in edit.effects]).mean(0)
                        for name in ("change", "experts"))                    # (blocks,)
-    double = len(edit.trace.pipe.dit.transformer_blocks)
     kinds = ("change", "experts")[:1 + mixed]
     rows = []
-    for i, values in enumerate(zip(change, experts)):
-        name = f"double {i}" if i < double else f"single {i - double}"
+    for name, *values in zip(edit.blocks, change, experts):
         bars = [f'<td><i class="{kind}" style="width:{70 * min(value, 1):.1f}%"></i> {value:.0%}'
                 "</td>" for kind, value in zip(kinds, values)]
         rows.append(f'<tr data-change="{values[0]:.6f}" data-experts="{values[1]:.6f}"><th>{name}'
@@ -55,7 +52,7 @@ def how_it_was_found(edit: Edit, mixed: bool) -> str:
                  "The parts need not sum to 100%, as a block is not linear. ")
     told += "Both are lengths, over the target's tokens, and means over the steps shown. "
     outside = [name.replace("/", ".") for name in edit.trace.pipe.adapter.layers
-               if not name.replace("/", ".").startswith(tuple(KINDS))]
+               if "transformer_blocks/" not in name]
     if outside:
         told += f"What is adapted outside the blocks ({text(', '.join(outside))}) is not counted."
     return f"{told}</p>"
@@ -84,8 +81,8 @@ def effect(edit: Edit) -> Parts:
     """Stage 8."""
     adapter = edit.trace.pipe.adapter
     if adapter is None:
-        return {"told": f"<p><strong>{NONE[0]}</strong></p>", "figures": "", "shapes": "",
-                "lines": "", "equation": EQUATIONS["none"], "letters": ""}
+        return {"told": NO_ADAPTER, "equation": EQUATIONS["none"], "letters": "", "figures": "",
+                "shapes": "", "lines": ""}
     layers, experts = list(adapter.layers.values()), mixtures(adapter)
     told, shown = without_it(edit)
     off = max(found.off for found in edit.effects)
@@ -94,7 +91,7 @@ def effect(edit: Edit) -> Parts:
         f'<p class="note">The passes for the table had the adapter beside the weights, at the '
         f"{len(edit.effects)} steps that are shown; their velocities differ from the run's own by "
         f"{off:.1g} at most (the largest velocity is {size:.1f}).</p>")
-    x = edit.trace.target.rows * edit.trace.target.columns
+    width = edit.trace.pipe.dit.config.width
     used = [passage(type((experts or layers)[0]).forward)]
     letters, equation = "w whole; f frozen, that is without the adapter", CHANGE
     if experts:
@@ -102,9 +99,6 @@ def effect(edit: Edit) -> Parts:
     return {"told": told, "figures": shown + effect_table(edit, bool(experts)),
             "equation": equation,
             "letters": f"<p>What a block puts out for the input x: {letters}.</p>",
-            "shapes": shapes(("block", f"1 x {x} x {edit.trace.pipe.dit.config.width}",
+            "shapes": shapes(("block", f"1 x {edit.trace.target.tokens} x {width}",
                               "B, I, D: the target's tokens, compared")),
             "lines": lines(*used, *[passage(export.merged)] * edit.trace.merged)}
-
-
-STAGES = {"effect": effect}

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 import dit
 from support.attention import Grid
-from support.explain_edit import (counts_of, Edit, figure, lines, Parts, Piece, pieces_of, shape,
-                                  shapes)
+from support.explain_edit import (Edit, figure, heat_strip, lines, Parts, Piece, pieces_of, scale,
+                                  shape, shapes)
 from support.figures import channels, chart, heat, picture, text
 from support.origin import ROUTED_BY
-from support.passages import passage
+from support.passages import from_here, passage
 from support.routing_maps import mixtures
 from support.summary import counted
 
@@ -47,7 +47,7 @@ def model(edit: Edit) -> str:
 def letters(edit: Edit) -> str:
     """The letters on the page, each with its value here."""
     trace, pipe = edit.trace, edit.trace.pipe
-    counts, (C, h, w), c = counts_of(trace), trace.noise[0].shape, pipe.dit.config
+    counts, (C, h, w), c = edit.counts, trace.noise[0].shape, pipe.dit.config
     rows = [("B", "1", "pictures made at once"),
             *((LETTERS[kind], f"{n:,}", f"tokens of {said}") for (kind, n), said in zip(
                 counts.items(), ("text", "target", "native references", "clean conditions"))),
@@ -69,7 +69,7 @@ def asked(edit: Edit) -> Parts:
              for one, name in zip(edit.images, edit.names)]
     shown += [figure(picture(one, name), f"{text(name)}, as it is read")
               for one, name in zip(edit.given[number:], edit.names[number:])]
-    info = edit.picture.info
+    info = edit.picture.info | {"model": from_here(edit.trace.pipe.model)}
     facts = "".join(f"<tr><th>{name}</th><td>{text(info[name])}</td></tr>"
                     for name in (*FACTS, ROUTED_BY) if name in info)
     command = (f'<p>This page is made again by</p><pre class="command" tabindex="0">'
@@ -99,7 +99,6 @@ def words(edit: Edit) -> Parts:
     trace, pipe = edit.trace, edit.trace.pipe
     txt, pooled = trace.given.txt, trace.given.pooled
     rows = txt[0, :edit.read + PADDING].float().cpu()    # (T or fewer, D)
-    number, most = rows.shape[1], rows.abs().quantile(0.99).item()
     alike = ""
     if min(edit.read, len(rows) - edit.read) > 1:
         cosines = [F.cosine_similarity(part[:, None], part[None], dim=-1)[
@@ -107,19 +106,18 @@ def words(edit: Edit) -> Parts:
             for part in (rows[edit.read:], rows[:edit.read])]
         alike = (f" Look at the lowest rows: two of padding have a cosine of {cosines[0]:.2f} on "
                  f"average, two of words {cosines[1]:.2f}.")
-    told = (f"T5's output: a row for each of {len(rows)} tokens, a column for each of {number} "
-            "channels; warm is positive, cold is negative")
+    told = (f"T5's output: a row for each of {len(rows)} tokens, a column for each of "
+            f"{rows.shape[1]} channels")
     if len(rows) < trace.texts:
         told += f"; {trace.texts - len(rows)} more rows of padding are left out"
-    if number > WIDEST:
+    if rows.shape[1] > WIDEST:
         rows = F.adaptive_avg_pool1d(rows, WIDEST)
         told += f"; means of neighbours, {WIDEST} columns are shown"
     figures = [pieces_row(*edit.pieces, "T5 reads"),
                pieces_row(*pieces_of(pipe.clip_tokens, edit.instruction), "CLIP reads"),
-               figure(heat(rows.numpy(), told, "wide"), f"{told}; the "
-                      f"fullest colours are at {most:.2g}, clear is 0.{alike}"),
-               figure(heat(pooled[:1].float().cpu().numpy(), "CLIP's vector", "wide strip"),
-                      f"CLIP's vector, {pooled.shape[1]} channels.")]
+               figure(heat(rows.numpy(), told, "wide"),
+                      f"{told}; {scale(rows.numpy())}{alike}"),
+               heat_strip(pooled, "CLIP's vector")]
     return {"figures": "".join(figures),
             "shapes": shapes(("ids", f"1 x {trace.texts}", "B, T: numbers of T5's tokens"),
                              ("txt", shape(txt), "B, T, D: a vector for each"),
@@ -134,13 +132,14 @@ def words(edit: Edit) -> Parts:
 def tokens_of(grid: Grid, latents: torch.Tensor, name: str, shown: str) -> str:
     """A picture under the grid of its tokens, and its latent channels beside it."""
     last = f"({grid.index}, {grid.rows - 1}, {grid.columns - 1 + grid.shift})"
-    rules = f'<i class="lines" style="--r:{grid.rows};--c:{grid.columns}"></i>'
-    rules = rules if max(grid.rows, grid.columns) <= RULED else ""
+    rules = ""
+    if max(grid.rows, grid.columns) <= RULED:
+        rules = f'<i class="lines" style="--r:{grid.rows};--c:{grid.columns}"></i>'
     cells = (f'<div class="map tokens" tabindex="0" role="application" data-grid="{grid.index},'
              f'{grid.rows},{grid.columns},{grid.shift}" aria-label="{text(name)}: {grid.rows} rows '
              f'of {grid.columns} tokens; arrow keys move">{shown}{rules}</div>')
     told = (f"{text(name)}: {grid.rows} x {grid.columns} tokens, from ({grid.index}, 0, "
-            f'{grid.shift}) to {last}. <output class="where"></output>')
+            f'{grid.shift}) to {last}. <output></output>')
     h, w = (min(side, MOST) for side in latents.shape[1:])
     number = f"{len(latents)} latent channels"
     less = "" if (h, w) == latents.shape[1:] else f", as means in {h} x {w} cells"
@@ -157,7 +156,7 @@ def tokens(edit: Edit) -> Parts:
     for grid, latents, name, given in zip(trace.grids[1:], trace.latents_given(), edit.names,
                                           edit.given):
         parts.append(tokens_of(grid, latents, name, picture(given, name)))
-    counts = counts_of(trace)
+    counts = edit.counts
     bar = "".join(f'<i class="{kind}" style="flex-grow:{n}"><b>{LETTERS[kind]}</b> {n:,}</i>'
                   for kind, n in counts.items() if n)
     told = ", ".join(f"{n} of {kind}" for kind, n in counts.items() if n)
@@ -168,7 +167,7 @@ def tokens(edit: Edit) -> Parts:
     rows.append(("S", f"{sum(counts.values()):,}", "tokens that attend to each other"))
     return {"figures": f'<div class="sequence" role="img" aria-label="one sequence: {told}">{bar}'
                        f'</div>{"".join(parts)}',
-            "references": references(edit, counts), "key": ", ".join(
+            "references": references(edit), "key": ", ".join(
                 f"{LETTERS[kind]} {kind}" for kind, n in counts.items() if n),
             "sequence": " | ".join(LETTERS[kind] for kind, n in counts.items() if n),
             "shapes": shapes(*rows),
@@ -176,8 +175,9 @@ def tokens(edit: Edit) -> Parts:
                            passage(dit.reference_ids), passage(edit.pipeline.velocity))}
 
 
-def references(edit: Edit, counts: dict[str, int]) -> str:
+def references(edit: Edit) -> str:
     """How the pictures that are given get into the one that is made, as far as there are any."""
+    counts = edit.counts
     numbers = [sum(grid.kind == kind for grid in edit.trace.grids)
                for kind in ("reference", "condition")]
     told = ["<p>A picture can be given in two ways. A <strong>native reference</strong> R, as the "
@@ -205,7 +205,7 @@ def references(edit: Edit, counts: dict[str, int]) -> str:
 def schedule(edit: Edit) -> Parts:
     """Stage 5."""
     trace, number = edit.trace, edit.trace.number
-    target = trace.target.rows * trace.target.columns
+    target = trace.target.tokens
     bent = [(float(i), t) for i, t in enumerate(trace.times)]
     even = [(float(i), 1 - i / number) for i in range(number + 1)]
     marked = [(float(step.number - 1), step.t) for step in trace.steps]
@@ -219,6 +219,3 @@ def schedule(edit: Edit) -> Parts:
             "shapes": shapes(("times", f"{number + 1}", "the end, 0, included"),
                              ("I", f"{target:,}", "target tokens")),
             "lines": lines(passage(dit.schedule))}
-
-
-STAGES = {"asked": asked, "words": words, "tokens": tokens, "schedule": schedule}

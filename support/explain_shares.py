@@ -5,6 +5,7 @@ explain_adapter.routing() calls this, for stage 3 of an explained edit.
 Key: E experts; k kept; p a router's shares before the top k are kept.
 """
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -18,16 +19,12 @@ NEARLY_EVEN = 0.05                                       # distance of p from 1 
 HARDLY, LITTLE = 0.1, 0.3                                # parts of the kept experts that change
 NEAR = 0.7                                               # of what changes by chance: near it
 TIES = 0.05                                              # of 1 / E: a margin that is hardly one
-KINDS = {"single_transformer_blocks.": "single ", "transformer_blocks.": "double "}
 
 
 def short(name: str) -> str:
     """A layer's name as it is said on the page: its block, and its name within."""
-    for kind, said in KINDS.items():
-        if name.startswith(kind):
-            number, _, rest = name.removeprefix(kind).partition(".")
-            return f"{said}{number} {rest}"
-    return name
+    name = re.sub(r"^single_transformer_blocks\.(\d+)\.", r"single \1 ", name)
+    return re.sub(r"^transformer_blocks\.(\d+)\.", r"double \1 ", name)
 
 
 def tied(own: dict[str, Shares]) -> bool:

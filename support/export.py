@@ -18,7 +18,7 @@ from support.files import write_tensors
 from support.fp8 import NarrowLinear
 from support.lora import ALPHA_IS_RANK
 from support.offload import weights_of
-from support.routing_maps import experts_line, show
+from support.routing_maps import experts_line, mixtures, show
 
 
 def layer_as_lora(layer: LoRALinear | MoLELinear, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,8 @@ def merged(model: nn.Module, adapter: Adapter, txt: Tensor, pooled: Tensor) -> I
 
 def mergeable(adapter: Adapter, instructions: int, device: torch.device) -> bool:
     """Whether the adapter is a plain LoRA here, and its layers can be added to, and kept twice."""
-    layers = adapter.layers.values()
-    bases = [frozen(layer) for layer in layers]
-    return (instructions == 1 and not any(getattr(layer, "by_token", False) for layer in layers)
+    bases = [frozen(layer) for layer in adapter.layers.values()]
+    return (instructions == 1 and not any(layer.by_token for layer in mixtures(adapter))
             and all(not isinstance(base, NarrowLinear)
                     and not hasattr(base.weight, "placements")               # one of many parts
                     and base.weight.device.type == device.type for base in bases)

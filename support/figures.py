@@ -25,7 +25,7 @@ def text(value: object) -> str:
 
 def data_uri(image: Image.Image, kind: str = "PNG") -> str:
     file = io.BytesIO()
-    image.save(file, kind, **({"quality": 85} if kind == "JPEG" else {"optimize": True}))
+    image.save(file, kind, quality=85, optimize=True)    # each kind minds its own
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -44,10 +44,14 @@ def picture(pixels: np.ndarray | Image.Image, alt: str, kind: str = "") -> str:
     return img(data_uri(image, "JPEG"), alt, kind)
 
 
+def fullest(values: np.ndarray) -> float:
+    """The size from which on heat() shows no stronger colour; one in a hundred is larger."""
+    return max(float(np.quantile(np.abs(values), 0.99)), 1e-12)
+
+
 def heat(values: np.ndarray, alt: str, kind: str = "") -> str:
-    """Numbers (rows, columns) as colours: clear at 0, full at 99 % of the largest sizes."""
-    most = max(float(np.quantile(np.abs(values), 0.99)), 1e-12)
-    strength = np.clip(np.abs(values) / most, 0, 1)[..., None]
+    """Numbers (rows, columns) as colours: clear at 0, full at fullest()."""
+    strength = np.clip(np.abs(values) / fullest(values), 0, 1)[..., None]
     colour = np.where(values[..., None] < 0, COLD, WARM)
     pixels = np.concatenate([colour, 255 * strength], -1).round().astype(np.uint8)
     return img(data_uri(Image.fromarray(pixels)), alt, f"{kind} pixels heat")
@@ -109,7 +113,7 @@ def chart(lines: dict[str, Sequence[tuple[float, float]]], x_label: str, y_label
                  f'<text x="0" y="12">{text(y_label)}</text></svg>')
     keys = "".join(f'<span class="key line{i}">{text(name)}</span>'
                    for i, name in enumerate(lines))
-    return f'<div class="figure">{"".join(parts)}<p class="keys">{keys}</p></div>'
+    return f'<div>{"".join(parts)}<p class="keys">{keys}</p></div>'
 
 
 def bars(rows: dict[str, dict[str, float]], alt: str) -> str:
@@ -122,5 +126,5 @@ def bars(rows: dict[str, dict[str, float]], alt: str) -> str:
         found.append(f'<div class="bar" role="img" aria-label="{text(f"{label}: {told}")}">'
                      f"<b>{text(label)}</b><span>{pieces}</span></div>")
     keys = "".join(f'<span class="key {name}">{name}</span>' for name in next(iter(rows.values())))
-    return (f'<div class="figure bars" role="group" aria-label="{text(alt)}">{"".join(found)}'
+    return (f'<div role="group" aria-label="{text(alt)}">{"".join(found)}'
             f'<p class="keys">{keys}</p></div>')

@@ -92,9 +92,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str], str]:
-    """What the file holds for each layer (A, B, alpha), and two things to tell of.
-
-    Those are names of text encoders' tensors, and another_prefix() of all others.
+    """By layer A, B, alpha; names of text encoders' tensors; another_prefix() of all others.
 
     Raises: ValueError naming a foreign key, or a layer without both factors.
     """

@@ -13,6 +13,11 @@ from support.figures import text
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def from_here(path: Path) -> Path:
+    """A path within the project from its folder on; any other is itself."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 class Passage(NamedTuple):
     """Some lines of a file."""
     file: str                                            # from the project's folder on
@@ -36,9 +41,9 @@ def passage(thing: object, first: str = "", last: str = "") -> Passage:
         end = begin                                      # that line alone
     shown = lines[begin:end + 1] if first else lines
     indent = min(len(line) - len(line.lstrip()) for line in shown if line.strip())
-    file = Path(inspect.getsourcefile(thing)).resolve()
-    inside = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
-    return Passage(inside, number + begin, [line[indent:].rstrip() for line in shown])
+    file = from_here(Path(inspect.getsourcefile(thing)).resolve())
+    told = file.name if file.is_absolute() else file.as_posix()
+    return Passage(told, number + begin, [line[indent:].rstrip() for line in shown])
 
 
 def listing(found: Passage) -> str:

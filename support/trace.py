@@ -97,8 +97,7 @@ class Trace:
         self.times = dit.schedule(steps, h * w // 4).tolist()
         down, across = self.target.cells(ASKING)
         of_block = down * across * (int(self.asked().max()) + 1)
-        number = min(BLOCKS, max(1, WEIGHTS // of_block))
-        self.blocks = spread(len(pipe.dit.blocks), number)
+        self.blocks = spread(len(pipe.dit.blocks), min(BLOCKS, max(1, WEIGHTS // of_block)))
         x, shown = noise[0].float(), spread(steps, STEPS)
         stepping = self.denoise(pipe, noise, given, steps, guidance, run, hold)
         for i in range(steps):
@@ -133,22 +132,21 @@ class Trace:
 
     def latents_of(self, v: Tensor) -> Tensor:
         """Of the transformer's output (1, I+R, P), the target's, (C, h, w)."""
-        rows, columns = self.target.rows, self.target.columns
-        return dit.unpack(v[:, :rows * columns].float().cpu(), 2 * rows, 2 * columns)[0]
+        target = self.target
+        return dit.unpack(v[:, :target.tokens].float().cpu(), 2 * target.rows,
+                          2 * target.columns)[0]
 
     def target_in(self, block: nn.Module, tokens: tuple | list) -> Tensor:
         """The target's tokens (1, I, D) among a block's arguments, or what it gives."""
-        number = self.target.rows * self.target.columns
         if isinstance(block, dit.DoubleBlock):
-            return tokens[1][0][:, :number].float()      # (txt, [img, cond], ...)
+            return tokens[1][0][:, :self.target.tokens].float()      # (txt, [img, cond], ...)
         streams = tokens[0] if isinstance(tokens, tuple) else tokens         # ([txt and img, ...])
-        return streams[0][:, self.texts:self.texts + number].float()
+        return streams[0][:, self.texts:self.texts + self.target.tokens].float()
 
     @contextmanager
     def watching(self, i: int, x: Tensor) -> Iterator[None]:
         """Keep step i, whose latents are x (C, h, w), as the transformer computes it."""
-        model, tokens = self.pipe.dit, self.target.rows * self.target.columns
-        rows = range(self.texts, self.texts + tokens)
+        model, rows = self.pipe.dit, range(self.texts, self.texts + self.target.tokens)
         asking, asked = self.target.cell_of(ASKING), self.asked()
         plain = {number: model.blocks[number].attend for number in self.blocks}
         found: dict[int, Tensor] = {}
@@ -179,7 +177,7 @@ class Trace:
         tokens = [t for t in (self.given.ref, self.given.cond) if t is not None]
         if not tokens:
             return []
-        sizes = [grid.rows * grid.columns for grid in self.grids[1:]]
+        sizes = [grid.tokens for grid in self.grids[1:]]
         return [dit.unpack(own.float(), 2 * grid.rows, 2 * grid.columns)[0].cpu()
                 for own, grid in zip(torch.cat(tokens, 1).split(sizes, dim=1), self.grids[1:])]
 

@@ -71,6 +71,11 @@ class Page(HTMLParser):
     def data(self) -> dict:
         return json.loads(re.search(r'id="data">(.*?)</script>', self.text, re.S)[1])
 
+    @property
+    def entries(self) -> list[str]:
+        """Whose attention can be chosen."""
+        return re.findall("<option.*?>(.*?)</option>", self.text)
+
     @cached_property
     def attention(self) -> np.ndarray:
         """(steps, entries, cells, keys)."""
@@ -111,6 +116,7 @@ def test_the_picture_is_the_ordinary_one_to_the_byte(tmp_path, monkeypatch, caps
     page = Page((tmp_path / "page.html").read_text())
     assert page.after("blockquote") == TEXT and str(tmp_path / "page.html") in printed
     assert f"--explain {tmp_path / 'page.html'}" in "".join(page.words)      # makes it again
+    assert "<tr><th>model</th><td>tiny/model</td></tr>" in page.text         # not its name alone
 
 
 def test_nothing_is_watched_unasked(monkeypatch, capsys, tmp_path):
@@ -244,7 +250,7 @@ def test_the_page_opens_where_the_reference_is_read_most(run, bare):
     told = re.search(r"asks in block (.*?), where .*?: (\d+)% of its .*? most to (.*?), row (\d+), "
                      r"column (\d+)", run.page.text).groups()
     own = "its own place" if place == data["cell"] else "another place"
-    assert told == (data["entries"][data["entry"]], f"{100 * read.max():.0f}", own,
+    assert told == (run.page.entries[data["entry"]], f"{100 * read.max():.0f}", own,
                     str(place // 4), str(place % 4))
     assert Run(bare, images=(), steps=1).page.data["entry"] == 0
 
@@ -276,8 +282,7 @@ def test_fewer_blocks_are_watched_where_there_are_many_tokens(bare, monkeypatch)
     """So that a page stays small; it says so."""
     monkeypatch.setattr(trace, "WEIGHTS", 4 * 16 * (28 + 16 + 16) + 1)
     page = Run(bare, steps=1).page
-    assert page.data["entries"] == ["mean of 4 blocks", "double 0", "single 0", "single 2",
-                                    "single 5"]
+    assert page.entries == ["mean of 4 blocks", "double 0", "single 0", "single 2", "single 5"]
     assert "Of 9 blocks 4 are watched" in page.text and page.attention.shape[:2] == (1, 5)
 
 
@@ -573,6 +578,20 @@ def test_sizes_that_are_said_are_the_run_s(run):
     assert {name: letters[name] for name in ("T", "I", "R", "Q", "S", "D", "E, k, r")} == {
         "T": "28", "I": "16", "R": "16", "Q": "16", "S": "76", "D": "128", "E, k, r": "8, 4, 8"}
     assert "This run has 1 reference and 1 condition." in text and "T | I | R | Q" in text
+
+
+def test_strips_say_their_scale(run):
+    """And the picture of z is as full as that: opaque from there on."""
+    with torch.no_grad(), run.pipe.adapter.serve(*run.trace.given.routed_by) as routing:
+        z = routing.z[0].numpy()
+    full = np.quantile(np.abs(z), 0.99)
+    for name, values in (("z, the instruction vector", z),
+                         ("CLIP's vector", run.trace.given.pooled[0].numpy())):
+        assert (f"{name}, {len(values)} channels, from {values.min():.2g} to {values.max():.2g}; "
+                in run.page.text)
+    assert f"the fullest colours are at {full:.2g}, clear is 0" in run.page.text
+    image = next(found for found in run.page.all("img") if found["alt"].startswith("z, the"))
+    assert np.array_equal(pixels(image["src"])[0, :, 3] == 255, np.abs(z) / full > 254.5 / 255)
 
 
 HOSTILE = "a <b>\"star\"</b> & 'it' </script><script>alert(1)</script> {{data}} \u661f\u202e"

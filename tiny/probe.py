@@ -113,9 +113,10 @@ class Watch:
                     self.pictures, w.shape[-1], generator=generator).argsort(-1)
             order = self.orders[name][self.first:self.first + len(w)]        # (B, E)
             return w.gather(-1, order.view(len(w), *[1] * (w.dim() - 2), -1).expand_as(w))
-        if self.way in ("mean", "even"):
-            mean = self.mean[name]
-            return (mean if self.way == "mean" else mean.mean().expand_as(mean)).expand_as(w)
+        if self.way == "mean":
+            return self.mean[name].expand_as(w)
+        if self.way == "even":
+            return self.mean[name].mean().expand_as(w)
         return w
 
     def note(self, name: str, p: Tensor, w: Tensor) -> None:
