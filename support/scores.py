@@ -8,6 +8,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from support.pictures import resize
+from support.results import markdown
 
 SIDE = 11                                                # of the window, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2            # against division by zero, (K range)^2
@@ -117,15 +118,16 @@ def pairs_table(rows: list[dict]) -> str:
     tasks = sorted({row["task"] for row in rows})
     parts = [([row for row in rows if row["task"] == task], task.replace("|", "/") or "–")
              for task in tasks] if len(tasks) > 1 else []
-    titles = "".join(f" {title} | of the copy |" for title, _ in COLUMNS.values())
-    lines = [f"| task | pictures |{titles}", "|---" * (2 + 2 * len(COLUMNS)) + "|"]
+    header, lines = ["task", "pictures"], []
+    for title, _ in COLUMNS.values():
+        header += [title, "of the copy"]
     for part, name in (*parts, (rows, "mean of all")):
         found, cells = means(part), [name, str(len(part))]
         for name, (_, shape) in COLUMNS.items():
             cells += ["–" if found[who][name] is None else shape.format(found[who][name])
                       for who in found]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(header, lines)
 
 
 def left_open(rows: list[dict]) -> list[str]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from support.alignment import THRESHOLDS, area, depth_rmse, edge_scores, edges, pose_scores
 from support.benchmark_table import Scored, cell, command_again, mean
-from support.benchmarks import Given, Prompt, check_names
+from support.benchmarks import Given, Prompt
 from support.conditions import EDGES, canny
 from support.estimates import found_in, level, people_in
 from support.pictures import fitted, load_image, open_picture, resize
@@ -93,7 +93,6 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
                 args.out / f"eval_{kind}" / f"{stem}.png", range(i, i + 1),
                 partial(given, rows, i, kind, args.size or only),
                 args.out / f"gt_{kind}" / f"{stem}.png"))
-    check_names(prompts, "--data")
     return prompts
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from support import commands, report
 from support.pictures import save_picture
+from support.results import markdown
 from tiny import probe
 from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found
 from tiny.world import EDITS, NEW_TASKS
@@ -37,11 +38,6 @@ def over_seeds(results: list[dict], value: Callable[[dict], float]) -> str:
     """The mean of the seeds' values and the least and greatest of them."""
     values = [value(result) for result in results]
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def markdown(head: list[str], rows: Iterable[list[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------ tables
