@@ -36,7 +36,7 @@ from support.pairs import open_pairs, score_source
 from support.pictures import grid
 from support.public_sets import PUBLIC
 from support.resolutions import prepare
-from support.results import check_out, markdown, write
+from support.results import cell, check_out, markdown, write
 from support.scores import psnr, squared_error
 from support.tables import tell_skipped
 from tiny import world
@@ -107,15 +107,10 @@ def table(found: list[Score]) -> str:
             averages = (float(np.mean([getattr(s, key) for s in part]))
                         for key in ("success", "psnr", "copy_success", "copy_psnr"))
             rows.append(Score(name, sum(s.number for s in part), *averages))
-    lines = []
-    for s in rows:
-        copied = ["–", "–"]
-        if s.copy_success is not None:
-            copied = [f"{s.copy_success:.1%}", f"{s.copy_psnr:.1f} dB"]
-        lines.append([s.task, str(s.number), f"{s.success:.1%}", copied[0], f"{s.psnr:.1f} dB",
-                      copied[1]])
-    return markdown(["task", "pictures", "success", "copying the input", "PSNR", "of the copy"],
-                    lines)
+    return markdown(
+        ["task", "pictures", "success", "copying the input", "PSNR", "of the copy"],
+        ([s.task, str(s.number), cell(s.success, "{:.1%}"), cell(s.copy_success, "{:.1%}"),
+          cell(s.psnr, "{:.1f} dB"), cell(s.copy_psnr, "{:.1f} dB")] for s in rows))
 
 
 def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],

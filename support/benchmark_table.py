@@ -47,15 +47,6 @@ def earlier(args: argparse.Namespace) -> dict:
     return record if ours else {}
 
 
-def mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def cell(value: float | None, digits: int = 2) -> str:
-    """A number of the table, or its hole."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def heading(done: int, whole: int, left_open: list[str]) -> str:
     """A table's first line: whether it has holes, and which."""
     holes = [f"{whole - done:,} of {whole:,} prompts have no picture"] if done < whole else []
@@ -75,12 +66,6 @@ def sheet_of(done: list[Prompt]) -> np.ndarray:
     return grid(rows, texts, lines=2, gap=4)
 
 
-def settings_told(done: list[Prompt]) -> dict[str, str]:
-    """How the first picture says it was made."""
-    told = texts_of(done[0].out)
-    return {name: told[name] for name in (*SAME, "size", "torch") if name in told}
-
-
 def report(args: argparse.Namespace, bench: ModuleType, prompts: list[Prompt]) -> None:
     """Score what is there, and write results.FILES and scoring.md into --out.
 
@@ -88,7 +73,8 @@ def report(args: argparse.Namespace, bench: ModuleType, prompts: list[Prompt]) -
     """
     done = [prompt for prompt in prompts if prompt.out.exists()]
     found = bench.score(done, args)
-    told = settings_told(done)
+    first = texts_of(done[0].out)
+    told = {name: first[name] for name in (*SAME, "size", "torch") if name in first}
     notes = ["Made with " + (", ".join(f"{name} {text}" for name, text in told.items()) or
                              "what its pictures do not say") + ".", *found.notes]
     off = [f"{name} {told[name]}, not {text}" for name, text in PROTOCOL.items()

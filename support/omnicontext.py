@@ -11,10 +11,12 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from support.benchmark_table import Scored, cell, command_again, mean
+from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.resolutions import output_size
+from support.results import cell
 from support.rows import Rows
+from support.scores import mean
 from support.tables import read_rows, row_text
 
 NATIVE = 1                                               # the first picture is edited, as in the

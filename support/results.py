@@ -14,6 +14,7 @@ from support.files import replacing, write_json
 from support.pictures import save_picture
 
 FILES = ("scores.json", "table.md", "sheet.png")         # what --out takes
+HOLE = "–"                                               # in a table: not measured, or not to be
 SCORING = "scoring.md"                                   # and, of a benchmark, this
 
 
@@ -29,6 +30,11 @@ def check_out(args: argparse.Namespace, kept: bool = False) -> None:
     if there and not (args.overwrite or kept):
         raise ValueError(f"--out {args.out}: holds {there[0]} already; name another --out, or add "
                          "--overwrite")
+
+
+def cell(value: float | None, shape: str = "{:.2f}") -> str:
+    """A number of a table, or its hole."""
+    return HOLE if value is None else shape.format(value)
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -18,14 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.alignment import THRESHOLDS, area, depth_rmse, edge_scores, edges, pose_scores
-from support.benchmark_table import Scored, cell, command_again, mean
+from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.conditions import EDGES, canny
 from support.estimates import found_in, level, people_in
 from support.pictures import fitted, load_image, open_picture, resize
 from support.public_sets import LEADS
+from support.results import HOLE, cell
 from support.rows import Rows
-from support.scores import SMALLEST
+from support.scores import SMALLEST, mean
 from support.tables import row_text
 
 NATIVE = 0                                               # a map is a clean condition
@@ -139,12 +140,12 @@ def score_pose(done: list[Prompt], args: argparse.Namespace) -> dict[str, float 
 def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
     """The table of what can be scored by what is there. Raises: ValueError."""
     values, rows, left_open = {}, [], []
-    digits = {"psnr": 2, "rmse": 2, LEFT_OUT: 0}
+    shapes = {"psnr": "{:.2f}", "rmse": "{:.2f}", LEFT_OUT: "{:.0f}"}
     for kind, measure in (("canny", score_canny), ("depth", score_depth), ("pose", score_pose)):
         own = [prompt for prompt in done if prompt.part == kind]
         if own:
             values[kind] = measure(own, args)
-            rows += [[f"{kind}: {name}", cell(value, digits.get(name, 4)), "–"]
+            rows += [[f"{kind}: {name}", cell(value, shapes.get(name, "{:.4f}")), HOLE]
                      for name, value in values[kind].items()]
             missing = [name for name, value in values[kind].items() if value is None]
             whole = len(missing) == len(values[kind])

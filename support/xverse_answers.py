@@ -5,12 +5,11 @@ in the list: of dpg_scores_*.json an object for each of the four pictures, with 
 question; of id_ and ip_scores_*.json such with a number for each photograph; of aes_ a number, ten
 times what the predictor says.
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.benchmarks import Prompt
-from support.files import json_object
+from support.files import json_object, of_kind
 from support.tables import read_text
 
 PARTS = {"single": "XVerseBench_single", "multi": "XVerseBench_multi"}
@@ -56,7 +55,7 @@ def read_answers(file: Path, prompts: list[Prompt]) -> dict:
 
 def number(value: object, where: str) -> float:
     """Raises: ValueError when it is none."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not of_kind(value, float):
         raise ValueError(f"{where}: should be a number, found {value!a}")
     return float(value)
 

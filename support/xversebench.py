@@ -13,10 +13,12 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from support.benchmark_table import Scored, cell, command_again, mean
+from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.files import parse_json
 from support.pictures import checked_size, load_image
+from support.results import cell
+from support.scores import mean
 from support.tables import checked_text, located, read_text
 from support.xverse_answers import GRID, KINDS, PARTS, Asked, sorted_out, values_of
 
