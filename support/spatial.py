@@ -21,8 +21,8 @@ from support.alignment import THRESHOLDS, area, depth_rmse, edge_scores, edges, 
 from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.conditions import EDGES, canny
-from support.estimates import found_in, level, people_in
-from support.pictures import fitted, load_image, open_picture, resize
+from support.estimates import found_in, people_in
+from support.pictures import fitted, load_image, resize
 from support.public_sets import LEADS
 from support.results import HOLE, cell
 from support.rows import Rows
@@ -99,12 +99,6 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
 
 # ------------------------------------------------------------------------------------------- scores
 
-def size_of(file: Path) -> tuple[int, int]:
-    """A picture's (W, H)."""
-    with open_picture(file) as image:
-        return image.size
-
-
 def score_canny(done: list[Prompt], args: argparse.Namespace) -> dict[str, float | None]:
     """Means of the scores of all pictures' edges; MS-SSIM of those that are large enough."""
     found = [edge_scores(*(edges(np.asarray(load_image(file))) for file in (
@@ -117,7 +111,8 @@ def score_depth(done: list[Prompt], args: argparse.Namespace) -> dict[str, float
     """The mean error of all maps of depth, None where there are none. Raises: ValueError."""
     folders, errors = found_in(args.out, "depth", {prompt.name for prompt in done}), []
     for prompt in done if folders else []:
-        ours, truth = (level(folder / prompt.name) for folder in folders)
+        ours, truth = (np.asarray(load_image(folder / prompt.name).convert("L"))
+                       for folder in folders)            # grey levels, (H, W)
         if ours.shape != truth.shape:
             raise ValueError(f"{folders[0] / prompt.name}: is {ours.shape[1]}x{ours.shape[0]}, the "
                              f"truth's {truth.shape[1]}x{truth.shape[0]}; make both by one tool")
@@ -152,7 +147,8 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
             left_open += [kind] if whole else [f"{kind} {name}" for name in missing]
         else:
             left_open.append(f"{kind} (no set given)")
-    small = sum(min(size_of(prompt.out)) < SMALLEST for prompt in done if prompt.part == "canny")
+    small = sum(min(load_image(prompt.out).size) < SMALLEST for prompt in done
+                if prompt.part == "canny")
     return Scored(["score", "this run", "published"], rows, values, {}, left_open, [
         "Published: InstructMoLE's own figures could not be found, so none stand here.",
         f"Protocol: the first {MOST} rows of a set, one picture each, from the caption in a "

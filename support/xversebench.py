@@ -45,12 +45,6 @@ def read_list(file: Path) -> list[dict]:
     return rows
 
 
-def lists_in(data: Path) -> Path:
-    """The folder of the four lists: the one given, or where XVerse's repository has them."""
-    inner = data / "eval/tools"
-    return inner if (inner / f"{PARTS['single']}.json").is_file() else data
-
-
 def checked_prompt(row: dict, where: str) -> tuple[str, list[str]]:
     """A row's prompt and the paths of its photographs. Raises: ValueError."""
     prompt, groups = row.get("prompt"), row.get("modulation")
@@ -97,7 +91,8 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
     """
     data, size, prompts, known = Path(args.data[0]), args.size or only or SIZE, [], set()
     for part, name in PARTS.items():
-        file = lists_in(data) / f"{name}.json"
+        inside = data / f"eval/tools/{name}.json"        # of a checkout of XVerse
+        file = inside if inside.is_file() else data / f"{name}.json"
         asked_file = file.with_name(f"{name}_DSG.json")
         rows, questions = read_list(file), read_list(asked_file)
         if len(rows) != len(questions):
