@@ -36,7 +36,7 @@ from support.pairs import open_pairs, score_source
 from support.pictures import grid
 from support.public_sets import PUBLIC
 from support.resolutions import prepare
-from support.results import check_out, write
+from support.results import cell, check_out, markdown, write
 from support.scores import psnr, squared_error
 from support.tables import tell_skipped
 from tiny import world
@@ -107,14 +107,10 @@ def table(found: list[Score]) -> str:
             averages = (float(np.mean([getattr(s, key) for s in part]))
                         for key in ("success", "psnr", "copy_success", "copy_psnr"))
             rows.append(Score(name, sum(s.number for s in part), *averages))
-    lines = ["| task | pictures | success | copying the input | PSNR | of the copy |",
-             "|---|---|---|---|---|---|"]
-    for s in rows:
-        copied = (("–", "–") if s.copy_success is None else
-                  (f"{s.copy_success:.1%}", f"{s.copy_psnr:.1f} dB"))
-        lines.append(f"| {s.task} | {s.number} | {s.success:.1%} | {copied[0]} "
-                     f"| {s.psnr:.1f} dB | {copied[1]} |")
-    return "\n".join(lines)
+    return markdown(
+        ["task", "pictures", "success", "copying the input", "PSNR", "of the copy"],
+        ([s.task, str(s.number), cell(s.success, "{:.1%}"), cell(s.copy_success, "{:.1%}"),
+          cell(s.psnr, "{:.1f} dB"), cell(s.copy_psnr, "{:.1f} dB")] for s in rows))
 
 
 def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
@@ -167,15 +163,17 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
     """
     share = distributed.join(args)
     try:
+        before = benchmark_table.earlier(args)
+        check_out(args, kept=bool(before))
         args.native = bench.NATIVE if args.native is None else args.native
         whole = bench.read(args, layouts.only_size(args.vae or args.model / "vae"))
-        args.scores = benchmark_table.answers_of(args, bench)
+        args.scores = benchmark_table.answers_of(args, bench, before)
         prompts = benchmarks.first_of_each(whole, args.limit)
         todo = benchmarks.missing(prompts)
         benchmarks.tell(args, len(prompts) - len(todo), len(todo), len(whole))
-        done = [(one, benchmarks.texts_of(one.out)) for one in whole if one.out.exists()]
+        done = [(one, origin.texts_of(one.out)) for one in whole if one.out.exists()]
         benchmarks.check_same(done, benchmarks.asked(args, bool(todo)))
-        benchmarks.tell_foreign(done, args.out)
+        benchmarks.tell_foreign(whole, done)
         if todo:
             pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
             benchmarks.check_same(done, {"dtype": pipe.names["dtype"]})      # of "auto", known now
@@ -191,7 +189,7 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
 # ----------------------------------------------------------------------------------------- command
 
 def check(args: argparse.Namespace) -> None:
-    """Sets args.steps. Raises: ValueError for what does not go together, or where scores are."""
+    """Sets args.steps. Raises: ValueError for what does not go together."""
     needs_data = args.bench != "tiny"                    # benchmarks of the paper, one's own pairs
     if needs_data != (args.data is not None):
         raise ValueError(f"give either --bench tiny or --data SOURCE, or --bench "
@@ -207,7 +205,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: not together with "
                              f"{f'--bench {args.bench}' if args.bench else '--data'}")
     args.steps = args.steps or (12 if args.bench == "tiny" else 28)
-    check_out(args, args.bench in BENCHES and benchmark_table.is_same_work(args))
 
 
 def main() -> None:
@@ -216,6 +213,7 @@ def main() -> None:
     if args.bench in BENCHES:
         run_benchmark(args, BENCHES[args.bench])
         return
+    check_out(args)
     bad: list[str] | None = [] if args.skip_bad else None
     source = open_pairs(args, bad, open_one) if args.data else None
     pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))

@@ -6,7 +6,7 @@ is (18, 3): OpenPose's points, each x and y in pixels and how sure it is, 0 wher
 import numpy as np
 
 from support.conditions import EDGES, canny
-from support.scores import ms_ssim
+from support.scores import mean, ms_ssim
 
 WHITE = 100                                              # of 255: a map is an edge above it
 EQUAL = 100.0                                            # dB, of equal maps, as the paper has it
@@ -113,4 +113,4 @@ def pose_scores(pictures: list[tuple[list[np.ndarray], list[np.ndarray]]], thres
     return {"f1": 2 * len(pairs) / (there + asked) if there + asked else None,
             "precision": len(pairs) / there if there else None,
             "recall": len(pairs) / asked if asked else None,
-            "oks": float(np.mean(pairs)) if pairs else None}
+            "oks": mean(pairs)}

@@ -1,7 +1,7 @@
 """The one table of a benchmark: our numbers beside the published ones, and what is left open.
 
-evaluate.check() asks is_same_work(), evaluate.run_benchmark() answers_of() before anything is made
-and report() at the end; what a room like xversebench has score()d comes as a Scored.
+evaluate.run_benchmark() asks earlier() and answers_of() before anything is made, and report() at
+the end; what a room like xversebench has score()d comes as a Scored.
 """
 import argparse
 import shlex
@@ -11,14 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image
 
-from support import summary
-from support.benchmarks import SAME, Prompt, texts_of
+from support.benchmarks import SAME, Prompt
 from support.commands import is_first
 from support.files import parse_json
-from support.pictures import fitted, grid, load_image
-from support.results import write, write_text
+from support.origin import texts_of
+from support.pictures import fitted, grid, load_image, resize
+from support.results import SCORING, markdown, write, write_text
+from support.summary import say
 
 SHOWN = 12                                               # prompts on the sheet
 SHRUNK = 256                                             # longer side of a picture there, pixels
@@ -40,33 +40,11 @@ def earlier(args: argparse.Namespace) -> dict:
     """What --out records of this benchmark; nothing, where scores.json is another's or is gone."""
     file = args.out / "scores.json"
     try:
-        record = parse_json(file.read_bytes(), file) if file.exists() else {}
+        record = parse_json(file.read_bytes(), file) if file.is_file() else {}
     except ValueError:                                   # no JSON: not from here
         return {}
     ours = isinstance(record, dict) and record.get("bench") == args.bench
     return record if ours else {}
-
-
-def is_same_work(args: argparse.Namespace) -> bool:
-    """Whether --out may hold an earlier part of this benchmark, and no other scores."""
-    return not (args.out / "scores.json").exists() or bool(earlier(args))
-
-
-def mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def cell(value: float | None, digits: int = 2) -> str:
-    """A number of the table, or its hole."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns stand below each other as text, too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(f"{text:{width}}" for text, width in zip(line, widths))
-                     + " |" for line in lines)
 
 
 def heading(done: int, whole: int, left_open: list[str]) -> str:
@@ -80,20 +58,12 @@ def heading(done: int, whole: int, left_open: list[str]) -> str:
 
 def sheet_of(done: list[Prompt]) -> np.ndarray:
     """References and result of prompts from all over the benchmark, shrunk, each with its text."""
-    def shrunk(image: Image.Image) -> np.ndarray:
-        return np.asarray(image.resize(fitted(image.size, SHRUNK, 1), Image.Resampling.LANCZOS))
-    places = np.unique(np.linspace(0, len(done) - 1, min(SHOWN, len(done))).round().astype(int))
-    chosen = [done[i] for i in places]
-    rows = [[*map(shrunk, prompt.given().references), shrunk(load_image(prompt.out))]
-            for prompt in chosen]
-    return grid(rows, [f"{prompt.part} {prompt.name}: {prompt.text}" for prompt in chosen], lines=2,
-                gap=4)
-
-
-def settings_told(done: list[Prompt]) -> dict[str, str]:
-    """How the first picture says it was made."""
-    told = texts_of(done[0].out)
-    return {name: told[name] for name in (*SAME, "size", "torch") if name in told}
+    rows, texts = [], []
+    for i in np.linspace(0, len(done) - 1, min(SHOWN, len(done))).round().astype(int):
+        shown = [*done[i].given().references, load_image(done[i].out)]
+        rows.append([resize(image, fitted(image.size, SHRUNK, 1)) for image in shown])
+        texts.append(f"{done[i].part} {done[i].name}: {done[i].text}")
+    return grid(rows, texts, lines=2, gap=4)
 
 
 def report(args: argparse.Namespace, bench: ModuleType, prompts: list[Prompt]) -> None:
@@ -103,7 +73,8 @@ def report(args: argparse.Namespace, bench: ModuleType, prompts: list[Prompt]) -
     """
     done = [prompt for prompt in prompts if prompt.out.exists()]
     found = bench.score(done, args)
-    told = settings_told(done)
+    first = texts_of(done[0].out)
+    told = {name: first[name] for name in (*SAME, "size", "torch") if name in first}
     notes = ["Made with " + (", ".join(f"{name} {text}" for name, text in told.items()) or
                              "what its pictures do not say") + ".", *found.notes]
     off = [f"{name} {told[name]}, not {text}" for name, text in PROTOCOL.items()
@@ -116,34 +87,35 @@ def report(args: argparse.Namespace, bench: ModuleType, prompts: list[Prompt]) -
               "answers": [str(file) for file in args.scores], "scores": found.values,
               "published": found.published, "notes": notes}
     write(args.out, record, text, sheet_of(done))
-    write_text(args.out / "scoring.md", bench.scorers(args))
-    print(f"{args.out}/scoring.md: what scores the rest; {args.out}/sheet.png: references, result")
+    write_text(args.out / SCORING, bench.scorers(args))
+    print(f"{args.out}/{SCORING}: what scores the rest; {args.out}/sheet.png: references, result")
 
 
-def answers_in(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files of answers in a folder and below it. Raises: ValueError where there is none."""
-    found = sorted(file for pattern in patterns for file in folder.rglob(pattern))
+def answers_in(path: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """A file of answers, or those in a folder and below it. Raises: ValueError for none."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for pattern in patterns for file in path.rglob(pattern))
     if not found:
-        raise ValueError(f"--scores {folder}: neither in it nor below it is a file called "
+        raise ValueError(f"--scores {path}: neither in it nor below it is a file called "
                          f"{' or '.join(patterns)}")
     return found
 
 
-def answers_of(args: argparse.Namespace, bench: ModuleType) -> list[Path]:
+def answers_of(args: argparse.Namespace, bench: ModuleType, record: dict) -> list[Path]:
     """The files of --scores; without it those that the table in --out was made with.
 
-    Raises: FileNotFoundError, ValueError.
+    record: what earlier() gives. Raises: FileNotFoundError, ValueError.
     """
     if args.scores is not None:
-        return [file for path in args.scores for file in (
-            answers_in(path, bench.ANSWERS) if path.is_dir() else [path])]
-    before = list(map(Path, earlier(args).get("answers", [])))
+        return [file for path in args.scores for file in answers_in(path, bench.ANSWERS)]
+    before = [Path(path) for path in record.get("answers", [])]
     for path in before:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, but {args.out}/scores.json was made "
                                     "with its answers; name the files anew with --scores")
     if before and is_first():
-        summary.say(f"answers, as before: {', '.join(map(str, before))}")
+        say(f"answers, as before: {', '.join(map(str, before))}")
     return before
 
 

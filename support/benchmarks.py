@@ -17,9 +17,10 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from support import options, origin, summary
-from support.commands import is_first
-from support.pictures import open_picture, save_picture
+from support import options, origin
+from support.commands import is_first, may_hold
+from support.pictures import open_picture, pictures_in, save_picture
+from support.summary import counted, duration, note, say, told_cut
 from text_encoder import T5Tokenizer
 
 COUNTED = 1.0                                            # seconds from one count of all to the next
@@ -46,6 +47,12 @@ class Prompt:
     seeds: range                                         # of each picture
     given: Callable[[], Given]                           # read when asked for
     truth: Path | None = None                            # where the truth goes, for scorers
+    about: object = None                                 # what answers are checked by
+
+    @property
+    def files(self) -> list[Path]:
+        """All that is made of it."""
+        return [self.out, self.truth] if self.truth else [self.out]
 
 
 # ------------------------------------------------------------------------------- what is to be made
@@ -59,14 +66,6 @@ def first_of_each(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
         if limit is None or seen[prompt.part] <= limit:
             chosen.append(prompt)
     return chosen
-
-
-def check_names(prompts: list[Prompt], where: str) -> None:
-    """Raises: ValueError where two pictures would have one name."""
-    for file, number in Counter(prompt.out for prompt in prompts).items():
-        if number > 1:
-            raise ValueError(f"{where}: {number} prompts would be called {file.name}; each needs a "
-                             "name of its own")
 
 
 def is_whole(file: Path) -> bool:
@@ -84,26 +83,26 @@ def is_whole(file: Path) -> bool:
 
 
 def missing(prompts: list[Prompt]) -> list[Prompt]:
-    """Prompts that have no picture yet; the first process looks, for all that torchrun started."""
+    """Prompts that have no picture yet; the first process looks, for all that torchrun started.
+
+    Raises: ValueError where a picture could not be written.
+    """
     found: list = [None]
     if is_first():
-        found = [[i for i, prompt in enumerate(prompts) if not all(
-            is_whole(file) for file in (prompt.out, prompt.truth) if file)]]
+        found = [[i for i, prompt in enumerate(prompts) if not all(map(is_whole, prompt.files))]]
     if dist.is_initialized():
         dist.broadcast_object_list(found)
-    return [prompts[i] for i in found[0]]
-
-
-def texts_of(file: Path) -> dict[str, str]:
-    """How a picture says it was made; nothing, where it was not made here."""
-    with open_picture(file) as image:
-        return dict(image.info)
+    todo = [prompts[i] for i in found[0]]
+    for folder in {file.parent for prompt in todo for file in prompt.files}:
+        if not may_hold(folder):
+            raise ValueError(f"--out: {folder} is a file, not a folder, or may not be written to")
+    return todo
 
 
 def protocol(args: argparse.Namespace) -> str:
     """What else two pictures of a benchmark must have in common, for their texts."""
     size = "x".join(map(str, args.size)) if args.size else "its own"
-    return f"{args.bench}, size {size}, {summary.counted(args.native, 'native reference')}"
+    return f"{args.bench}, size {size}, {counted(args.native, 'native reference')}"
 
 
 def asked(args: argparse.Namespace, making: bool) -> dict[str, str]:
@@ -131,11 +130,18 @@ def check_same(done: list[tuple[Prompt, dict[str, str]]], wanted: dict[str, str]
                                  f"{ours!a}; name another --out, or the same settings")
 
 
-def tell_foreign(done: list[tuple[Prompt, dict[str, str]]], out: Path) -> None:
-    """Say how many pictures were not made here; the first process speaks."""
-    if is_first() and (foreign := sum("benchmark" not in told for _, told in done)):
-        print(f"note: {summary.counted(foreign, 'picture')} in {out} do not say how they were "
-              "made; they are taken as they are", file=sys.stderr)
+def tell_foreign(prompts: list[Prompt], done: list[tuple[Prompt, dict[str, str]]]) -> None:
+    """Say which pictures were not made here, and which are of none of all the prompts."""
+    foreign = [prompt.out for prompt, told in done if "benchmark" not in told]
+    if foreign:
+        note(f"{counted(len(foreign), 'picture')} in --out, as {foreign[0].name}, do not say how "
+             "they were made; they are taken as they are")
+    own = {file for prompt in prompts for file in prompt.files}
+    stray = [file for folder in sorted({file.parent for file in own})
+             for file in pictures_in(folder) if file not in own]
+    if stray:
+        note(f"beside the benchmark's own: {counted(len(stray), 'picture')} of no prompt, the "
+             f"first {stray[0]}; take such away before a scorer looks there")
 
 
 # ------------------------------------------------------------------------------------------- making
@@ -164,9 +170,9 @@ def make_one(prompt: Prompt, pictures_of: Callable, args: argparse.Namespace, ba
     told["benchmark"] = protocol(args)
     if len(pictures) > 1:
         told["seed"] = f"{prompt.seeds[0]} to {prompt.seeds[-1]}"
-    prompt.out.parent.mkdir(parents=True, exist_ok=True)
+    for file in prompt.files:
+        file.parent.mkdir(parents=True, exist_ok=True)
     if prompt.truth:
-        prompt.truth.parent.mkdir(parents=True, exist_ok=True)
         save_picture(given.truth, prompt.truth)
     save_picture(as_grid(pictures), prompt.out, told)
 
@@ -196,25 +202,15 @@ def tell(args: argparse.Namespace, there: int, left: int, whole: int) -> None:
     """Say at the start what is there and what is to be made; the first process speaks."""
     if is_first():
         limit = f", of which --limit {args.limit} takes {there + left:,}" if args.limit else ""
-        summary.say(f"--bench {args.bench}: {summary.counted(whole, 'prompt')}{limit}; "
-                    f"{there:,} made before, {left:,} to make")
+        say(f"--bench {args.bench}: {counted(whole, 'prompt')}{limit}; {there:,} made before, "
+            f"{left:,} to make")
 
 
 def tell_cut(todo: list[Prompt], tokens: T5Tokenizer) -> None:
-    """Say of how many prompts the model does not read the end; the first process speaks."""
-    if is_first() and (cut := summary.told_cut((prompt.text for prompt in todo), tokens)):
-        print(f"note: {cut}", file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """In words: 40.0 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 2 * 86400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+    """Say of how many prompts the model does not read the end."""
+    cut = told_cut((prompt.text for prompt in todo), tokens)
+    if cut:
+        note(cut)
 
 
 def tell_cost(seconds: float, made: int, whole: int, workers: int) -> None:
@@ -223,5 +219,5 @@ def tell_cost(seconds: float, made: int, whole: int, workers: int) -> None:
         return
     each = seconds / made
     by = f", by {workers} processes" if workers > 1 else ""
-    summary.say(f"{summary.counted(made, 'prompt')} in {duration(seconds)}{by}: {each:.2f} s each; "
-                f"all {whole:,} take about {duration(each * whole)} here")
+    say(f"{counted(made, 'prompt')} in {duration(seconds)}{by}: {each:.2f} s each; all {whole:,} "
+        f"take about {duration(each * whole)} here")

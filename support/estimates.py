@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from support.files import json_object
-from support.pictures import load_image
 from support.tables import read_text
 
 POINTS = 18                                              # of OpenPose's model COCO
@@ -45,8 +44,3 @@ def people_in(file: Path) -> list[np.ndarray]:
                              "each, x, y and a score, as OpenPose writes them with --model_pose "
                              "COCO")
     return [np.reshape(numbers, (POINTS, 3)).astype(float) for numbers in lists]
-
-
-def level(file: Path) -> np.ndarray:
-    """A map's grey levels, (H, W)."""
-    return np.asarray(load_image(file).convert("L"))

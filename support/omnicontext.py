@@ -11,10 +11,12 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from support.benchmark_table import Scored, cell, command_again, mean
-from support.benchmarks import Given, Prompt, check_names
+from support.benchmark_table import Scored, command_again
+from support.benchmarks import Given, Prompt
 from support.resolutions import output_size
+from support.results import cell
 from support.rows import Rows
+from support.scores import mean
 from support.tables import read_rows, row_text
 
 NATIVE = 1                                               # the first picture is edited, as in the
@@ -47,15 +49,18 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
 
     Raises: FileNotFoundError, ValueError naming file, row and column.
     """
-    rows, prompts = Rows(Path(args.data[0]), "train", "OmniContext", TEXTS, ("input_images",)), []
+    rows = Rows(Path(args.data[0]), "train", "OmniContext", TEXTS, ("input_images",))
+    prompts: dict[Path, Prompt] = {}
     for i, row in enumerate(rows.texts):
         where = rows.where(i)
         task, key = (file_part(row, name, where) for name in ("task_type", "key"))
-        prompts.append(Prompt(task, key, row_text(row, "instruction", where),
-                              args.out / "fullset" / task / f"{key}.png", range(i, i + 1),
-                              partial(given, rows, i, args.size, only)))
-    check_names(prompts, f"--data {args.data[0]}")
-    return prompts
+        out = args.out / "fullset" / task / f"{key}.png"
+        if out in prompts:
+            raise ValueError(f"{where}: {task} has a row with the key {key!a} already; each needs "
+                             "one of its own")
+        prompts[out] = Prompt(task, key, row_text(row, "instruction", where), out, range(i, i + 1),
+                              partial(given, rows, i, args.size, only))
+    return list(prompts.values())
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -57,6 +57,12 @@ def texts(names: dict[str, str], instruction: str, seed: int, steps: int, guidan
     return {"parameters": f"{instruction}\n{line}", **found}
 
 
+def texts_of(file: Path) -> dict[str, str]:
+    """How a picture says it was made; nothing, where it was not made here."""
+    with open_picture(file) as image:
+        return dict(image.info)
+
+
 def describe(path: Path) -> str:
     """What a picture says of how it was made, in lines. Raises: ValueError when it is none."""
     with open_picture(path) as image:

@@ -1,10 +1,10 @@
 """What a scoring leaves in --out: the numbers, a table of them, a sheet of pictures.
 
-evaluate.check() asks whether they may be put there; evaluate.bench_tiny(), pairs.score_source() and
-benchmark_table.report() write() them.
+evaluate.py asks check_out() whether they may be put there; evaluate.bench_tiny(),
+pairs.score_source() and benchmark_table.report() write() them.
 """
 import argparse
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,36 @@ from support.files import replacing, write_json
 from support.pictures import save_picture
 
 FILES = ("scores.json", "table.md", "sheet.png")         # what --out takes
+HOLE = "–"                                               # in a table: not measured, or not to be
+SCORING = "scoring.md"                                   # and, of a benchmark, this
 
 
 def check_out(args: argparse.Namespace, kept: bool = False) -> None:
-    """Raises: ValueError where scores cannot be put, or others stand that --overwrite is not for.
+    """Raises: ValueError where a folder is in the way of the scores, or others stand there.
 
     kept: whether what stands there is an earlier part of the same work, and is gone on with.
     """
-    near = next(filter(Path.exists, (args.out, *args.out.absolute().parents)))
-    if not (near.is_dir() and os.access(near, os.W_OK)):
-        raise ValueError(f"--out {args.out}: {near} is no folder that may be written to")
+    for name in (*FILES, SCORING):
+        if (args.out / name).is_dir():
+            raise ValueError(f"--out {args.out}: {name} in it is a folder, where a file is to go")
     there = [name for name in FILES if (args.out / name).exists()]
     if there and not (args.overwrite or kept):
         raise ValueError(f"--out {args.out}: holds {there[0]} already; name another --out, or add "
                          "--overwrite")
+
+
+def cell(value: float | None, shape: str = "{:.2f}") -> str:
+    """A number of a table, or its hole."""
+    return HOLE if value is None else shape.format(value)
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table whose columns stand below each other as text, too."""
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[text.ljust(width) for text, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from support.pictures import resize
+from support.results import HOLE, cell, markdown
 
 SIDE = 11                                                # of the window, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2            # against division by zero, (K range)^2
@@ -102,30 +103,36 @@ def compare(picture: np.ndarray, target: np.ndarray, given: list[np.ndarray]
             "copy": scores(resize(Image.fromarray(given[0]), size), target) if given else None}
 
 
+def mean(values: list[float]) -> float | None:
+    """Their mean, None of none."""
+    return float(np.mean(values)) if values else None
+
+
 def means(rows: list[dict]) -> dict[str, dict[str, float | None]]:
     """Of each score, for the model and for the copy: over the rows that have one; None if none."""
     found: dict[str, dict[str, float | None]] = {"model": {}, "copy": {}}
     for who, own in found.items():
         for name in COLUMNS:
-            values = [row[who][name] for row in rows if row[who] and row[who][name] is not None]
-            own[name] = float(np.mean(values)) if values else None
+            own[name] = mean([row[who][name] for row in rows
+                              if row[who] and row[who][name] is not None])
     return found
 
 
 def pairs_table(rows: list[dict]) -> str:
     """A Markdown table: means of each task, where there are several, and of all."""
-    tasks = sorted({row["task"] for row in rows})
-    parts = [([row for row in rows if row["task"] == task], task.replace("|", "/") or "–")
-             for task in tasks] if len(tasks) > 1 else []
-    titles = "".join(f" {title} | of the copy |" for title, _ in COLUMNS.values())
-    lines = [f"| task | pictures |{titles}", "|---" * (2 + 2 * len(COLUMNS)) + "|"]
-    for part, name in (*parts, (rows, "mean of all")):
-        found, cells = means(part), [name, str(len(part))]
+    tasks, parts = sorted({row["task"] for row in rows}), []
+    for task in tasks if len(tasks) > 1 else []:
+        own = [row for row in rows if row["task"] == task]
+        parts.append((task.replace("|", "/") or HOLE, own))
+    header, lines = ["task", "pictures"], []
+    for title, _ in COLUMNS.values():
+        header += [title, "of the copy"]
+    for called, own in (*parts, ("mean of all", rows)):
+        found, line = means(own), [called, str(len(own))]
         for name, (_, shape) in COLUMNS.items():
-            cells += ["–" if found[who][name] is None else shape.format(found[who][name])
-                      for who in found]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            line += [cell(found["model"][name], shape), cell(found["copy"][name], shape)]
+        lines.append(line)
+    return markdown(header, lines)
 
 
 def left_open(rows: list[dict]) -> list[str]:

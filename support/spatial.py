@@ -18,14 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.alignment import THRESHOLDS, area, depth_rmse, edge_scores, edges, pose_scores
-from support.benchmark_table import Scored, cell, command_again, mean
-from support.benchmarks import Given, Prompt, check_names
+from support.benchmark_table import Scored, command_again
+from support.benchmarks import Given, Prompt
 from support.conditions import EDGES, canny
-from support.estimates import found_in, level, people_in
-from support.pictures import fitted, load_image, open_picture, resize
+from support.estimates import found_in, people_in
+from support.pictures import fitted, load_image, resize
 from support.public_sets import LEADS
+from support.results import HOLE, cell
 from support.rows import Rows
-from support.scores import SMALLEST
+from support.scores import SMALLEST, mean
 from support.tables import row_text
 
 NATIVE = 0                                               # a map is a clean condition
@@ -93,17 +94,10 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
                 args.out / f"eval_{kind}" / f"{stem}.png", range(i, i + 1),
                 partial(given, rows, i, kind, args.size or only),
                 args.out / f"gt_{kind}" / f"{stem}.png"))
-    check_names(prompts, "--data")
     return prompts
 
 
 # ------------------------------------------------------------------------------------------- scores
-
-def size_of(file: Path) -> tuple[int, int]:
-    """A picture's (W, H)."""
-    with open_picture(file) as image:
-        return image.size
-
 
 def score_canny(done: list[Prompt], args: argparse.Namespace) -> dict[str, float | None]:
     """Means of the scores of all pictures' edges; MS-SSIM of those that are large enough."""
@@ -117,7 +111,8 @@ def score_depth(done: list[Prompt], args: argparse.Namespace) -> dict[str, float
     """The mean error of all maps of depth, None where there are none. Raises: ValueError."""
     folders, errors = found_in(args.out, "depth", {prompt.name for prompt in done}), []
     for prompt in done if folders else []:
-        ours, truth = (level(folder / prompt.name) for folder in folders)
+        ours, truth = (np.asarray(load_image(folder / prompt.name).convert("L"))
+                       for folder in folders)            # grey levels, (H, W)
         if ours.shape != truth.shape:
             raise ValueError(f"{folders[0] / prompt.name}: is {ours.shape[1]}x{ours.shape[0]}, the "
                              f"truth's {truth.shape[1]}x{truth.shape[0]}; make both by one tool")
@@ -140,19 +135,20 @@ def score_pose(done: list[Prompt], args: argparse.Namespace) -> dict[str, float 
 def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
     """The table of what can be scored by what is there. Raises: ValueError."""
     values, rows, left_open = {}, [], []
-    digits = {"psnr": 2, "rmse": 2, LEFT_OUT: 0}
+    shapes = {"psnr": "{:.2f}", "rmse": "{:.2f}", LEFT_OUT: "{:.0f}"}
     for kind, measure in (("canny", score_canny), ("depth", score_depth), ("pose", score_pose)):
         own = [prompt for prompt in done if prompt.part == kind]
         if own:
             values[kind] = measure(own, args)
-            rows += [[f"{kind}: {name}", cell(value, digits.get(name, 4)), "–"]
+            rows += [[f"{kind}: {name}", cell(value, shapes.get(name, "{:.4f}")), HOLE]
                      for name, value in values[kind].items()]
             missing = [name for name, value in values[kind].items() if value is None]
             whole = len(missing) == len(values[kind])
             left_open += [kind] if whole else [f"{kind} {name}" for name in missing]
         else:
             left_open.append(f"{kind} (no set given)")
-    small = sum(min(size_of(prompt.out)) < SMALLEST for prompt in done if prompt.part == "canny")
+    small = sum(min(load_image(prompt.out).size) < SMALLEST for prompt in done
+                if prompt.part == "canny")
     return Scored(["score", "this run", "published"], rows, values, {}, left_open, [
         "Published: InstructMoLE's own figures could not be found, so none stand here.",
         f"Protocol: the first {MOST} rows of a set, one picture each, from the caption in a "

@@ -28,8 +28,25 @@ def say(line: str) -> None:
     print(shown.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def note(line: str) -> None:
+    """Say something beside the results; the first process speaks."""
+    if is_first():
+        print(f"note: {line}", file=sys.stderr)
+
+
 def about(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """In words: 40.0 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 2 * 86400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
 def commonest(found: Counter[str]) -> str:

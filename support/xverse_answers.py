@@ -5,11 +5,11 @@ in the list: of dpg_scores_*.json an object for each of the four pictures, with 
 question; of id_ and ip_scores_*.json such with a number for each photograph; of aes_ a number, ten
 times what the predictor says.
 """
-import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.benchmarks import Prompt
-from support.files import json_object
+from support.files import json_object, of_kind
 from support.tables import read_text
 
 PARTS = {"single": "XVerseBench_single", "multi": "XVerseBench_multi"}
@@ -17,6 +17,14 @@ KINDS = {"dpg": "DPG", "id": "ID", "ip": "IP", "aes": "AES"}
 UNSCALED = 10.0                                          # the aesthetic predictor's most
 GRID = 4                                                 # pictures of a prompt
 BESIDE = ("average_score_with_dependency", "average_score_without_dependency")   # not answers
+
+
+@dataclass
+class Asked:
+    """What the answers about a prompt's pictures must be about."""
+    subjects: set[str]                                   # as scorers call the photographs
+    questions: dict[str, str]                            # by number
+    parents: dict[str, list[int]]                        # questions that must be yes first
 
 
 def dsg_score(yes: dict[str, bool], parents: dict[str, list[int]]) -> float:
@@ -31,19 +39,14 @@ def dsg_score(yes: dict[str, bool], parents: dict[str, list[int]]) -> float:
     return 100 * sum(counted) / len(counted)
 
 
-def entry_of(answers: dict, prompt: Prompt, file: Path) -> object:
-    """What a file of answers says of a prompt's grid. Raises: ValueError."""
-    if prompt.name not in answers:
-        raise ValueError(f"{file}: has no answer for prompt {prompt.name} of {PARTS[prompt.part]}; "
-                         "run its scorer again, on all the pictures in --out")
-    return answers[prompt.name]
-
-
 def read_answers(file: Path, prompts: list[Prompt]) -> dict:
     """A scorer's answers by prompt. Raises: ValueError for a missing or a surplus one."""
     answers = json_object(read_text(file), file)
     for prompt in prompts:
-        entry_of(answers, prompt, file)
+        if prompt.name not in answers:
+            raise ValueError(f"{file}: has no answer for prompt {prompt.name} of "
+                             f"{PARTS[prompt.part]}; run its scorer again, on all the pictures in "
+                             "--out")
     if surplus := sorted(answers.keys() - {prompt.name for prompt in prompts}):
         raise ValueError(f"{file}: answers for prompt {surplus[0][:60]!a}, of which there is no "
                          "picture in --out; name the answers to these pictures")
@@ -52,14 +55,13 @@ def read_answers(file: Path, prompts: list[Prompt]) -> dict:
 
 def number(value: object, where: str) -> float:
     """Raises: ValueError when it is none."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not of_kind(value, float):
         raise ValueError(f"{where}: should be a number, found {value!a}")
     return float(value)
 
 
-def of_pictures(answers: dict, prompt: Prompt, names: set[str], file: Path) -> list[dict]:
-    """An entry for each picture of a grid, which must hold these names. Raises: ValueError."""
-    entries, where = entry_of(answers, prompt, file), f"{file} prompt {prompt.name}"
+def of_pictures(entries: object, names: set[str], where: str) -> list[dict]:
+    """The entries of a grid's pictures, which must hold these names. Raises: ValueError."""
     if not isinstance(entries, list) or len(entries) != GRID:
         raise ValueError(f"{where}: should be a list of {GRID}, one for each picture of the grid")
     for entry in entries:
@@ -70,32 +72,28 @@ def of_pictures(answers: dict, prompt: Prompt, names: set[str], file: Path) -> l
     return entries
 
 
-def subjects(paths: list[str], human: bool) -> set[str]:
-    """As the scorers call the photographs of people, or the others: folder_file."""
-    names = {"_".join(path.split("/")[-2:]) for path in paths}
-    return {name for name in names if name.startswith("human") == human}
+def values_in(kind: str, answer: object, asked: Asked, where: str) -> list[float]:
+    """All values in the answer to one prompt. Raises: ValueError."""
+    if kind == "aes":                                    # of the grid as a whole
+        return [number(answer, where)]
+    if kind == "dpg":
+        values = []
+        for entry in of_pictures(answer, set(asked.questions.values()), where):
+            yes = {i: str(entry[text]).strip().lower() == "yes"
+                   for i, text in asked.questions.items()}
+            values.append(dsg_score(yes, asked.parents))
+        return values
+    names = {name for name in asked.subjects if name.startswith("human") == (kind == "id")}
+    return [number(value, where) for entry in of_pictures(answer, names, where)
+            for value in entry.values()]
 
 
-def values_of(kind: str, file: Path, prompts: list[Prompt], rows: list[dict],
-              questions: list[dict]) -> list[float]:
+def values_of(kind: str, file: Path, prompts: list[Prompt]) -> list[float]:
     """All single values that a score is the mean of, from a scorer's file. Raises: ValueError."""
     answers, values = read_answers(file, prompts), []
     for prompt in prompts:
-        where, row = f"{file} prompt {prompt.name}", rows[int(prompt.name)]
-        if kind == "aes":                                # of the grid as a whole
-            values.append(number(entry_of(answers, prompt, file), where))
-            continue
-        if kind == "dpg":
-            about = questions[int(prompt.name)]
-            asked = about["qid2question"]
-            for entry in of_pictures(answers, prompt, set(asked.values()), file):
-                yes = {i: str(entry[text]).strip().lower() == "yes" for i, text in asked.items()}
-                values.append(dsg_score(yes, about["qid2dependency"]))
-            continue
-        paths = [one["image_path"] for one in row["modulation"][0]["src_inputs"]]
-        names = subjects(paths, kind == "id")
-        values += [number(value, where) for entry in of_pictures(answers, prompt, names, file)
-                   for value in entry.values()]
+        where = f"{file} prompt {prompt.name}"
+        values += values_in(kind, answers[prompt.name], prompt.about, where)
     if kind == "aes" and values and max(values) <= UNSCALED:
         raise ValueError(f"{file}: no value is above {UNSCALED:g}, as if these were the "
                          "predictor's own, 1 to 10; XVerse's scorer writes ten times as much")

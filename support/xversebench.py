@@ -13,12 +13,14 @@ import shlex
 from functools import partial
 from pathlib import Path
 
-from support.benchmark_table import Scored, cell, command_again, mean
+from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.files import parse_json
 from support.pictures import checked_size, load_image
+from support.results import cell
+from support.scores import mean
 from support.tables import checked_text, located, read_text
-from support.xverse_answers import GRID, KINDS, PARTS, sorted_out, values_of
+from support.xverse_answers import GRID, KINDS, PARTS, Asked, sorted_out, values_of
 
 NATIVE = 0                                               # all subjects are clean conditions
 SIZE = (1024, 1024)
@@ -43,17 +45,8 @@ def read_list(file: Path) -> list[dict]:
     return rows
 
 
-def lists_in(data: Path) -> Path:
-    """The folder of the four lists: the one given, or where XVerse's repository has them."""
-    inner = data / "eval/tools"
-    return inner if (inner / f"{PARTS['single']}.json").is_file() else data
-
-
-def checked_prompt(row: dict, data: Path, where: str, known: set[Path]) -> tuple[str, list[Path]]:
-    """A row's prompt and photographs. known: those that were looked at; new ones join them.
-
-    Raises: ValueError, FileNotFoundError naming row and field.
-    """
+def checked_prompt(row: dict, where: str) -> tuple[str, list[str]]:
+    """A row's prompt and the paths of its photographs. Raises: ValueError."""
     prompt, groups = row.get("prompt"), row.get("modulation")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: 'prompt' should be a text, found {prompt!a}")
@@ -65,11 +58,21 @@ def checked_prompt(row: dict, data: Path, where: str, known: set[Path]) -> tuple
     paths = [one.get("image_path") if isinstance(one, dict) else None for one in inputs]
     if not all(isinstance(path, str) for path in paths):
         raise ValueError(f"{where}: each of 'src_inputs' needs an 'image_path'")
-    photographs = [located(path, data, None, where) for path in paths]
-    for path in set(photographs) - known:
-        checked_size(path, where)
-        known.add(path)
-    return checked_text(prompt, where), photographs
+    return checked_text(prompt, where), paths
+
+
+def check_questions(row: dict, prompt: str, where: str) -> None:
+    """Raises: ValueError where a prompt's questions are another's, or are none."""
+    asked, parents = row.get("qid2question"), row.get("qid2dependency")
+    if row.get("prompt") != prompt:
+        raise ValueError(f"{where}: is for {row.get('prompt')!a}, the list's is {prompt!a}")
+    if not isinstance(asked, dict) or not asked or not all(
+            isinstance(text, str) for text in asked.values()):
+        raise ValueError(f"{where}: 'qid2question' should hold texts by number")
+    if not isinstance(parents, dict) or not all(
+            isinstance(ids, list) and all(type(i) is int for i in ids)
+            for ids in parents.values()):
+        raise ValueError(f"{where}: 'qid2dependency' should hold lists of numbers by number")
 
 
 def file_name(place: int, prompt: str) -> str:
@@ -86,46 +89,35 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
 
     Raises: FileNotFoundError, ValueError naming list, prompt and field.
     """
-    data, prompts, known = Path(args.data[0]), [], set()
+    data, size, prompts, known = Path(args.data[0]), args.size or only or SIZE, [], set()
     for part, name in PARTS.items():
-        file = lists_in(data) / f"{name}.json"
-        rows, questions = read_list(file), read_list(file.with_name(f"{name}_DSG.json"))
-        for place, row in enumerate(rows):
-            prompt, photographs = checked_prompt(row, data, f"{file} prompt {place}", known)
-            seeds = range(GRID * place, GRID * (place + 1))
-            prompts.append(Prompt(part, str(place), prompt,
-                                  args.out / name / file_name(place, prompt), seeds,
-                                  partial(given, photographs, args.size or only or SIZE)))
-        check_questions([prompt for prompt in prompts if prompt.part == part], questions,
-                        file.with_name(f"{name}_DSG.json"))
+        inside = data / f"eval/tools/{name}.json"        # of a checkout of XVerse
+        file = inside if inside.is_file() else data / f"{name}.json"
+        asked_file = file.with_name(f"{name}_DSG.json")
+        rows, questions = read_list(file), read_list(asked_file)
+        if len(rows) != len(questions):
+            raise ValueError(f"{asked_file}: has questions for {len(questions)} prompts, its list "
+                             f"has {len(rows)}")
+        for place, (row, asked) in enumerate(zip(rows, questions)):
+            where = f"{file} prompt {place}"
+            text, paths = checked_prompt(row, where)
+            check_questions(asked, text, f"{asked_file} prompt {place}")
+            photographs = [located(path, data, None, where) for path in paths]
+            for path in set(photographs) - known:
+                checked_size(path, where)
+            known.update(photographs)
+            names = {"_".join(path.split("/")[-2:]) for path in paths}
+            prompts.append(Prompt(
+                part, str(place), text, args.out / name / file_name(place, text),
+                range(GRID * place, GRID * (place + 1)), partial(given, photographs, size),
+                about=Asked(names, asked["qid2question"], asked["qid2dependency"])))
     return prompts
-
-
-def check_questions(prompts: list[Prompt], rows: list[dict], file: Path) -> None:
-    """Raises: ValueError where a prompt's questions are another's, or are none."""
-    if len(rows) != len(prompts):
-        raise ValueError(f"{file}: has questions for {len(rows)} prompts, its list has "
-                         f"{len(prompts)}")
-    for prompt, row in zip(prompts, rows):
-        where, asked = f"{file} prompt {prompt.name}", row.get("qid2question")
-        parents = row.get("qid2dependency")
-        if row.get("prompt") != prompt.text:
-            raise ValueError(f"{where}: is for {row.get('prompt')!a}, the list's is "
-                             f"{prompt.text!a}")
-        if not isinstance(asked, dict) or not asked or not all(
-                isinstance(text, str) for text in asked.values()):
-            raise ValueError(f"{where}: 'qid2question' should hold texts by number")
-        if not isinstance(parents, dict) or not all(
-                isinstance(ids, list) and all(type(i) is int for i in ids)
-                for ids in parents.values()):
-            raise ValueError(f"{where}: 'qid2dependency' should hold lists of numbers by number")
 
 
 # ------------------------------------------------------------------------------------------- scores
 
-def average(scores: dict[str, float | None]) -> float | None:
-    """The mean of the four, each rounded to two digits first, as XVerse's code has it."""
-    values = [None if value is None else round(value, 2) for value in scores.values()]
+def whole_mean(values: list[float | None]) -> float | None:
+    """Their mean, None where one is not there."""
     return None if None in values else sum(values) / len(values)
 
 
@@ -133,17 +125,16 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
     """The table of answers that were given. Raises: ValueError, FileNotFoundError."""
     files = sorted_out(args.scores)
     values: dict[str, dict[str, float | None]] = {}
-    for part, name in PARTS.items():
+    for part in PARTS:
         own = [prompt for prompt in done if prompt.part == part]
-        lists = [read_list(lists_in(Path(args.data[0])) / f"{name}{end}.json")
-                 for end in ("", "_DSG")]
-        values[part] = {kind: mean(values_of(kind, files[kind, part], own, *lists))
-                        if (kind, part) in files else None for kind in KINDS}
-        values[part]["average"] = average({kind: values[part][kind] for kind in KINDS})
-    values["overall"] = {kind: None if None in (a := [values[part][kind] for part in PARTS])
-                         else sum(a) / len(a) for kind in (*KINDS, "average")}
-    rows = [[KINDS.get(kind, kind), *(cell(values[part][kind]) for part in values)]
-            for kind in (*KINDS, "average")]
+        found = {kind: mean(values_of(kind, files[kind, part], own))
+                 if (kind, part) in files else None for kind in KINDS}
+        rounded = [None if value is None else round(value, 2) for value in found.values()]
+        values[part] = found | {"average": whole_mean(rounded)}      # as XVerse's code has it
+    values["overall"] = {name: whole_mean([values[part][name] for part in PARTS])
+                         for name in (*KINDS, "average")}
+    rows = [[KINDS.get(name, name), *(cell(values[part][name]) for part in values)]
+            for name in (*KINDS, "average")]
     rows += [[f"average, {name}", *map(cell, numbers)] for name, numbers in PUBLISHED.items()]
     holes = {part: [KINDS[kind] for kind in KINDS if values[part][kind] is None] for part in PARTS}
     left_open = [f"{', '.join(names)} of {part}" for part, names in holes.items() if names]

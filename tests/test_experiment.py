@@ -318,7 +318,8 @@ def results(folders, monkeypatch):
 
 
 def rows(table: str) -> list[list[str]]:
-    return [line[2:-2].split(" | ") for line in table.splitlines()[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in table.splitlines()[2:]]
 
 
 def test_tables_say_what_the_results_hold(results):

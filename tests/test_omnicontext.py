@@ -147,7 +147,7 @@ def test_wrong_answers_are_one_line(monkeypatch, capsys, made, change, words):
     ({"key": "a/b"}, "'key' should be a name without a folder, found 'a/b'"),
     ({"task_type": "../x"}, "'task_type' should be a name without a folder"),
     ({"instruction": " "}, "needs a non-empty text under 'instruction'"),
-    ({"key": "single_object_1"}, "2 prompts would be called single_object_1.png"),
+    ({"key": "single_object_1"}, "single_object has a row with the key 'single_object_1' already"),
     ({"input_images": []}, "'input_images': holds no picture"),
     ({"input_images": [{"bytes": b"x", "path": None}]}, "cannot be read as a picture")])
 def test_broken_rows_are_one_line(tmp_path, monkeypatch, capsys, seen, change, words):
@@ -158,7 +158,7 @@ def test_broken_rows_are_one_line(tmp_path, monkeypatch, capsys, seen, change, w
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     code, _, err = run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "out")
     assert code == 2 and words in err and len(err.splitlines()) == 1, err
-    assert "row 0" in err or "--data" in err
+    assert " row " in err
 
 
 def test_another_set_is_told(tmp_path, monkeypatch, capsys, seen):

@@ -16,8 +16,8 @@ import sample
 from bench_files import LISTS, NAMES, drawn, xverse, xverse_answers
 from helpers import ROOT, run_command
 from support import benchmarks
-from support.benchmark_table import markdown
-from support.benchmarks import duration
+from support.results import markdown
+from support.summary import duration
 from support.xverse_answers import dsg_score
 
 
@@ -451,6 +451,42 @@ def test_options_of_a_benchmark_alone(tmp_path, monkeypatch, capsys):
                                    ROOT / "tiny/examples/own", option, value, "--out",
                                    tmp_path / "o")
         assert code == 2 and f"{option}: not together with --data" in err
+
+
+@pytest.mark.parametrize("block, words", [
+    (lambda out: (out / "XVerseBench_multi").write_text("x"), "XVerseBench_multi is a file, not a"),
+    (lambda out: (out / "table.md").mkdir(), "table.md in it is a folder, where a file is to go"),
+    (lambda out: (out / "scoring.md").mkdir(), "scoring.md in it is a folder"),
+    (lambda out: out.rmdir() or out.write_text("x"), "is a file, not a folder, or may not be")])
+def test_an_out_that_cannot_be_written_is_told_before_a_model_is_read(tmp_path, monkeypatch, capsys,
+                                                                      block, words):
+    data, out = xverse(tmp_path / "data"), tmp_path / "out"
+    out.mkdir()
+    block(out)
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    code, _, err = run(monkeypatch, capsys, "--data", data, "--out", out)
+    assert code == 2 and words in err and "--out" in err and len(err.splitlines()) == 1, err
+
+
+def test_a_folder_that_is_read_only_is_told_before_a_model_is_read(tmp_path, monkeypatch, capsys):
+    data, folder = xverse(tmp_path / "data"), tmp_path / "out/XVerseBench_single"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
+    monkeypatch.setattr(evaluate, "load_pipeline", None)
+    code, _, err = run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "out")
+    assert code == 2 and f"--out: {folder} is a file, not a folder, or may not be written to" in err
+
+
+def test_pictures_of_no_prompt_are_told(monkeypatch, capsys, made):
+    """Of prompts that --limit leaves out there may be some: they are not strangers."""
+    data, out = made
+    common = ["--data", data, "--out", out, "--limit", 1]
+    assert run(monkeypatch, capsys, *common)[2] == ""
+    stray = out / "XVerseBench_multi/7_another.png"
+    drawn(1).save(stray)
+    code, _, err = run(monkeypatch, capsys, *common)
+    assert code == 0 and err == ("note: beside the benchmark's own: 1 picture of no prompt, the "
+                                 f"first {stray}; take such away before a scorer looks there")
 
 
 @pytest.mark.parametrize("there", ['{"data": "other"}', '[{"task": "add"}]', "[", '"xverse"',

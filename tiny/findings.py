@@ -11,11 +11,10 @@ import numpy as np
 
 from support import commands, report
 from support.pictures import save_picture
+from support.results import HOLE, markdown
 from tiny import probe
 from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found
 from tiny.world import EDITS, NEW_TASKS
-
-OPEN = "–"                                               # in a cell: not measured, or not to be
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -37,11 +36,6 @@ def over_seeds(results: list[dict], value: Callable[[dict], float]) -> str:
     """The mean of the seeds' values and the least and greatest of them."""
     values = [value(result) for result in results]
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
-def markdown(head: list[str], rows: Iterable[list[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -87,7 +81,7 @@ def routing_table() -> str:
                        for way in probe.WAYS]
             even, told = (f"{np.mean([list(r[key].values()) for r in routed]):.3f}"
                           for key in ("from even", "information"))
-            rows.append([name, *changed, even, OPEN if name == "soft" else told])
+            rows.append([name, *changed, even, HOLE if name == "soft" else told])
     return markdown(["variant", *(f"{way}, %" for way in probe.WAYS), "shares from even",
                      "bits that an expert's being kept tells of the task"], rows)
 
@@ -115,7 +109,7 @@ def search_table() -> str:
               f"{success(r, NEW_TASKS):.1f}" for r in found("search")}
     settings = list(product(RATES, SCALES))
     return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in settings)], (
-        [name, *(values.get((name, *setting), OPEN) for setting in settings)]
+        [name, *(values.get((name, *setting), HOLE) for setting in settings)]
         for name in VARIANTS))
 
 
@@ -139,7 +133,7 @@ def interference_table() -> str:
 
     def cell(by_task: dict[str, list[float]], tasks: Iterable[str]) -> str:
         means = [float(np.mean(by_task[task])) for task in tasks if task in by_task]
-        return f"{np.mean(means):.1f}" if len(means) == len(tasks) else OPEN
+        return f"{np.mean(means):.1f}" if len(means) == len(tasks) else HOLE
     return markdown(["task", *(f"{variant}, {words[number]}, %" for variant, number in columns)], (
         [name, *(cell(values[variant][number], tasks) for variant, number in columns)]
         for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
