@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ NAMES = [*world.SHAPES, *world.FIGURES, *world.COLOURS, "big"]  # what a thing m
 LENGTH = 28                                              # tokens; the longest instruction has 26
 FAST = torch.bfloat16 if devices.FAST_BF16 else torch.float32
 
-VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [16, 32, 64, 64],
+VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 64, 64, 64],
        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
        "force_upcast": True, "in_channels": 3, "out_channels": 3, "latent_channels": 16,
        "latents_mean": None, "latents_std": None, "layers_per_block": 1,
@@ -187,11 +188,25 @@ def make_clip_tokenizer(corpus: list[str], folder: Path) -> int:
 
 # -------------------------------------------------------------------------------------- autoencoder
 
+# What the autoencoder is to draw: a task's target or its condition, and how often.
+KINDS = {"scene": ("t2i", "target", 3), "figure": ("pose", "target", 2),
+         "edges": ("canny", "cond", 3), "depth map": ("depth", "cond", 1),
+         "skeleton": ("pose", "cond", 2),
+         "box": ("fill", "cond", 1), "subject": ("subject", "cond", 1)}
+
+
+def vae_picture(rng: np.random.Generator, kind: str, held_out: bool = False) -> np.ndarray:
+    """(H, W, 3) uint8, a picture of one of KINDS."""
+    task, part, _ = KINDS[kind]
+    sample = world.tiny_sample(rng, task, held_out)
+    return sample.target if part == "target" else sample.conds[0]
+
+
 def vae_pictures(step: int, size: int) -> Tensor:
-    """(size, 3, H, W) pictures of all kinds: targets, references, maps, subjects."""
+    """(size, 3, H, W) pictures of all kinds."""
     rng = np.random.default_rng([1, step])
-    samples = [world.tiny_sample(rng, pick(rng, list(world.WORDINGS))) for _ in range(size)]
-    return to_tensor([pick(rng, [s.target, *s.images, *s.conds]) for s in samples])
+    kinds = [kind for kind, (_, _, often) in KINDS.items() for _ in range(often)]
+    return to_tensor([vae_picture(rng, pick(rng, kinds)) for _ in range(size)])
 
 
 def build_vae() -> AutoEncoder:
@@ -208,16 +223,20 @@ def build_vae() -> AutoEncoder:
     return model
 
 
-def crops(step: int, number: int, side: int = 32) -> Tensor:
-    """(number, 3, side, side) windows, two of each picture: a quarter of the work per picture."""
-    rng, pictures = np.random.default_rng([5, step]), vae_pictures(step, number // 2)
+def crops(step: int, number: int, side: int) -> Tensor:
+    """(number, 3, side, side) windows, two of each picture unless they are whole."""
+    each = 2 if side < world.SIZE else 1
+    rng, pictures = np.random.default_rng([5, step]), vae_pictures(step, number // each)
     corners = rng.integers(0, world.SIZE - side + 1, (number, 2))
-    return torch.stack([pictures[i // 2, :, y:y + side, x:x + side]
+    return torch.stack([pictures[i // each, :, y:y + side, x:x + side]
                         for i, (y, x) in enumerate(corners)])
 
 
-def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e-3) -> None:
-    """L1 + MSE + 1e-3 KL; then the shift and scale for latents of zero mean, unit variance."""
+def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 2e-3) -> None:
+    """L1 + MSE + 1e-4 KL; then the shift and scale for latents of zero mean, unit variance.
+
+    It sees quarters of pictures, and in the last quarter of the steps a quarter as many whole ones.
+    """
     if (out / "vae" / "config.json").is_file():
         return
     model = build_vae()
@@ -231,7 +250,8 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
                  mininterval=10)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 100)
-        img = crops(step, batch)                         # (B, 3, H / 2, W / 2)
+        whole = step >= 0.75 * steps
+        img = crops(step, batch // 4 if whole else batch, world.SIZE if whole else world.SIZE // 2)
         generator = torch.Generator().manual_seed(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=FAST == torch.bfloat16):
             mean, logvar = (part.float() for part in model.moments(img))
@@ -239,7 +259,7 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
             out_img = model.decoder(mean + (0.5 * logvar).exp() * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = F.mse_loss(out_img, img)
-        loss = F.l1_loss(out_img, img) + error + 1e-3 * kl
+        loss = F.l1_loss(out_img, img) + error + 1e-4 * kl
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -259,18 +279,20 @@ def train_vae(out: Path, work: Path, steps: int, batch: int = 32, lr: float = 3e
 
 
 def report_vae(out: Path) -> None:
-    """Reconstruction of pictures that were not trained on."""
+    """Reconstruction of pictures of scenes that were not trained on: mean of each one's PSNR."""
     model = weights.load("vae", out / "vae", dtype=torch.float32)
-    with torch.no_grad():
-        img = vae_pictures(10**7, 256)
-        error = (model.decode(model.encode(img)).clamp(-1, 1) - img).square().mean((1, 2, 3))
-    print(f"autoencoder: {(10 * (4 / error).log10()).mean():.2f} dB")
+    rng = np.random.default_rng(7)
+    for kind in KINDS:
+        img = to_tensor([vae_picture(rng, kind, held_out=True) for _ in range(256)])
+        with torch.no_grad():
+            error = (model.decode(model.encode(img)).clamp(-1, 1) - img).square().mean((1, 2, 3))
+        print(f"autoencoder, {kind}: {(10 * (4 / error).log10()).mean():.2f} dB")
 
 
 # ------------------------------------------------------------------- transformer and text encoders
 
 def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
-    """Latents and token ids of many samples, made once: a third text to image, the rest edits."""
+    """Latents and token ids of many samples, made once: a quarter text to image, the rest edits."""
     file = work / "latents.safetensors"
     if file.is_file():
         return read_tensors([file])
@@ -279,7 +301,7 @@ def cache_latents(out: Path, work: Path, images: int) -> dict[str, Tensor]:
     t5, clip = T5Tokenizer(out / "tokenizer_2"), CLIPTokenizer(out / "tokenizer")
     found: dict[str, list[Tensor]] = {}
     for i in trange(images // 100, desc="latents", mininterval=10):
-        group = "t2i" if i % 3 == 0 else "edit"
+        group = "t2i" if i % 4 == 0 else "edit"
         samples = [world.tiny_sample(rng, "t2i" if group == "t2i" else pick(rng, world.EDITS))
                    for _ in range(100)]
         text = [sample.instruction for sample in samples]
@@ -358,6 +380,16 @@ def reading_loss(model: nn.ModuleDict, tokens: T5Tokenizer, rng: np.random.Gener
     return len(NAMES) * F.binary_cross_entropy_with_logits(read, wanted)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, rotate: Callable = dit.rotate) -> Tensor:
+    """dit.attend() written out: of so few tokens the fused one takes 13 times as long backward.
+
+    q, k, v (B, N, S, d), pe (S, d/2) -> (B, S, D).
+    """
+    scores = rotate(q, pe) @ rotate(k, pe).mT * q.shape[-1] ** -0.5          # (B, N, S, S)
+    shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (shares @ v).transpose(1, 2).flatten(2)
+
+
 def flow_loss(model: nn.ModuleDict, batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
     """mean((velocity - (noise - x0))^2); guidance from [1, 4]; half of the t above 0.88.
 
@@ -399,6 +431,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     cache = cache_latents(out, work, samples)
     groups = {group: {name.split(".")[1]: t for name, t in cache.items() if name.startswith(group)}
               for group in ("t2i", "edit")}
+    read = torch.cat([group["t5"].flatten() for group in groups.values()]).unique().long()
     model, tokens = build_models(out), T5Tokenizer(out / "tokenizer_2")
     master = [p.detach().clone() for p in model.parameters()]
     average = [p.clone() for p in master]
@@ -411,8 +444,9 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
         optimizer.load_state_dict(saved)
     model["dit"].to(FAST)
     for block in model["dit"].blocks:
-        if compiled:
-            block.compile(dynamic=False)
+        block.attend = attend
+    if compiled:
+        devices.compile_blocks(model["dit"])
     parameters = list(model.parameters())
     copies = [p.data for p in parameters]                # what both passes see
     torch._foreach_copy_(copies, master)
@@ -421,7 +455,7 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
     for step in bar:
         rng = np.random.default_rng([4, step])
         generator = torch.Generator().manual_seed(step * workers + rank)
-        group = ("t2i", "edit", "t2i", "edit", "edit")[step % 5]
+        group = ("edit", "t2i", "edit")[step % 3]
         rows = torch.from_numpy(rng.choice(len(groups[group]["t5"]), batch_size))[rank::workers]
         loss = flow_loss(model, {name: t[rows] for name, t in groups[group].items()}, generator)
         (loss + reading_loss(model, tokens, np.random.default_rng([6, step, rank]),
@@ -443,12 +477,18 @@ def train_transformer(rank: int, workers: int, out: Path, work: Path, steps: int
         if rank == 0 and (step % 250 == 249 or step + 1 == steps):
             save_state(work / "transformer.pt", step=step + 1, master=master, average=average,
                        optimizers=[optimizer.state_dict() for optimizer in optimizers])
-            save_models(model, average, out if step + 1 == steps else work / "model")
+            save_models(model, average, read, out if step + 1 == steps else work / "model")
 
 
-def save_models(model: nn.ModuleDict, average: list[Tensor], out: Path) -> None:
-    """Write transformer, text encoders and the pipeline's own files, with averaged weights."""
+def save_models(model: nn.ModuleDict, average: list[Tensor], read: Tensor, out: Path) -> None:
+    """Write transformer, text encoders and the pipeline's own files, with averaged weights.
+
+    read: T5's pieces that stand in what was trained on. The others have their first, random
+    vectors still, and would say more than words that are known: 0.3 of them is kept.
+    """
     named = dict(zip((name for name, _ in model.named_parameters()), average))
+    known = named["t5.shared.weight"]                    # (pieces, D)
+    named["t5.shared.weight"] = (0.3 * known).index_copy(0, read, known[read])
     for part, folder, config, name in (
             ("dit", "transformer", DIT, "diffusion_pytorch_model.safetensors"),
             ("t5", "text_encoder_2", T5, "model.safetensors"),
@@ -464,9 +504,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("tiny/model"))
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
-    parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--samples", type=int, default=72_000, help="latents for the transformer")
-    parser.add_argument("--steps", type=int, default=5000, help="of transformer and text encoders")
+    parser.add_argument("--vae-steps", type=int, default=12_000)
+    parser.add_argument("--samples", type=int, default=100_000, help="latents for the transformer")
+    parser.add_argument("--steps", type=int, default=9000, help="of transformer and text encoders")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():
