@@ -53,13 +53,14 @@ SEEDS = (0, 1, 2)
 BATCH = 24
 STEPS, SEARCH_STEPS = 1500, 500
 NUMBER, SEARCH_NUMBER = 256, 64                          # pictures per task that are scored
+LORA_RANK = 16                                           # beside experts, and so the size of all
 OWN_PICTURES = 10_000                                    # of each task, to measure interference
 RATES, SCALES = (1e-3, 3e-3, 9e-3), (1.0, 8.0)           # what the search tries
 TRIPLES = (("canny", "depth", "pose"), ("fill", "subject", "multi"), ("mixed", "canny", "subject"))
 ALL = BASE_TASKS + NEW_TASKS
 DTYPE = "bfloat16" if devices.FAST_BF16 else "float32"   # of the frozen model; twice as fast
 
-# How each variant differs from tiny/adapter.json: --method, then what else. Sizes: see sized().
+# How each variant differs from base_config(): --method, then what else. Sizes: see sized().
 VARIANTS = {
     "InstructMoLE": ("instructmole", {}),
     "no orthogonality loss": ("instructmole", {"orthogonality_weight": 0.0}),
@@ -124,9 +125,15 @@ def sized(config: AdapterConfig, parameters: int) -> AdapterConfig:
     return replace(config, **{name: max(1, 1 + round((parameters - one) / (two - one)))})
 
 
+def base_config() -> AdapterConfig:
+    """The embedded adapter's, with a smaller LoRA beside its experts."""
+    embedded = config_from(AdapterConfig, read_json(MODEL.parent / "adapter.json"), "adapter.json")
+    return replace(embedded, lora_rank=LORA_RANK, lora_alpha=LORA_RANK)
+
+
 def configuration(piece: Piece) -> AdapterConfig:
-    """A piece's adapter: as large as the embedded one, scaled as the piece says."""
-    base = config_from(AdapterConfig, read_json(MODEL.parent / "adapter.json"), "adapter.json")
+    """A piece's adapter: as large as InstructMoLE with base_config(), scaled as the piece says."""
+    base = base_config()
     method, changes = VARIANTS[piece.variant]
     config = sized(replace(baselines.configure(method, base), **changes), count(base))
     if piece.balance_weight is not None:
