@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, foreign, layouts, options, research, targets
+from support import adapters, devices, foreign, layouts, options, research, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
@@ -72,7 +72,7 @@ def load(part: str, path: str | Path, device: torch.device | str = "cpu",
             values, where = read_json(config_file), config_file
         else:
             values, where = kind.implied({name: t.shape for name, t in tensors.items()}), path
-        with torch.device("meta"):
+        with devices.shapes_alone():
             model = kind.model(config_from(kind.config, values, where))
     except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: holds no whole {part} ({error})") from None

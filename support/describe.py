@@ -6,12 +6,11 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
-from support import adapters, foreign, layouts, lora, options, origin, targets
+from support import adapters, devices, foreign, layouts, lora, options, origin, targets
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
@@ -108,7 +107,7 @@ def fits(tensors: dict[str, Tensor]) -> str:
     wanted = sizes_in(tensors)
     for model, config in (("FLUX.1-Kontext-dev", RELEASED),
                           ("the embedded model", config_from(DiTConfig, read_json(file), file))):
-        with torch.device("meta"):
+        with devices.shapes_alone():
             known = {name: f"{m.in_features} to {m.out_features}" for name, m
                      in FluxTransformer(config).named_modules() if isinstance(m, nn.Linear)}
         known[TEXTS] = f"{config.joint_attention_dim} to {config.pooled_projection_dim}"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
-from support import foreign, layouts
+from support import devices, foreign, layouts
 from support.files import json_object, read_json, read_metadata, read_tensors
 
 # to_q.lora_A.weight, to_q.lora_down.default.weight, to_q_lora.up.weight, qkv_lora1.down.weight
@@ -53,7 +53,7 @@ def known_layers() -> tuple[re.Pattern, dict[str, str]]:
 
     # is a block's number.
     """
-    with torch.device("meta"):
+    with devices.shapes_alone():
         model = FluxTransformer(DiTConfig(64, 1, 1, 8, 1, 8, 8, (2, 2, 4), guidance_embeds=True))
     ours = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     places = ("", "double_blocks.0.", "single_blocks.0.", "time_in.", "guidance_in.", "vector_in.")

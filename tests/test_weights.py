@@ -1,5 +1,7 @@
 """weights.py: whole checkpoints load unchanged and uncopied, others are refused by name."""
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +15,8 @@ import dit
 import text_encoder
 import vae
 import weights
-from helpers import (assert_equal, KEYS, load, PARTS, raw_file, SMALL_VAE, tensors_of, write_shards,
-                     written)
+from helpers import (assert_equal, KEYS, load, PARTS, raw_file, ROOT, SMALL_VAE, tensors_of,
+                     write_shards, written)
 from support.describe import describe
 from support.files import config_from, read_json, read_metadata, read_tensors, write_part
 
@@ -33,6 +35,19 @@ def test_there_are_four_parts_and_no_other():
         assert weights.PARTS[name][:2] == (model, config)
     with pytest.raises(KeyError, match="unet"):
         weights.load("unet", "anywhere")
+
+
+def test_an_edit_is_made_without_importing_the_compiler(tmp_path):
+    """Which takes longer than a small edit; PyTorch would for first weights that nobody reads."""
+    code = f"""
+import sys
+sys.argv += ["--instruction", "add a red star", "--steps", "1", "--out", "{tmp_path}/out.png"]
+import sample
+sample.main()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert (tmp_path / "out.png").is_file()
 
 
 @pytest.mark.parametrize("part", PARTS)
