@@ -484,11 +484,12 @@ def save_models(model: nn.ModuleDict, average: list[Tensor], read: Tensor, out: 
     """Write transformer, text encoders and the pipeline's own files, with averaged weights.
 
     read: T5's pieces that stand in what was trained on. The others have their first, random
-    vectors still, and would say more than words that are known: 0.3 of them is kept.
+    vectors still; they are drawn to the mean of the known, so that an unknown word disturbs little.
     """
     named = dict(zip((name for name, _ in model.named_parameters()), average))
     known = named["t5.shared.weight"]                    # (pieces, D)
-    named["t5.shared.weight"] = (0.3 * known).index_copy(0, read, known[read])
+    others = known[read].mean(0) + 0.2 * known
+    named["t5.shared.weight"] = others.index_copy(0, read, known[read])
     for part, folder, config, name in (
             ("dit", "transformer", DIT, "diffusion_pytorch_model.safetensors"),
             ("t5", "text_encoder_2", T5, "model.safetensors"),
