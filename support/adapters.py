@@ -159,3 +159,20 @@ def write(adapter: Adapter, file: Path, **about: str) -> None:
     """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
     entries = {"config": asdict(adapter.config), **about}        # one: several have no fixed order
     write_tensors(adapter.tensors(), file, adapter=json.dumps(entries))
+
+
+def write_bf16(path: Path, file: Path) -> None:
+    """Write an adapter of ours once more, in bf16; who reads it makes it fp32 again.
+
+    Raises: FileNotFoundError; ValueError for one that is not ours, or a file that exists.
+    """
+    if file.suffix != ".safetensors":
+        raise ValueError(f"--to-bf16 {file}: its name must end in .safetensors")
+    if file.exists():
+        raise ValueError(f"--to-bf16 {file}: exists already; name another file")
+    _, tensors = read(path)
+    metadata = read_metadata(files_in(path)[0]) if len(files_in(path)) == 1 else {}
+    if "adapter" not in metadata:
+        raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file, **metadata)
