@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mole import Adapter, LoRALinear, MoLELinear
 from support import foreign, lora, research
-from support.commands import file_and_strength
+from support.commands import check_new, file_and_strength
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
 from support.pictures import LONGEST
 
@@ -166,12 +166,10 @@ def write_bf16(path: Path, file: Path) -> None:
 
     Raises: FileNotFoundError; ValueError for one that is not ours, or a file that exists.
     """
-    if file.suffix != ".safetensors":
-        raise ValueError(f"--to-bf16 {file}: its name must end in .safetensors")
-    if file.exists():
-        raise ValueError(f"--to-bf16 {file}: exists already; name another file")
+    check_new("--to-bf16", file)
     _, tensors = read(path)
-    metadata = read_metadata(files_in(path)[0]) if len(files_in(path)) == 1 else {}
+    files = files_in(path)
+    metadata = read_metadata(files[0]) if len(files) == 1 else {}        # the paper's has several
     if "adapter" not in metadata:
         raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
     file.parent.mkdir(parents=True, exist_ok=True)
