@@ -112,7 +112,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
         weights.load("vae", paths["vae"], encoders_home, dtype),
         weights.load("text_encoder_2", paths["text_encoder_2"], encoders_home, dtype, narrow),
         weights.load("text_encoder", paths["text_encoder"], encoders_home, dtype),
-        *tokenizers, None, device, dtype, Path(model), paths)
+        *tokenizers, adapter=None, device=device, dtype=dtype, model=Path(model), paths=paths)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype, matmul)

@@ -182,7 +182,9 @@ def main() -> None:
     args = options.weights_options()
     if args.to_research:
         research.write(*adapters.read(args.path), args.path, args.to_research)
-    told = describe(args.to_research or args.path, load)
+    if args.to_bf16:
+        adapters.write_bf16(args.path, args.to_bf16)
+    told = describe(args.to_research or args.to_bf16 or args.path, load)
     print(told)
     if told.endswith(": not whole"):
         sys.exit(1)                                      # so that scripts can ask

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mole import Adapter, LoRALinear, MoLELinear
 from support import foreign, lora, research
-from support.commands import file_and_strength
+from support.commands import check_new, file_and_strength
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
 from support.pictures import LONGEST
 
@@ -159,3 +159,18 @@ def write(adapter: Adapter, file: Path, **about: str) -> None:
     """One safetensors file: fp32 tensors, and the whole configuration in the metadata."""
     entries = {"config": asdict(adapter.config), **about}        # one: several have no fixed order
     write_tensors(adapter.tensors(), file, adapter=json.dumps(entries))
+
+
+def write_bf16(path: Path, file: Path) -> None:
+    """Write an adapter of ours once more, in bf16; who reads it makes it fp32 again.
+
+    Raises: FileNotFoundError; ValueError for one that is not ours, or a file that exists.
+    """
+    check_new("--to-bf16", file)
+    _, tensors = read(path)
+    files = files_in(path)
+    metadata = read_metadata(files[0]) if len(files) == 1 else {}        # the paper's has several
+    if "adapter" not in metadata:
+        raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file, **metadata)

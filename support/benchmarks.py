@@ -4,7 +4,6 @@ evaluate.run_benchmark() calls in turn first_of_each(), missing(), check_same(),
 xversebench, omnicontext and spatial read() the prompts; benchmark_table has the pictures scored.
 """
 import argparse
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -77,7 +76,7 @@ def is_whole(file: Path) -> bool:
             image.verify()                               # to its end, without unpacking it
         return True
     except ValueError as error:
-        print(f"note: {error}: it is made again", file=sys.stderr)
+        note(f"{error}: it is made again")
         file.unlink()
         return False
 

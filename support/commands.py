@@ -124,6 +124,14 @@ def may_hold(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK)
 
 
+def check_new(option: str, file: Path) -> None:
+    """Raises: ValueError where a file of tensors of this name is not to be written."""
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{option} {file}: its name must end in .safetensors")
+    if file.exists():
+        raise ValueError(f"{option} {file}: exists already; name another file")
+
+
 NEW_FOLDER = checked(Path, may_hold, "is a file, not a folder, or may not be written to")
 
 

@@ -172,6 +172,9 @@ def weights_options() -> argparse.Namespace:
                     usage="python weights.py PATH [options]")
     parser.add_argument("path", type=Path, help="a FLUX Kontext folder, a .safetensors file, or a "
                         "picture that sample.py has made")
-    parser.add_argument("--to-research", type=Path, metavar="FOLDER",
-                        help="write an adapter in the form of the paper's code")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--to-research", type=Path, metavar="FOLDER",
+                         help="write an adapter in the form of the paper's code")
+    written.add_argument("--to-bf16", type=Path, metavar="FILE.safetensors",
+                         help="write an adapter of train.py's in half the bytes")
     return parser.parse_args()

@@ -86,5 +86,5 @@ def score_source(args: argparse.Namespace, source: object, pipe: object, make: C
         "adapters": [f"{file}:{strength:g}" for file, strength in options.adapters_of(args)],
         "guidance": args.guidance, "means": means(rows), "rows": rows}, pairs_table(rows), sheet)
     for line in left_open(rows) + ([cut] if cut else []):
-        print(f"note: {line}", file=sys.stderr)
+        summary.note(line)
     print(f"{args.out}/sheet.png: given, result, truth of the first {min(SHOWN, len(rows))}")

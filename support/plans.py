@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support import devices
-from support.commands import may_hold
+from support.commands import check_new, may_hold
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
 from support.pictures import is_picture, load_image
@@ -42,11 +42,10 @@ def check_lora(args: argparse.Namespace) -> None:
     """Raises: ValueError when --export-lora cannot be done."""
     lora = args.export_lora
     for wrong, why in ((args.batch, "needs one --instruction"),
-                       (args.adapter == ["none"], "needs an adapter"),
-                       (lora.suffix != ".safetensors", "its name must end in .safetensors"),
-                       (lora.exists(), "exists already; name another file")):
+                       (args.adapter == ["none"], "needs an adapter")):
         if wrong:
             raise ValueError(f"--export-lora {lora}: {why}")
+    check_new("--export-lora", lora)
     check_folder("--export-lora", lora)
 
 

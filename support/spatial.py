@@ -22,7 +22,7 @@ from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.conditions import EDGES, canny
 from support.estimates import found_in, people_in
-from support.pictures import fitted, load_image, resize
+from support.pictures import fitted, load_image, open_picture, resize
 from support.public_sets import LEADS
 from support.results import HOLE, cell
 from support.rows import Rows
@@ -99,6 +99,12 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
 
 # ------------------------------------------------------------------------------------------- scores
 
+def is_small(file: Path) -> bool:
+    """Whether a picture has no MS-SSIM; its head alone is read."""
+    with open_picture(file) as image:
+        return min(image.size) < SMALLEST
+
+
 def score_canny(done: list[Prompt], args: argparse.Namespace) -> dict[str, float | None]:
     """Means of the scores of all pictures' edges; MS-SSIM of those that are large enough."""
     found = [edge_scores(*(edges(np.asarray(load_image(file))) for file in (
@@ -147,8 +153,7 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
             left_open += [kind] if whole else [f"{kind} {name}" for name in missing]
         else:
             left_open.append(f"{kind} (no set given)")
-    small = sum(min(load_image(prompt.out).size) < SMALLEST for prompt in done
-                if prompt.part == "canny")
+    small = sum(is_small(prompt.out) for prompt in done if prompt.part == "canny")
     return Scored(["score", "this run", "published"], rows, values, {}, left_open, [
         "Published: InstructMoLE's own figures could not be found, so none stand here.",
         f"Protocol: the first {MOST} rows of a set, one picture each, from the caption in a "

@@ -21,7 +21,7 @@ from helpers import (adapted, Bomb, build_config, BUILDS, CASES, DIT, FIRST, for
                      golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT, run_command,
                      run_sample, same, SMALL)
 from support import adapters, commands, export, research, routing_maps, targets
-from support.files import config_from, read_tensors
+from support.files import config_from, read_metadata, read_tensors
 from weights import load_adapter
 
 # ------------------------------------------------------------------------------- support/targets.py
@@ -365,6 +365,26 @@ def test_its_json_is_read_by_config(tmp_path):
     assert weights.adapter_config("instructmole", file).token_targets == (
         "transformer_blocks.*.ff.net.2", "single_transformer_blocks.3.proj_out",
         "single_transformer_blocks.11.proj_out")
+
+
+def test_an_adapter_in_bf16_is_the_same_within_its_rounding(tmp_path, monkeypatch, capsys):
+    """And half as large, with its configuration; what is no adapter of ours is refused."""
+    file, half = ROOT / "tiny/adapter.safetensors", tmp_path / "new/half.safetensors"
+    def run(*arguments: object) -> tuple[int, str, str]:
+        return run_command(monkeypatch, capsys, "weights.py", weights.main, *arguments)
+    assert run(file, "--to-bf16", half)[0] == 0
+    (config, whole), (also, rounded) = adapters.read(file), adapters.read(half)
+    assert also == config and read_metadata(half) == read_metadata(file)
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}
+    for name, t in whole.items():                        # 8 bits of fraction: 2^-9 of the value
+        torch.testing.assert_close(rounded[name].float(), t.float(), rtol=2 ** -8, atol=0)
+    pipe = sample.load_pipeline(MODEL, half, "cpu", "float32")
+    assert {p.dtype for p in pipe.adapter.tensors().values()} == {torch.float32}
+    for path, out, words in ((file, half, "exists"), (file, tmp_path / "a.bin", "must end in"),
+                             (MODEL / "vae", tmp_path / "a.safetensors", "no adapter"),
+                             (tmp_path / "none", tmp_path / "a.safetensors", "no such")):
+        code, _, err = run(path, "--to-bf16", out)
+        assert code == 2 and words in err and not (tmp_path / "a.safetensors").exists()
 
 
 def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
