@@ -189,7 +189,7 @@ def pieces(stage: str) -> Iterator[Piece]:
 
 # --------------------------------------------------------------------------------------- one piece
 
-def fit(piece: Piece) -> tuple[Path, float]:
+def fit(piece: Piece, device: str) -> tuple[Path, float]:
     """Train a piece's adapter, or go on with it -> its file, seconds of all its steps."""
     out = WORK / piece.name
     method, _ = VARIANTS[piece.variant]
@@ -197,7 +197,7 @@ def fit(piece: Piece) -> tuple[Path, float]:
         "--data", "tiny", "--model", str(MODEL), "--method", method, "--steps", str(piece.steps),
         "--batch-size", str(BATCH), "--lr", str(piece.lr), "--optimizer", "muon", "--schedule",
         "cosine", "--shift", "6", "--seed", str(piece.seed), "--save-every", "500", "--device",
-        "cpu", "--dtype", DTYPE, "--out", str(out), "--resume"])
+        device, "--dtype", DTYPE, "--out", str(out), "--resume"])
     source = TinyWorld(piece.tasks)
     if piece.stage == "interference":                    # every task is as likely as the others
         sizes = [len(group) / len(piece.tasks) for group in source.groups]
@@ -207,26 +207,28 @@ def fit(piece: Piece) -> tuple[Path, float]:
     return out / "adapter.safetensors", sum(line.get("seconds", 0) for line in lines)
 
 
-def about() -> dict[str, str]:
+def about(device: str) -> dict[str, str]:
     """With what the numbers are made."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+    on = (torch.cuda.get_device_name(device) if device.startswith("cuda") else
+          f"{platform.machine()}, {os.cpu_count()} cores")
     changed = " and changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     return {"commit": git("rev-parse", "HEAD") + changed, "date": time.strftime("%Y-%m-%d"),
             "python": platform.python_version(), "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, {DTYPE}"}
+            "machine": f"{on}, one thread, {DTYPE}"}
 
 
-def run(piece: Piece) -> None:
+def run(piece: Piece, device: str) -> None:
     """Train and score a piece, or go on with it, and write its file."""
     work = WORK / piece.name
     begun = work / "about.json"
     if not begun.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        write_json(begun, about())
-    adapter, seconds = fit(piece)
+        write_json(begun, about(device))
+    adapter, seconds = fit(piece, device)
     began = time.time()
-    pipe = load_pipeline(MODEL, adapter, "cpu", DTYPE)
+    pipe = load_pipeline(MODEL, adapter, device, DTYPE)
     tasks = NEW_TASKS if piece.stage == "search" else piece.tasks
     result = {"piece": asdict(piece), "config": asdict(pipe.adapter.config),
               "parameters": sum(t.numel() for t in pipe.adapter.tensors().values()),
@@ -237,7 +239,7 @@ def run(piece: Piece) -> None:
     write_json(piece.file, result | {
         "training_seconds": round(seconds), "scoring_seconds": round(time.time() - began),
         "command": f"python -m tiny.experiment --piece {piece.name}",
-        "begun": read_json(begun), "ended": about()})
+        "begun": read_json(begun), "ended": about(device)})
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -245,7 +247,8 @@ def run(piece: Piece) -> None:
 class Crew:
     """Pieces at work, each in a process of its own; all are asked to stop when this one is."""
 
-    def __init__(self, minutes: int | None):
+    def __init__(self, minutes: int | None, device: str):
+        self.device = device
         self.until = time.time() + 60 * minutes if minutes else float("inf")
         self.running: set[subprocess.Popen] = set()
 
@@ -257,7 +260,8 @@ class Crew:
         WORK.mkdir(parents=True, exist_ok=True)
         with open(WORK / f"{piece.name}.log", "a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tiny.experiment", "--piece", piece.name],
+                [sys.executable, "-m", "tiny.experiment", "--piece", piece.name,
+                 "--device", self.device],
                 env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
                 start_new_session=True)                  # Ctrl-C comes by stop(), once
             self.running.add(process)
@@ -294,6 +298,8 @@ def main() -> None:
                         "by default all, one after the other")
     parser.add_argument("--workers", type=commands.COUNT, default=os.cpu_count(),
                         help="pieces side by side, a thread each; %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; %(default)s. On a GPU "
+                        "each worker keeps a core busy, too")
     parser.add_argument("--minutes", type=commands.COUNT, help="start no piece after so many")
     parser.add_argument("--list", action="store_true", help="say what is there and what is not")
     parser.add_argument("--piece", help=argparse.SUPPRESS)
@@ -305,8 +311,8 @@ def main() -> None:
         if args.piece not in named:
             raise ValueError(f"--piece {args.piece}: there is none, or not yet; see --list")
         with alone(named[args.piece]):
-            return run(named[args.piece])
-    crew = Crew(args.minutes)
+            return run(named[args.piece], args.device)
+    crew = Crew(args.minutes, args.device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, crew.stop)
     for stage in args.stages or STAGES:

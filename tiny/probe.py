@@ -111,12 +111,12 @@ class Watch:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 self.orders[name] = torch.rand(
                     self.pictures, w.shape[-1], generator=generator).argsort(-1)
-            order = self.orders[name][self.first:self.first + len(w)]        # (B, E)
+            order = self.orders[name][self.first:self.first + len(w)].to(w.device)       # (B, E)
             return w.gather(-1, order.view(len(w), *[1] * (w.dim() - 2), -1).expand_as(w))
         if self.way == "mean":
-            return self.mean[name].expand_as(w)
+            return self.mean[name].to(w).expand_as(w)
         if self.way == "even":
-            return self.mean[name].mean().expand_as(w)
+            return self.mean[name].mean().to(w).expand_as(w)
         return w
 
     def note(self, name: str, p: Tensor, w: Tensor) -> None:
@@ -127,7 +127,7 @@ class Watch:
         rows = self.seen[name][self.first:self.first + B]
         far = 0.5 * (p - 1 / E).abs().sum(-1, keepdim=True)                  # (B, ..., 1)
         every = torch.cat([w, (w != 0).to(w), far, torch.ones_like(far)], -1)
-        rows += every.reshape(B, -1, 2 * E + 2).mean(1)
+        rows += every.reshape(B, -1, 2 * E + 2).mean(1).cpu()
 
     def of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Means over a layer's calls, by picture: w (pictures, E), kept (pictures, E), distance."""
