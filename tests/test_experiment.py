@@ -89,7 +89,7 @@ def test_a_piece_is_trained_scored_and_goes_on_where_it_stopped(folders, monkeyp
 
 
 def test_a_search_s_piece_is_scored_on_what_decides_it(folders, monkeypatch):
-    monkeypatch.setattr(experiment, "fit", lambda piece: (ROOT / "tiny/adapter.safetensors", 1))
+    monkeypatch.setattr(experiment, "fit", lambda *_: (ROOT / "tiny/adapter.safetensors", 1))
     asked = []
     monkeypatch.setattr(probe, "scores", lambda pipe, *what: asked.append(what) or {})
     piece, *_ = experiment.tried("token")

@@ -189,7 +189,7 @@ def pieces(stage: str) -> Iterator[Piece]:
 
 # --------------------------------------------------------------------------------------- one piece
 
-def fit(piece: Piece, device: str) -> tuple[Path, float]:
+def fit(piece: Piece, device: str = "cpu") -> tuple[Path, float]:
     """Train a piece's adapter, or go on with it -> its file, seconds of all its steps."""
     out = WORK / piece.name
     method, _ = VARIANTS[piece.variant]
@@ -207,7 +207,7 @@ def fit(piece: Piece, device: str) -> tuple[Path, float]:
     return out / "adapter.safetensors", sum(line.get("seconds", 0) for line in lines)
 
 
-def about(device: str) -> dict[str, str]:
+def about(device: str = "cpu") -> dict[str, str]:
     """With what the numbers are made."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
@@ -219,7 +219,7 @@ def about(device: str) -> dict[str, str]:
             "machine": f"{on}, one thread, {DTYPE}"}
 
 
-def run(piece: Piece, device: str) -> None:
+def run(piece: Piece, device: str = "cpu") -> None:
     """Train and score a piece, or go on with it, and write its file."""
     work = WORK / piece.name
     begun = work / "about.json"
@@ -247,7 +247,7 @@ def run(piece: Piece, device: str) -> None:
 class Crew:
     """Pieces at work, each in a process of its own; all are asked to stop when this one is."""
 
-    def __init__(self, minutes: int | None, device: str):
+    def __init__(self, minutes: int | None, device: str = "cpu"):
         self.device = device
         self.until = time.time() + 60 * minutes if minutes else float("inf")
         self.running: set[subprocess.Popen] = set()
@@ -298,8 +298,8 @@ def main() -> None:
                         "by default all, one after the other")
     parser.add_argument("--workers", type=commands.COUNT, default=os.cpu_count(),
                         help="pieces side by side, a thread each; %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; %(default)s. On a GPU "
-                        "each worker keeps a core busy, too")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; %(default)s. There "
+                        "too, a worker keeps a core busy")
     parser.add_argument("--minutes", type=commands.COUNT, help="start no piece after so many")
     parser.add_argument("--list", action="store_true", help="say what is there and what is not")
     parser.add_argument("--piece", help=argparse.SUPPRESS)
