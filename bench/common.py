@@ -1,9 +1,25 @@
 """What the benchmarks share: times taken in turns, memory, the rate of one large matrix product."""
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+
+def told(name: str, run: Callable[..., tuple[list[float], int]], *given: object) -> None:
+    """Print the least and the median time that run(*given) finds, and the most memory of the GPU.
+
+    In a process of its own: an error of a GPU leaves nothing there that works, the next does.
+    """
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            found, most = alone.submit(run, *given).result()
+        print(f"{name:42} least {found[0]:.4g} s, median {median(found):.4g} s"
+              f"{f', {most / 1e9:.1f} GB of the GPU' if most else ''}", flush=True)
+    except RuntimeError as error:                        # what torch raises for all that goes wrong
+        print(f"{name:42} failed: {str(error).splitlines()[0][:100]}", flush=True)
 
 
 def finish() -> None:

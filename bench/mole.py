@@ -10,14 +10,13 @@ Ratios travel between machines, seconds do not.
             tokens) with the paper's adapter, against diffusers with peft's LoRA of the same rank on
             the same layers and no experts at all
     train   the same at the released size, 512 + 1,024 + 1,024 tokens, blocks recomputed in backward
-            (on a GPU with 100 GB)
+            (on a GPU with 60 GB)
     sample  a sampling step of the same transformer: alone, with the adapter merged for one
             instruction, and with the adapter beside the weights
 
 Run: python bench/mole.py layer --rounds 3               # two minutes on two cores
 """
 import argparse
-import gc
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import in_turns                              # noqa: E402
+from common import in_turns, timings, told               # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
 from mole import (Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, # noqa: E402
                   route)
@@ -207,33 +206,29 @@ def bench_step(dtype: torch.dtype, rounds: int) -> None:
         print(f"{name:18} {value:8.4g} s a step, {value / seconds['MoLE']:.2f} of ours", flush=True)
 
 
+def train_alone(name: str, dtype: torch.dtype, rounds: int, device: str, cudnn: bool,
+                recompute: bool, compiled: bool) -> tuple[list[float], int]:
+    """Seconds of a step of training, least first; bytes of the GPU at the most."""
+    keep_freed_memory()
+    torch.set_default_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    step = trainers(RELEASED, dtype, inputs(dtype, 64, 64), recompute, compiled)[name]()
+    if torch.cuda.is_available():                        # building in fp32 took more
+        torch.cuda.reset_peak_memory_stats()
+    found = timings({name: step}, rounds)[name]
+    return found, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def bench_train(dtype: torch.dtype, rounds: int) -> None:
     """The released size: recomputing, compiled, and compiled without recomputing.
 
     One contestant at a time, as there is no room for two; one that fails says so.
     """
-    ours, gpu, given = None, torch.cuda.is_available(), inputs(dtype, 64, 64)
+    device, cudnn = str(torch.get_default_device()), torch.backends.cuda.cudnn_sdp_enabled()
     for recompute, compiled in ((True, False), (True, True), (False, True)):
-        makers = trainers(RELEASED, dtype, given, recompute, compiled)
-        makers.pop("dense MoLE")                         # has no room on most devices
-        for name, make in makers.items():
-            name += ", recomputing" * recompute + ", compiled" * compiled
-            try:
-                step = make()
-                if gpu:                                  # building in fp32 took more
-                    torch.cuda.reset_peak_memory_stats()
-                value = in_turns({name: step}, rounds)[name]
-                ours = ours or value
-                most = torch.cuda.max_memory_allocated() / 1e9 if gpu else 0
-                print(f"{name:42} {value:8.4g} s a step, {value / ours:.2f} of the first"
-                      f"{f', {most:.1f} GB of the GPU' if gpu else ''}", flush=True)
-            except RuntimeError as error:                # what torch raises for all that goes wrong
-                print(f"{name:42} failed: {str(error).splitlines()[0][:100]}", flush=True)
-            step = None
-            torch._dynamo.reset()
-            gc.collect()
-            if gpu:
-                torch.cuda.empty_cache()
+        for name in ("MoLE", "diffusers, LoRA"):         # the dense one has no room on most devices
+            told(name + ", recomputing" * recompute + ", compiled" * compiled, train_alone,
+                 name, dtype, rounds, device, cudnn, recompute, compiled)
 
 
 def bench_sample(dtype: torch.dtype, rounds: int) -> None:
@@ -264,7 +259,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-cudnn", action="store_true", help="attention by another than cuDNN, "
+                        "whose backward fails in diffusers on some GPUs")
     args = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(not args.no_cudnn)
     keep_freed_memory()                                  # as train.py does; for all contestants
     torch.set_default_device(args.device)
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -14,18 +14,18 @@ Run: python bench/sampling.py --small --rounds 2         # a try without a GPU, 
      python bench/sampling.py --device cuda              # five minutes, 60 GB of a GPU
 """
 import argparse
-import gc
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import median, timings                       # noqa: E402
+from common import timings, told                         # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids, rope # noqa: E402
 from support import fp8, streaming                       # noqa: E402
 from support.devices import compile_blocks               # noqa: E402
@@ -47,8 +47,9 @@ def inputs(side: int, device: torch.device) -> tuple[Tensor, ...]:
 def ours(way: str, shape: dict, given: tuple, device: torch.device,
          stack: ExitStack) -> Callable[[], Tensor]:
     """A step of this project's transformer; stack: what ends with it."""
-    with torch.device("cpu" if way == "streamed" else device):
+    with torch.device(device):                           # numbers are drawn more quickly there
         model = FluxTransformer(DiTConfig(**shape)).to(torch.bfloat16).eval()
+    model.to("cpu" if way == "streamed" else device)
     if way == "fp8":
         fp8.multiply_in_fp8(model)
     if way in ("compiled", "fp8"):
@@ -61,8 +62,9 @@ def theirs(way: str, shape: dict, given: tuple, device: torch.device) -> Callabl
     """The same of diffusers."""
     from diffusers import FluxTransformer2DModel
     img, txt, pooled, t, guidance, ids = given
-    with torch.device("cpu" if way == "streamed" else device):
+    with torch.device(device):
         model = FluxTransformer2DModel(**shape).to(torch.bfloat16).eval()
+    model.to("cpu" if way == "streamed" else device)
     if way == "compiled":
         model.compile_repeated_blocks()
     if way == "streamed":
@@ -73,22 +75,22 @@ def theirs(way: str, shape: dict, given: tuple, device: torch.device) -> Callabl
                          txt_ids=ids.new_zeros(txt.shape[1], 3), return_dict=False)[0]
 
 
-def measure(name: str, make: Callable[[], Callable[[], Tensor]], rounds: int, gpu: bool) -> None:
-    """Print the least and the median time of a step, and the most memory of the GPU."""
-    try:
-        if gpu:
+def step_alone(whose: str, way: str, small: bool, rounds: int,
+               name: str) -> tuple[list[float], int]:
+    """Seconds of a step on the device of that name, least first; bytes of the GPU at the most."""
+    torch.manual_seed(0)
+    device, shape = torch.device(name), SMALL if small else RELEASED
+    given = inputs(256 if small else 1024, device)
+    with torch.no_grad(), ExitStack() as stack:
+        step = (ours(way, shape, given, device, stack) if whose == "ours" else
+                theirs(way, shape, given, device))
+        if device.type == "cuda":                        # building in fp32 took more
             torch.cuda.reset_peak_memory_stats()
-        found = timings({name: make()}, rounds)[name]
-        most = f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU" if gpu else ""
-        print(f"{name:22} least {found[0]:.4g} s, median {median(found):.4g} s{most}", flush=True)
-    except RuntimeError as error:                        # what torch raises for all that goes wrong
-        print(f"{name:22} failed: {str(error).splitlines()[0][:100]}", flush=True)
-    torch._dynamo.reset()
-    gc.collect()
-    if gpu:
-        torch.cuda.empty_cache()
+        found = timings({way: step}, rounds)[way]
+    return found, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
+@torch.no_grad()
 def errors(shape: dict, device: torch.device) -> None:
     """Print how far products in fp8 take a block's output, relative to what the block adds."""
     tokens, c = 256, DiTConfig(**shape | {"num_layers": 1, "num_single_layers": 1})
@@ -106,9 +108,9 @@ def errors(shape: dict, device: torch.device) -> None:
     fp8.multiply_in_fp8(model)
     found = {"bf16": half, "fp8": added(model, torch.float32)}
     for block, exact in wanted.items():
-        told = [f"{kind} {((outs[block] - exact).norm() / exact.norm()).item():.4f}"
+        each = [f"{kind} {((outs[block] - exact).norm() / exact.norm()).item():.4f}"
                 for kind, outs in found.items()]
-        print(f"error in a {block} block, relative to what it adds: {', '.join(told)}", flush=True)
+        print(f"error in a {block} block, relative to what it adds: {', '.join(each)}", flush=True)
 
 
 def main() -> None:
@@ -118,19 +120,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="three blocks of width 256, 256x256")
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
+    print(f"{args.device}, torch {torch.__version__}")
     torch.manual_seed(0)
-    device, shape = torch.device(args.device), SMALL if args.small else RELEASED
-    gpu, given = device.type == "cuda", inputs(256 if args.small else 1024, device)
-    print(f"{device}, torch {torch.__version__}")
-    with torch.no_grad():
-        errors(shape, device)
-        for way in args.ways:
-            with ExitStack() as stack:
-                measure(f"{way}, ours", lambda: ours(way, shape, given, device, stack),
-                        args.rounds, gpu)
-            if way != "fp8":
-                measure(f"{way}, diffusers", lambda: theirs(way, shape, given, device),
-                        args.rounds, gpu)
+    if "fp8" in args.ways:
+        errors(SMALL if args.small else RELEASED, torch.device(args.device))
+    for way, whose in product(args.ways, ("ours", "diffusers")):
+        if (way, whose) != ("fp8", "diffusers"):         # which has nothing like it
+            told(f"{way}, {whose}", step_alone, whose, way, args.small, args.rounds, args.device)
 
 
 if __name__ == "__main__":

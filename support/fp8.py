@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
 import dit
 
@@ -73,8 +72,8 @@ class Multiplied(Widened):
         ctx.save_for_backward(W, scale)
         ctx.kind = x.dtype
         tokens, token_scale = by_row(x.flatten(0, -2))   # (tokens, in), (tokens, 1)
-        y = F.scaled_mm(tokens, W.T, token_scale, ScalingType.RowWise, scale.view(1, -1),
-                        ScalingType.RowWise, output_dtype=torch.bfloat16, use_fast_accum=True)
+        y = torch._scaled_mm(tokens, W.T, token_scale, scale.view(1, -1),    # F.scaled_mm would
+                             out_dtype=torch.bfloat16, use_fast_accum=True)  # end the graph
         y = y.to(x.dtype) if b is None else y.to(x.dtype) + b                # (tokens, out)
         return y.view(*x.shape[:-1], -1)
 

@@ -184,7 +184,8 @@ def test_checkpointing_leaves_losses_and_gradients_exact():
 # ---------------------------------------------------------------------------------------- --dry-run
 
 def told_by_dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", *arguments])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--device", "cpu", "--dtype",
+                                      "float32", "--dry-run", *arguments])
     train.main()
     found = re.findall(r"^  (.+?) +([\d.]+) GB$", capsys.readouterr().out, re.M)
     return {name: float(value) for name, value in found}
