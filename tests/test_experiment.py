@@ -19,7 +19,7 @@ from support.pictures import load_image
 from tiny import experiment, findings, probe, world
 from tiny.experiment import Piece
 
-PIECE = Piece("table", "token", 0, 2, 1e-3, 1.0, 2, tasks=("canny", "pose"))
+PIECE = Piece("table", "token", 0, 2, 1e-3, 1.0, 2, 4, tasks=("canny", "pose"))
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def test_every_piece_has_a_name_of_its_own(folders):
     assert not list(experiment.pieces("table"))          # the search is not complete
     for piece in search:                                 # the best: the second rate, scale 8
         good = (piece.lr, piece.scale) == (experiment.RATES[1], 8.0)
-        write_json(piece.file, {"piece": vars(piece), "tasks": {
-            task: {"success": 0.5 + 0.1 * good} for task in world.NEW_TASKS}})
+        write_json(piece.file, {"piece": vars(piece), "flow": dict.fromkeys(
+            world.NEW_TASKS, 0.5 - 0.1 * good)})
     found = [piece for stage in experiment.STAGES for piece in experiment.pieces(stage)]
     assert len({piece.name for piece in found}) == len(found)
     rest = found[len(search):]
@@ -62,7 +62,7 @@ def test_every_piece_has_a_name_of_its_own(folders):
     assert {p.seed for p in rest} == set(experiment.SEEDS)
     for p in rest:                                       # its own pictures: the same number
         assert p.stage != "interference" or (
-            abs(p.steps * experiment.BATCH / len(p.tasks) - experiment.OWN_PICTURES) < 24)
+            p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN)
 
 
 # ------------------------------------------------------------------------------------ one piece
@@ -82,20 +82,27 @@ def test_a_piece_is_trained_scored_and_goes_on_where_it_stopped(folders, monkeyp
     assert "finished already" in capsys.readouterr().out     # nor the adapter trained
     found = read_json(alone.file)
     assert found["tasks"]["pose"]["success"] == 1 and found["tasks"]["pose"]["number"] == 2
-    assert found["config"]["routing"] == "token" and found["parameters"] == 1_188_864
+    assert found["config"]["routing"] == "token"
+    assert found["parameters"] == experiment.count(experiment.configuration(alone))
+    assert found["tasks"]["pose"]["right"] == "11" and found["flow"].keys() == {"canny", "pose"}
+    assert {name: len(tenths) for name, tenths in found["losses"].items()} == {
+        "flow": 2, "balance": 2, "orthogonality": 2}
     assert found["begun"].keys() == {"commit", "date", "python", "torch", "machine"}
     experiment.run(replace(alone, number=3))             # another number is scored anew
     assert read_json(alone.file)["tasks"]["pose"]["number"] == 3
 
 
-def test_a_search_s_piece_is_scored_on_what_decides_it(folders, monkeypatch):
-    monkeypatch.setattr(experiment, "fit", lambda *_: (ROOT / "tiny/adapter.safetensors", 1))
-    asked = []
-    monkeypatch.setattr(probe, "scores", lambda pipe, *what: asked.append(what) or {})
+def test_a_search_s_piece_is_measured_by_what_decides_it(folders, monkeypatch):
     piece, *_ = experiment.tried("token")
+    monkeypatch.setattr(experiment, "fit", lambda *_: ROOT / "tiny")
+    monkeypatch.setattr(experiment, "progress", lambda _: {})
+    asked = []
+    monkeypatch.setattr(probe, "flow_losses", lambda pipe, *what: asked.append(what) or {})
     experiment.run(piece)
-    (tasks, number, validation, _), = asked
-    assert (tasks, number, validation) == (world.NEW_TASKS, experiment.SEARCH_NUMBER, True)
+    assert asked == [(experiment.ALL, True)] and "tasks" not in read_json(piece.file)
+    assert piece.there()
+    with pytest.raises(ValueError, match="made with another steps, 500 and not 501; move it away"):
+        replace(piece, steps=501).there()
 
 
 def test_what_is_trained_together_is_drawn_as_often(folders, monkeypatch):
@@ -192,6 +199,7 @@ def watch() -> probe.Watch:
 @pytest.mark.parametrize("tokens", [(), (5,)], ids=["by instruction", "by token"])
 def test_weights_are_changed_in_every_way(watch, tokens):
     torch.manual_seed(0)
+    watch.tasks = 2
     w, wanted = torch.rand(3, *tokens, 4) * (torch.rand(3, *tokens, 4) < 0.5), {}
     mean = torch.tensor([0.1, 0.2, 0.0, 0.5])
     for watch.way in probe.WAYS:
@@ -199,6 +207,7 @@ def test_weights_are_changed_in_every_way(watch, tokens):
         assert wanted[watch.way].shape == w.shape
     assert torch.equal(wanted["as trained"], w) and not wanted["none"].any()
     assert torch.equal(wanted["another's"], w[[2, 0, 1]])
+    assert torch.equal(wanted["its task's"], w[[1, 2, 0]])
     assert torch.equal(wanted["mean"], mean.expand_as(w))
     assert torch.allclose(wanted["even"], torch.full_like(w, 0.2))
     random = wanted["random"]
@@ -262,8 +271,10 @@ def test_decisions_of_an_adapter_whose_experts_do_nothing(trained, monkeypatch, 
     del made[28:]
     monkeypatch.setattr(probe, "success", lambda picture, s: made.append(picture) or True)
     found = probe.decisions(trained, 2, tmp_path)
-    assert tuple(found["success"]) == probe.WAYS and len(made) == 14 * len(probe.WAYS)
-    assert all(tasks.keys() == set(world.NEW_TASKS) for tasks in found["success"].values())
+    assert tuple(found["right"]) == probe.WAYS and len(made) == 14 * len(probe.WAYS)
+    assert all(tasks == dict.fromkeys(tasks, "11") and tasks.keys() == set(world.NEW_TASKS)
+               for tasks in found["right"].values())
+    assert len(set(found["flow"].values())) == 1
     assert all((made[i] == made[i % 14]).all() for i in range(len(made)))
     texts = [s.instruction for batch in probe.mixed_batches(2) for s in batch]
     shares = routing_maps.shares(trained.adapter, *sample.encode_text(trained, texts))
@@ -272,6 +283,11 @@ def test_decisions_of_an_adapter_whose_experts_do_nothing(trained, monkeypatch, 
             routing_maps.distance(p, torch.full_like(p, 1 / 8)), abs=1e-5)
         assert found["mean weights"][name] == pytest.approx((p * kept).mean(0).tolist(), abs=1e-5)
         assert 0 <= found["information"][name] <= 1
+        assert 0 <= found["information of shuffled tasks"][name] <= 1
+        assert np.mean(found["kept"][name], 0) == pytest.approx(
+            kept.float().mean(0).tolist(), abs=1e-4)
+        assert np.mean(found["weights"][name], 0) == pytest.approx(
+            (p * kept).mean(0).tolist(), abs=1e-4)
 
 
 def test_cosines_are_those_of_the_experts(trained, monkeypatch):
@@ -294,14 +310,18 @@ def result(variant: str, seed: int, right: float, **more: object) -> dict:
                     "psnr": 30.0} for task in world.EDITS + world.NEW_TASKS}
     piece = vars(Piece("table", variant, seed, 9, 3e-3, 8.0, 4))
     return {"piece": piece, "parameters": 1234, "tasks": tasks, "training_seconds": 90,
+            "flow": dict.fromkeys(world.NEW_TASKS, right),
             "config": {"balance_weight": 0.1}} | more
 
 
 @pytest.fixture
 def results(folders, monkeypatch):
     monkeypatch.setattr(findings, "RESULTS", experiment.RESULTS)
-    routing = {"success": {way: {"pose": i / 10} for i, way in enumerate(probe.WAYS)},
-               "from even": {"a": 0.1, "b": 0.3}, "information": {"a": 1.0, "b": 0.5}}
+    routing = {"right": {way: {"pose": i * "1" + (10 - i) * "0"}
+                         for i, way in enumerate(probe.WAYS)},
+               "flow": {way: 0.5 + i / 4 for i, way in enumerate(probe.WAYS)},
+               "from even": {"a": 0.1, "b": 0.3}, "information": {"a": 1.0, "b": 0.5},
+               "information of shuffled tasks": {"a": 0.1, "b": 0.1}}
     for seed, right in enumerate((0.25, 0.5, 0.75)):
         for variant in ("token", "InstructMoLE", "no balance loss"):
             more = {"routing": routing, "cosine": 0.125} if variant == "token" else {}
@@ -331,13 +351,18 @@ def test_tables_say_what_the_results_hold(results):
     assert rows(findings.wordings_table())[0] == [       # of 4 pictures one, right, was unseen
         "InstructMoLE", "33.3 (0.0 to 66.7)", "100.0 (100.0 to 100.0)"]
     assert rows(findings.routing_table()) == [
-        ["token", "0.0", "10.0", "20.0", "30.0", "40.0", "50.0", "0.200", "0.750"]]
-    assert rows(findings.cosines_table()) == [["token", "0.1250"]]
+        ["token", *(f"{i}0.0 ({i}0.0 to {i}0.0)".replace("00.0", "0.0") for i in range(7)),
+         "0.200", "0.750, 0.100"]]
+    flow = "0.5000 (0.2500 to 0.7500)"
+    assert rows(findings.flow_table())[1:] == [
+        ["no balance loss", flow, *6 * ["–"]],
+        ["token", flow, "+50.0", "+100.0", "+150.0", "+200.0", "+250.0", "+300.0"]]
+    assert rows(findings.cosines_table()) == [["token", "0.1250 (0.1250 to 0.1250)"]]
     assert [row[:2] for row in rows(findings.balance_table())] == [
         ["0.01", "100.0 (100.0 to 100.0)"], ["0.1", spread]]
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
-    assert len(findings.tables()) == 7
+    assert len(findings.tables()) == 8
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
@@ -351,7 +376,7 @@ def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "search-0.json", searched)
     token = rows(findings.search_table())[list(experiment.VARIANTS).index("token")]
-    assert token == ["token", "–", "–", "50.0", "–", "–", "–"]
+    assert token == ["token", "–", "–", "0.5000", "–", "–", "–"]
     findings.main()                                      # draws what there is
 
 
@@ -382,7 +407,7 @@ def test_the_results_that_are_committed_are_whole():
     for stage in experiment.STAGES:
         found = experiment.found(stage)
         if found:
-            assert all(piece.file.exists() for piece in experiment.pieces(stage))
+            assert all(piece.there() for piece in experiment.pieces(stage))
             assert len({one["begun"]["commit"] for one in found}) == 1
             sizes = [one["parameters"] for one in found]
             assert max(sizes) < 1.05 * min(sizes)

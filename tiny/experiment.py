@@ -4,9 +4,10 @@ A piece is one training and its scores: a file of tiny/results. Pieces that are 
 and one that was interrupted goes on from its last checkpoint, so the experiment may be killed and
 started again; several pieces run side by side, each in a process and a thread of its own.
 
-    search         rate and scale of each variant, on validation scenes, 500 steps
+    search         rate and scale of each variant, 500 steps, by its flow loss on validation scenes
     table          every variant with three seeds, by what the search has found
-    interference   a task alone, with two others, with all: the same number of its own pictures
+    interference   a task alone, with two others, with all: in as many steps, the batches larger,
+                   so that each task draws the same number of its own pictures
     balance        the weight of the balance loss
 
 Run: python -m tiny.experiment                           # all, about a day on two cores
@@ -29,6 +30,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import baselines
@@ -37,7 +39,7 @@ import weights
 from dit import FluxTransformer
 from mole import AdapterConfig
 from sample import load_pipeline
-from support import commands, devices
+from support import commands
 from support.files import config_from, read_json, write_json
 from support.public_sets import PUBLIC
 from support.training_options import train_options
@@ -50,15 +52,16 @@ RESULTS = Path("tiny/results")                           # a JSON file for each 
 WORK = Path("runs/experiment")                           # checkpoints
 STAGES = ("search", "table", "interference", "balance")
 SEEDS = (0, 1, 2)
-BATCH = 24
-STEPS, SEARCH_STEPS = 1500, 500
-NUMBER, SEARCH_NUMBER = 256, 64                          # pictures per task that are scored
-LORA_RANK = 16                                           # beside experts, and so the size of all
-OWN_PICTURES = 6_000                                     # of each task, to measure interference
-RATES, SCALES = (1e-3, 3e-3, 9e-3), (1.0, 8.0)           # what the search tries
+STEPS, SEARCH_STEPS, BATCH = 1500, 500, 24
+TOGETHER_STEPS, OWN = 750, 8                             # interference: of each task in a batch
+NUMBER, FEW = 256, 64                                    # pictures per task that are scored
+RATES, SCALES = (3e-4, 1e-3, 3e-3), (1.0, 8.0)           # what the search tries
 TRIPLES = (("canny", "depth", "pose"), ("fill", "subject", "multi"), ("mixed", "canny", "subject"))
 ALL = BASE_TASKS + NEW_TASKS
-DTYPE = "bfloat16" if devices.FAST_BF16 else "float32"   # of the frozen model; twice as fast
+DTYPE = "bfloat16"                                       # of the frozen model
+# As the embedded adapter, but the rank of the LoRA beside the experts, and so the size of all; and
+# a smaller resampler, which else would have a third of the parameters, where the paper's has 2 %.
+SIZES = {"lora_rank": 16, "lora_alpha": 16, "resampler_width": 32, "resampler_heads": 1}
 
 # How each variant differs from base_config(): --method, then what else. Sizes: see sized().
 VARIANTS = {
@@ -67,6 +70,7 @@ VARIANTS = {
     "no balance loss": ("instructmole", {"balance_weight": 0.0}),
     "pooled text only": ("pooled", {}),
     "plain LoRA": ("lora", {}),
+    "one expert": ("pooled", {"experts": 1, "top_k": 1}),    # a LoRA where the experts are
     "token": ("token", {}),
     "soft": ("soft", {}),
     "Expert Race": ("race", {}),
@@ -82,10 +86,10 @@ class Piece:
     steps: int
     lr: float
     scale: float                                         # alpha / rank, of experts or plain LoRA
-    number: int                                          # pictures per task that are scored
+    number: int = NUMBER                                 # pictures per task that are scored
+    batch: int = BATCH
     tasks: tuple[str, ...] = ALL
     balance_weight: float | None = None                  # None: the variant's
-    validation: bool = False                             # scored on validation scenes
     probed: bool = False                                 # what routing decides is measured too
 
     @property
@@ -102,6 +106,18 @@ class Piece:
     @property
     def file(self) -> Path:
         return RESULTS / f"{self.name}.json"
+
+    def there(self) -> bool:
+        """Whether its file is. Raises: ValueError for one made with other settings."""
+        if not self.file.exists():
+            return False
+        was = read_json(self.file)["piece"]
+        now = json.loads(json.dumps(asdict(self)))
+        other = [name for name in now if was.get(name) != now[name]]
+        if other:
+            raise ValueError(f"{self.file}: made with another {other[0]}, {was.get(other[0])} and "
+                             f"not {now[other[0]]}; move it away")
+        return True
 
 
 # ----------------------------------------------------------------------------- what is compared
@@ -126,9 +142,9 @@ def sized(config: AdapterConfig, parameters: int) -> AdapterConfig:
 
 
 def base_config() -> AdapterConfig:
-    """The embedded adapter's, with a smaller LoRA beside its experts."""
+    """The embedded adapter's, in SIZES."""
     embedded = config_from(AdapterConfig, read_json(MODEL.parent / "adapter.json"), "adapter.json")
-    return replace(embedded, lora_rank=LORA_RANK, lora_alpha=LORA_RANK)
+    return replace(embedded, **SIZES)
 
 
 def configuration(piece: Piece) -> AdapterConfig:
@@ -150,21 +166,21 @@ def found(stage: str) -> list[dict]:
 
 def tried(variant: str) -> list[Piece]:
     """The search's pieces of a variant."""
-    return [Piece("search", variant, 0, SEARCH_STEPS, lr, scale, SEARCH_NUMBER, validation=True)
+    return [Piece("search", variant, 0, SEARCH_STEPS, lr, scale)
             for lr, scale in product(RATES, SCALES)]
 
 
-def new_tasks(result: dict) -> float:
-    """Success on the new tasks, a mean over them."""
-    return sum(result["tasks"][task]["success"] for task in NEW_TASKS) / len(NEW_TASKS)
+def new_loss(result: dict) -> float:
+    """Flow loss on the new tasks, a mean over them; the search's is on validation scenes."""
+    return sum(result["flow"][task] for task in NEW_TASKS) / len(NEW_TASKS)
 
 
 def best(variant: str) -> dict[str, float] | None:
     """Rate and scale of the search's best piece of a variant, once all are there."""
     candidates = tried(variant)
-    if not all(piece.file.exists() for piece in candidates):
+    if not all(piece.there() for piece in candidates):
         return None
-    winner = max(candidates, key=lambda piece: new_tasks(read_json(piece.file)))
+    winner = min(candidates, key=lambda piece: new_loss(read_json(piece.file)))
     return {"lr": winner.lr, "scale": winner.scale}
 
 
@@ -175,13 +191,14 @@ def pieces(stage: str) -> Iterator[Piece]:
         return
     settings = {variant: how for variant in VARIANTS if (how := best(variant))}
     for seed, (variant, how) in product(SEEDS, settings.items()):
-        whole = Piece(stage, variant, seed, STEPS, **how, number=NUMBER)
+        whole = Piece(stage, variant, seed, STEPS, **how,
+                      probed=variant not in ("plain LoRA", "one expert"))
         if stage == "table":
-            yield replace(whole, probed=variant != "plain LoRA")
+            yield whole
         if stage == "interference" and variant in ("InstructMoLE", "plain LoRA"):
             for tasks in (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS):
-                steps = len(tasks) * OWN_PICTURES // BATCH
-                yield replace(whole, steps=steps, tasks=tasks)
+                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
+                              probed=False)
         if stage == "balance" and variant == "InstructMoLE":
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight)
@@ -189,22 +206,35 @@ def pieces(stage: str) -> Iterator[Piece]:
 
 # --------------------------------------------------------------------------------------- one piece
 
-def fit(piece: Piece, device: str = "cpu") -> tuple[Path, float]:
-    """Train a piece's adapter, or go on with it -> its file, seconds of all its steps."""
+def fit(piece: Piece, device: str = "cpu") -> Path:
+    """Train a piece's adapter, or go on with it -> the run's folder.
+
+    As the paper trains: AdamW, a constant rate.
+    """
     out = WORK / piece.name
     method, _ = VARIANTS[piece.variant]
     args = train_options(baselines.METHODS, PUBLIC, [
         "--data", "tiny", "--model", str(MODEL), "--method", method, "--steps", str(piece.steps),
-        "--batch-size", str(BATCH), "--lr", str(piece.lr), "--optimizer", "muon", "--schedule",
-        "cosine", "--shift", "6", "--seed", str(piece.seed), "--save-every", "500", "--device",
-        device, "--dtype", DTYPE, "--out", str(out), "--resume"])
+        "--batch-size", str(piece.batch), "--lr", str(piece.lr), "--shift", str(probe.SHIFT),
+        "--seed", str(piece.seed), "--save-every", "500", "--device", device, "--dtype", DTYPE,
+        "--out", str(out), "--resume"])
     source = TinyWorld(piece.tasks)
     if piece.stage == "interference":                    # every task is as likely as the others
         sizes = [len(group) / len(piece.tasks) for group in source.groups]
         source.chances[:] = sizes
     train.prepare(args, configuration(piece), None, [(source, 1.0)], HeldOut(None))
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return out / "adapter.safetensors", sum(line.get("seconds", 0) for line in lines)
+    return out
+
+
+def progress(out: Path) -> dict[str, object]:
+    """Of a run: seconds of all its steps; its losses, each a mean over every tenth of them."""
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "flow" in step]
+    tenths = np.array_split(np.arange(len(steps)), min(10, len(steps)))
+    return {"training_seconds": round(sum(step["seconds"] for step in steps)),
+            "losses": {name: [round(float(np.mean([steps[i][name] for i in tenth])), 5)
+                              for tenth in tenths]
+                       for name in ("flow", "balance", "orthogonality")}}
 
 
 def about(device: str = "cpu") -> dict[str, str]:
@@ -226,18 +256,18 @@ def run(piece: Piece, device: str = "cpu") -> None:
     if not begun.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_json(begun, about(device))
-    adapter, seconds = fit(piece, device)
-    began = time.time()
-    pipe = load_pipeline(MODEL, adapter, device, DTYPE)
-    tasks = NEW_TASKS if piece.stage == "search" else piece.tasks
+    out, began = fit(piece, device), time.time()
+    pipe = load_pipeline(MODEL, out / "adapter.safetensors", device, DTYPE)
     result = {"piece": asdict(piece), "config": asdict(pipe.adapter.config),
               "parameters": sum(t.numel() for t in pipe.adapter.tensors().values()),
-              "tasks": probe.scores(pipe, tasks, piece.number, piece.validation, work)}
+              "flow": probe.flow_losses(pipe, piece.tasks, piece.stage == "search")}
+    if piece.stage != "search":
+        result["tasks"] = probe.scores(pipe, piece.tasks, piece.number, work)
     if piece.probed:
-        result["routing"] = probe.decisions(pipe, SEARCH_NUMBER, work)
+        result["routing"] = probe.decisions(pipe, FEW, work)
         result["cosine"] = probe.cosine(pipe)
-    write_json(piece.file, result | {
-        "training_seconds": round(seconds), "scoring_seconds": round(time.time() - began),
+    write_json(piece.file, result | progress(out) | {
+        "scoring_seconds": round(time.time() - began),
         "command": f"python -m tiny.experiment --piece {piece.name}",
         "begun": read_json(begun), "ended": about(device)})
 
@@ -316,7 +346,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, crew.stop)
     for stage in args.stages or STAGES:
-        todo = [piece for piece in pieces(stage) if not piece.file.exists()]
+        todo = [piece for piece in pieces(stage) if not piece.there()]
         waiting = sum(best(variant) is None for variant in VARIANTS) if stage != "search" else 0
         print(f"{stage}: {len(found(stage))} pieces are there, {len(todo)} to do"
               + f"; {waiting} variants wait for their search" * bool(waiting))

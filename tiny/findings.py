@@ -13,7 +13,7 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import probe
-from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found
+from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found, new_loss
 from tiny.world import EDITS, NEW_TASKS
 
 
@@ -32,10 +32,11 @@ def success(result: dict, tasks: Iterable[str], key: str = "success") -> float:
     return 100 * float(np.mean([result["tasks"][task][key] for task in tasks]))
 
 
-def over_seeds(results: list[dict], value: Callable[[dict], float]) -> str:
+def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int = 1) -> str:
     """The mean of the seeds' values and the least and greatest of them."""
     values = [value(result) for result in results]
-    return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    mean, least, most = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    return f"{mean} ({least} to {most})"
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -71,24 +72,41 @@ def wordings_table() -> str:
         for name, results in by_variant("table").items()))
 
 
+def share(marks: dict[str, str]) -> float:
+    """Of pictures that are right, a mean over the tasks, in percent; marks: probe.marks()."""
+    return 100 * float(np.mean([mark.count("1") / len(mark) for mark in marks.values()]))
+
+
 def routing_table() -> str:
     """What becomes of success on the new tasks when the routing is changed at test time."""
     rows = []
     for name, results in by_variant("table").items():
         routed = [r["routing"] for r in results if "routing" in r]
         if routed:
-            changed = [f"{100 * np.mean([list(r['success'][way].values()) for r in routed]):.1f}"
+            changed = [over_seeds(routed, lambda r, way=way: share(r["right"][way]))
                        for way in probe.WAYS]
-            even, told = (f"{np.mean([list(r[key].values()) for r in routed]):.3f}"
-                          for key in ("from even", "information"))
-            rows.append([name, *changed, even, HOLE if name == "soft" else told])
+            even, told, chance = (
+                f"{np.mean([list(r[key].values()) for r in routed]):.3f}"
+                for key in ("from even", "information", "information of shuffled tasks"))
+            rows.append([name, *changed, even, HOLE if name == "soft" else f"{told}, {chance}"])
     return markdown(["variant", *(f"{way}, %" for way in probe.WAYS), "shares from even",
-                     "bits that an expert's being kept tells of the task"], rows)
+                     "bits that an expert's being kept tells of the task, of shuffled tasks"], rows)
+
+
+def flow_table() -> str:
+    """Flow loss on test scenes of the new tasks, and how much more it is when routed otherwise."""
+    rows = []
+    for name, results in by_variant("table").items():
+        routed = [r["routing"]["flow"] for r in results if "routing" in r]
+        more = [f"{np.mean([100 * (r[way] / r[probe.WAYS[0]] - 1) for r in routed]):+.1f}"
+                if routed else HOLE for way in probe.WAYS[1:]]
+        rows.append([name, over_seeds(results, new_loss, 4), *more])
+    return markdown(["variant", "flow loss", *(f"{way}, %" for way in probe.WAYS[1:])], rows)
 
 
 def cosines_table() -> str:
     return markdown(["variant", "mean abs. cosine of two experts' outputs"], (
-        [name, f"{np.mean([r['cosine'] for r in results]):.4f}"]
+        [name, over_seeds(results, lambda r: r["cosine"], 4)]
         for name, results in by_variant("table").items() if "cosine" in results[0]))
 
 
@@ -104,9 +122,9 @@ def balance_table() -> str:
 
 
 def search_table() -> str:
-    """Success of the search's pieces on the validation scenes of the new tasks, in percent."""
+    """Flow loss of the search's pieces on validation scenes, a mean over the new tasks."""
     values = {(r["piece"]["variant"], r["piece"]["lr"], r["piece"]["scale"]):
-              f"{success(r, NEW_TASKS):.1f}" for r in found("search")}
+              f"{new_loss(r):.4f}" for r in found("search")}
     settings = list(product(RATES, SCALES))
     return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in settings)], (
         [name, *(values.get((name, *setting), HOLE) for setting in settings)]
@@ -140,8 +158,8 @@ def interference_table() -> str:
 
 
 TABLES = {"search": (search_table,), "interference": (interference_table,),
-          "table": (variants_table, tasks_table, wordings_table, routing_table, cosines_table,
-                    balance_table)}
+          "table": (variants_table, tasks_table, wordings_table, flow_table, routing_table,
+                    cosines_table, balance_table)}
 
 
 def tables() -> list[str]:

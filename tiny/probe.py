@@ -1,6 +1,6 @@
 """What a tiny adapter can do, and what its routing decides.
 
-tiny/experiment.py asks for scores(), decisions() and cosine() of every adapter that it trains.
+tiny/experiment.py asks for flow_losses(), scores(), decisions() and cosine() of what it trains.
 
 Key: B pictures of a batch; N tokens; E experts; p shares before the top k; w weights after it.
 """
@@ -16,16 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import dit
+from data import stack
 from evaluate import make_pictures, success
 from mole import MoLELinear, Routing
-from sample import Pipeline
+from sample import Pipeline, condition, encode_picture
 from support import routing_maps
 from support.files import read_json, write_json
+from support.pictures import to_tensor
 from support.scores import psnr
 from tiny import world
-from train import flow_loss
+from train import matching_loss
 
 STEPS, GUIDANCE = 12, 2.5
+SHIFT = 6.0                                              # of the times t in training
+TIMES = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (0.1, 0.3, 0.5, 0.7, 0.9)]   # 0.4 to 0.98
 TOGETHER = (("canny", "depth", "pose", "fill", "subject"), ("multi", "mixed"))   # as many pictures
 SLOT = {"a": r"[a-z]+ [a-z]+", "colour": "[a-z]+", "shape": "[a-z]+", "place": "[a-z ]+",
         "place2": "[a-z ]+", "scene": ".+", "things": ".+", "first": "first|second",
@@ -59,44 +64,72 @@ def unseen(task: str, text: str) -> bool:
     return False
 
 
-def scores(pipe: Pipeline, tasks: tuple[str, ...], number: int, validation: bool,
-           work: Path) -> dict[str, dict]:
-    """Success and PSNR of each task, overall and by wording; tasks scored before are in `work`."""
-    file = work / f"scores-{number}-{'validation' if validation else 'test'}.json"
+def marks(each: list[bool]) -> str:
+    """A digit for each picture, in the order of scenes(): as all adapters are scored on the same
+    ones, two can be compared picture by picture."""
+    return "".join(str(int(one)) for one in each)
+
+
+def scores(pipe: Pipeline, tasks: tuple[str, ...], number: int, work: Path) -> dict[str, dict]:
+    """Success and PSNR on each task's test scenes; tasks that were scored before are in `work`."""
+    file = work / f"scores-{number}.json"
     done = read_json(file) if file.is_file() else {}
     for task in tasks:
         if task in done:
             continue
-        samples = scenes(task, number, validation)
+        samples = scenes(task, number, False)
         pictures = make_pictures(pipe, samples, STEPS, GUIDANCE)
         right = [success(picture, s) for picture, s in zip(pictures, samples)]
-        new = [ok for ok, s in zip(right, samples) if unseen(task, s.instruction)]
+        new = [unseen(task, s.instruction) for s in samples]
+        known = [ok for ok, other in zip(right, new) if other]
         done[task] = {
-            "number": number, "success": float(np.mean(right)), "unseen": len(new),
-            "success_unseen": float(np.mean(new)) if new else None,
+            "number": number, "success": float(np.mean(right)), "right": marks(right),
+            "unseen": len(known), "success_unseen": float(np.mean(known)) if known else None,
+            "unseen wording": marks(new),
             "psnr": float(np.mean([psnr(p, s.target) for p, s in zip(pictures, samples)]))}
         write_json(file, done)
     return done
 
 
+@torch.no_grad()
+def flow(pipe: Pipeline, samples: list, first: int = 0) -> float:
+    """Flow loss of samples of one kind, a mean over TIMES; number i has the noise of first + i."""
+    given = condition(pipe, [s.instruction for s in samples], stack(s.images for s in samples),
+                      stack(s.conds for s in samples))
+    latents = pipe.vae.latents(*encode_picture(pipe, to_tensor([s.target for s in samples])))
+    x0 = dit.pack(latents.float())                       # (B, I, P)
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(i))
+                         for i in range(first, first + len(samples))]).to(x0)
+    return float(np.mean([
+        matching_loss(pipe, given, x0, noise, x0.new_full((len(x0),), t), latents.shape[-2:],
+                      recompute=False)["flow"].item() for t in TIMES]))
+
+
+def flow_losses(pipe: Pipeline, tasks: tuple[str, ...], validation: bool) -> dict[str, float]:
+    """Flow loss on 64 held-out scenes of each task."""
+    return {task: round(flow(pipe, scenes(task, 64, validation)), 5) for task in tasks}
+
+
 # --------------------------------------------------------------------------- what routing decides
 
 # What becomes of the weights w (B, ..., E) at test time. another's: those of the picture before it,
-# which is of another task, at the same token; mean: the layer's mean over all pictures and tokens,
-# so that nothing is decided any more; even: that, shared evenly by all experts; random: a picture's
-# own, on other experts, the same ones in all steps; none: no expert serves.
-WAYS = ("as trained", "another's", "mean", "even", "random", "none")
+# which is of another task, at the same token; its task's: those of another picture of its task;
+# mean: the layer's mean over all pictures and tokens, so that nothing is decided any more; even:
+# that, shared evenly by all experts; random: a picture's own, on other experts, the same ones in
+# all steps; none: no expert serves.
+WAYS = ("as trained", "another's", "its task's", "mean", "even", "random", "none")
 
 
 class Watch:
     """Sees what the routers of a pass decide, and may decide otherwise.
 
-    first: the number of a batch's first picture; mean: w of each layer, (E,), over all pictures,
-    once they were seen as trained.
+    first: the number of a batch's first picture; tasks: how many take turns in the batch; mean: w
+    of each layer, (E,), over all pictures, once they were seen as trained.
     """
 
     def __init__(self, pictures: int, mean: dict[str, Tensor] | None = None):
-        self.way, self.first, self.pictures, self.mean = WAYS[0], 0, pictures, mean or {}
+        self.way, self.first, self.tasks = WAYS[0], 0, 1
+        self.pictures, self.mean = pictures, mean or {}
         self.seen: dict[str, Tensor] = {}                # of a layer: w, kept, distance, calls
         self.orders: dict[str, Tensor] = {}              # of a layer: random experts, by picture
 
@@ -104,6 +137,8 @@ class Watch:
         """w (B, ..., E) in this way."""
         if self.way == "another's":
             return w.roll(1, 0)
+        if self.way == "its task's":
+            return w.roll(self.tasks, 0)
         if self.way == "none":
             return torch.zeros_like(w)
         if self.way == "random":
@@ -185,50 +220,67 @@ def mixed_batches(number: int) -> list[list]:
     return batches
 
 
-def right_by_task(pipe: Pipeline, watch: Watch, batches: list[list]) -> dict[str, float]:
-    """Success on each task, routed in the watch's way."""
+def routed(pipe: Pipeline, watch: Watch, batches: list[list]) -> tuple[dict[str, str], float]:
+    """Which pictures of each task are right, routed in the watch's way; the flow loss of all."""
     right: dict[str, list[bool]] = {}
-    watch.first = 0
+    losses, watch.first = [], 0
     for batch in batches:
+        watch.tasks = len({s.task for s in batch})
         with watched(pipe, watch):
             made = make_pictures(pipe, batch, STEPS, GUIDANCE, watch.first, len(batch))
-        for picture, s in zip(made, batch):
-            right.setdefault(s.task, []).append(success(picture, s))
+            for picture, s in zip(made, batch):
+                right.setdefault(s.task, []).append(success(picture, s))
+            losses += len(batch) * [flow(pipe, batch, watch.first)]
         watch.first += len(batch)
-    return {task: float(np.mean(ok)) for task, ok in right.items()}
+    return {task: marks(ok) for task, ok in right.items()}, round(float(np.mean(losses)), 5)
 
 
 def decisions(pipe: Pipeline, number: int, work: Path) -> dict[str, dict]:
-    """Success on the new tasks in each of WAYS, and measures of the routing by layer.
+    """What becomes of the new tasks in each of WAYS, and measures of the routing by layer.
 
-    Pictures a task: number. What was found before is in `work`.
+    right: marks(), by way and task, of so many pictures a task; flow: by way; weights and kept: a
+    mean for each task and expert; from even, information: see Watch.of() and information(), and
+    that of shuffled tasks. What was found before is in `work`.
     """
     file, batches = work / f"decisions-{number}.json", mixed_batches(number)
-    found = read_json(file) if file.is_file() else {"success": {}}
+    found = read_json(file) if file.is_file() else {"right": {}, "flow": {}}
     watch = Watch(sum(map(len, batches)),
                   {name: torch.tensor(w) for name, w in found.get("mean weights", {}).items()})
-    tasks = [s.task for batch in batches for s in batch]
     for watch.way in WAYS:
-        if watch.way in found["success"]:
+        if watch.way in found["right"]:
             continue
-        found["success"][watch.way] = right_by_task(pipe, watch, batches)
+        found["right"][watch.way], found["flow"][watch.way] = routed(pipe, watch, batches)
         if watch.way == WAYS[0]:
             layers = {name: watch.of(name) for name in watch.seen}
             watch.mean = {name: w.mean(0) for name, (w, _, _) in layers.items()}
-            found["mean weights"] = {name: w.tolist() for name, w in watch.mean.items()}
-            found["from even"] = {name: far.mean().item() for name, (_, _, far) in layers.items()}
-            found["information"] = {name: information(torch.stack([
-                kept[torch.tensor([t == task for t in tasks])].mean(0)
-                for task in dict.fromkeys(tasks)])) for name, (_, kept, _) in layers.items()}
+            found |= {"mean weights": {name: w.tolist() for name, w in watch.mean.items()},
+                      "from even": {name: far.mean().item() for name, (_, _, far) in layers.items()}
+                      } | by_task(layers, [s.task for batch in batches for s in batch])
         write_json(file, found)
     return found
+
+
+def by_task(layers: dict[str, tuple[Tensor, Tensor, Tensor]], tasks: list[str]) -> dict[str, dict]:
+    """Means of w and kept for each task, and what being kept tells of it; layers: Watch.of()."""
+    def means(values: Tensor, order: list[str]) -> Tensor:                   # (tasks, E)
+        return torch.stack([values[torch.tensor([other == task for other in order])].mean(0)
+                            for task in dict.fromkeys(tasks)])
+    shuffled = list(np.random.default_rng(0).permutation(tasks))
+    return {"weights": {name: means(w, tasks).round(decimals=4).tolist()
+                        for name, (w, _, _) in layers.items()},
+            "kept": {name: means(kept, tasks).round(decimals=4).tolist()
+                     for name, (_, kept, _) in layers.items()},
+            "information": {name: information(means(kept, tasks))
+                            for name, (_, kept, _) in layers.items()},
+            "information of shuffled tasks": {name: information(means(kept, shuffled))
+                                              for name, (_, kept, _) in layers.items()}}
 
 
 def cosine(pipe: Pipeline, number: int = 4) -> float:
     """Mean |cosine| of the outputs of two different experts, on so many scenes of each new task."""
     each = []
     for task in world.NEW_TASKS:
-        for seed, s in enumerate(scenes(task, number, True)):
-            alike = routing_maps.expert_similarity(pipe.adapter, lambda: flow_loss(pipe, [s], seed))
-            each.append(alike.fill_diagonal_(torch.nan).nanmean().item())
+        alike = routing_maps.expert_similarity(
+            pipe.adapter, lambda: flow(pipe, scenes(task, number, True)))
+        each.append(alike.fill_diagonal_(torch.nan).nanmean().item())
     return float(np.mean(each))
