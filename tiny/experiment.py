@@ -135,7 +135,12 @@ def count(config: AdapterConfig) -> int:
 
 
 def sized(config: AdapterConfig, parameters: int) -> AdapterConfig:
-    """The same with the rank of its experts, or of the plain LoRA, that comes nearest to a size."""
+    """The same, or if it is not within 5 % of a size, with the rank that comes nearest to it.
+
+    The rank is that of its experts, or of the plain LoRA.
+    """
+    if abs(count(config) / parameters - 1) < 0.05:
+        return config
     name = "rank" if config.mole_targets else "lora_rank"
     one, two = (count(replace(config, **{name: rank})) for rank in (1, 2))
     return replace(config, **{name: max(1, 1 + round((parameters - one) / (two - one)))})
