@@ -8,7 +8,7 @@ import torch
 
 from data import Sample
 from helpers import MODEL
-from sample import condition, generate, load_pipeline, seeded_noise
+from sample import condition, encode_text, generate, load_pipeline, seeded_noise
 from text_encoder import T5Tokenizer
 from tiny import pretrain, world
 from tiny.world import BASE_TASKS, BIG, EDITS, NEW_TASKS, SMALL, Scene, Thing
@@ -171,3 +171,26 @@ def test_every_wording_is_read_to_its_end():
             text = wording.format(**slots, scene=f"{one} and {one} on a {colour} background") + "."
             for said in (text, text[0].upper() + text[1:]):
                 assert not tokens.cuts(said.replace("a orange", "an orange")), (task, said)
+
+
+@pytest.mark.parametrize("task", ["canny", "depth"])
+def test_what_t5_says_of_a_shape_tells_its_colour(task):
+    """Without places named, too: else no adapter could learn which of a map's shapes has which.
+
+    Read linearly from the shape's own token, by least squares on most texts, told of the others.
+    """
+    pipe, tokens = load_pipeline(MODEL, None, "cpu", "float32"), T5Tokenizer(MODEL / "tokenizer_2")
+    pairs = [s for s in draws(task, 1000, False) if len(s.scene.things) == 2][:400]
+    with torch.no_grad():
+        txt, _ = encode_text(pipe, [s.instruction for s in pairs])           # (texts, T, D)
+    said, wanted = [], []
+    for vectors, s in zip(txt, pairs):
+        pieces = [piece.strip("▁").lower() for piece in tokens.model.encode(s.instruction).tokens]
+        for thing in s.scene.things:
+            said.append(vectors[pieces.index(thing.shape)])
+            wanted.append(list(world.COLOURS).index(thing.colour))
+    said, wanted, fit = torch.stack(said).double(), torch.tensor(wanted), 600
+    said = torch.cat([said, torch.ones(len(said), 1)], 1)
+    one_hot = torch.nn.functional.one_hot(wanted, len(world.COLOURS)).double()
+    told = said[fit:] @ torch.linalg.lstsq(said[:fit], one_hot[:fit]).solution
+    assert (told.argmax(1) == wanted[fit:]).double().mean() > 0.95
