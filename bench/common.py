@@ -49,6 +49,15 @@ def timings(contestants: dict[str, Callable[[], object]], rounds: int,
     return {name: sorted(found[1:]) for name, found in times.items()}
 
 
+def measured(step: Callable[[], object], rounds: int) -> tuple[list[float], int]:
+    """Seconds of a step, least first; bytes of the GPU at the most, once it was built."""
+    gpu = torch.cuda.is_available()
+    if gpu:                                              # building in fp32 took more
+        torch.cuda.reset_peak_memory_stats()
+    found = timings({"it": step}, rounds)["it"]
+    return found, torch.cuda.max_memory_allocated() if gpu else 0
+
+
 def median(seconds: list[float]) -> float:
     """Of times in order, as timings() gives them."""
     return seconds[len(seconds) // 2]

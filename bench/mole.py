@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import in_turns, timings, told               # noqa: E402
+from common import in_turns, measured, told              # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids # noqa: E402
 from mole import (Adapter, AdapterConfig, MoLELinear, Routing, balance_loss, # noqa: E402
                   route)
@@ -213,10 +213,7 @@ def train_alone(name: str, dtype: torch.dtype, rounds: int, device: str, cudnn: 
     torch.set_default_device(device)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     step = trainers(RELEASED, dtype, inputs(dtype, 64, 64), recompute, compiled)[name]()
-    if torch.cuda.is_available():                        # building in fp32 took more
-        torch.cuda.reset_peak_memory_stats()
-    found = timings({name: step}, rounds)[name]
-    return found, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return measured(step, rounds)
 
 
 def bench_train(dtype: torch.dtype, rounds: int) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import timings, told                         # noqa: E402
+from common import measured, told                        # noqa: E402
 from dit import DiTConfig, FluxTransformer, position_ids, rope # noqa: E402
 from support import fp8, streaming                       # noqa: E402
 from support.devices import compile_blocks               # noqa: E402
@@ -84,10 +84,7 @@ def step_alone(whose: str, way: str, small: bool, rounds: int,
     with torch.no_grad(), ExitStack() as stack:
         step = (ours(way, shape, given, device, stack) if whose == "ours" else
                 theirs(way, shape, given, device))
-        if device.type == "cuda":                        # building in fp32 took more
-            torch.cuda.reset_peak_memory_stats()
-        found = timings({way: step}, rounds)[way]
-    return found, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        return measured(step, rounds)
 
 
 @torch.no_grad()
