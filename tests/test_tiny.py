@@ -174,10 +174,10 @@ def test_every_wording_is_read_to_its_end():
 
 
 @pytest.mark.parametrize("task", ["canny", "depth"])
-def test_what_t5_says_of_a_shape_tells_its_colour(task):
+def test_what_t5_says_of_a_colour_tells_its_shape(task):
     """Without places named, too: else no adapter could learn which of a map's shapes has which.
 
-    Read linearly from the shape's own token, by least squares on most texts, told of the others.
+    Read linearly from the colour's own token, by least squares on most texts, told of the others.
     """
     pipe, tokens = load_pipeline(MODEL, None, "cpu", "float32"), T5Tokenizer(MODEL / "tokenizer_2")
     pairs = [s for s in draws(task, 1000, False) if len(s.scene.things) == 2][:400]
@@ -186,11 +186,11 @@ def test_what_t5_says_of_a_shape_tells_its_colour(task):
     said, wanted = [], []
     for vectors, s in zip(txt, pairs):
         pieces = [piece.strip("▁").lower() for piece in tokens.model.encode(s.instruction).tokens]
-        for thing in s.scene.things:
-            said.append(vectors[pieces.index(thing.shape)])
-            wanted.append(list(world.COLOURS).index(thing.colour))
+        for thing in s.scene.things:                     # a shape's colour stands before it
+            said.append(vectors[pieces.index(thing.shape) - 1])
+            wanted.append(list(world.SHAPES).index(thing.shape))
     said, wanted, fit = torch.stack(said).double(), torch.tensor(wanted), 600
     said = torch.cat([said, torch.ones(len(said), 1)], 1)
-    one_hot = torch.nn.functional.one_hot(wanted, len(world.COLOURS)).double()
+    one_hot = torch.nn.functional.one_hot(wanted, len(world.SHAPES)).double()
     told = said[fit:] @ torch.linalg.lstsq(said[:fit], one_hot[:fit]).solution
     assert (told.argmax(1) == wanted[fit:]).double().mean() > 0.95
