@@ -306,8 +306,9 @@ def test_cosines_are_those_of_the_experts(trained, monkeypatch):
 
 def result(variant: str, seed: int, right: float, **more: object) -> dict:
     """As experiment.run() writes it: success `right` of 4 pictures a task, one wording unseen."""
-    tasks = {task: {"number": 4, "success": right, "unseen": 1, "success_unseen": 1.0,
-                    "psnr": 30.0} for task in world.EDITS + world.NEW_TASKS}
+    marks = probe.marks([i < 4 * right for i in range(4)])
+    tasks = {task: {"number": 4, "success": right, "right": marks, "unseen": 1,
+                    "success_unseen": 1.0, "psnr": 30.0} for task in world.EDITS + world.NEW_TASKS}
     piece = vars(Piece("table", variant, seed, 9, 3e-3, 8.0, 4))
     return {"piece": piece, "parameters": 1234, "tasks": tasks, "training_seconds": 90,
             "flow": dict.fromkeys(world.NEW_TASKS, right),
@@ -321,7 +322,8 @@ def results(folders, monkeypatch):
                          for i, way in enumerate(probe.WAYS)},
                "flow": {way: 0.5 + i / 4 for i, way in enumerate(probe.WAYS)},
                "from even": {"a": 0.1, "b": 0.3}, "information": {"a": 1.0, "b": 0.5},
-               "information of shuffled tasks": {"a": 0.1, "b": 0.1}}
+               "information of shuffled tasks": {"a": 0.1, "b": 0.1},
+               "kept": dict.fromkeys("ab", np.eye(7, 8).tolist())}
     for seed, right in enumerate((0.25, 0.5, 0.75)):
         for variant in ("token", "InstructMoLE", "no balance loss"):
             more = {"routing": routing, "cosine": 0.125} if variant == "token" else {}
@@ -362,7 +364,26 @@ def test_tables_say_what_the_results_hold(results):
         ["0.01", "100.0 (100.0 to 100.0)"], ["0.1", spread]]
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
-    assert len(findings.tables()) == 8
+    assert len(findings.tables()) == 9
+
+
+def test_a_lead_is_paired_by_seed_and_picture(results):
+    """The same by picture: no doubt is left. One picture in four lost by each seed: the pictures'."""
+    ours = findings.by_variant("table")["InstructMoLE"]
+    assert findings.lead(ours, ours[::-1], world.NEW_TASKS) == "+0.0 (+0.0 to +0.0)"
+    worse = [result("token", seed, right - 0.25) for seed, right in enumerate((0.25, 0.5, 0.75))]
+    lost = 100 * np.eye(3, 4)                            # seed i loses picture i of each task
+    half = 1.96 * np.tile(lost.mean(0), 7).std(ddof=1) / np.sqrt(28)
+    assert findings.lead(ours, worse, world.NEW_TASKS) == (
+        f"+25.0 ({25 - half:+.1f} to {25 + half:+.1f})")
+    even = [result("token", seed, 0.25) for seed in range(3)]                # lost: 0, 25, 50 %
+    lost = np.tile([[0, 0, 0, 0], [0, 100, 0, 0], [0, 100, 100, 0]], 7)
+    half = np.hypot(4.30 * 25 / np.sqrt(3), 1.96 * lost.mean(0).std(ddof=1) / np.sqrt(28))
+    assert findings.lead(ours, even, world.NEW_TASKS) == (
+        f"+25.0 ({25 - half:+.1f} to {25 + half:+.1f})")
+    assert findings.lead(ours[:1], worse, world.NEW_TASKS) == "–"
+    assert rows(findings.leads_table()) == [[name, *2 * ["+0.0 (+0.0 to +0.0)"]]
+                                            for name in ("no balance loss", "token")]
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
@@ -391,7 +412,7 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
     findings.main()
     out = capsys.readouterr().out
     assert all(table in out for table in findings.tables())
-    for name in ("variants", "interference"):
+    for name in ("variants", "tasks", "routing", "cosines", "interference"):
         assert len(np.unique(load_image(experiment.RESULTS / f"{name}.png"))) > 10
 
 

@@ -16,6 +16,8 @@ from tiny import probe
 from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found, new_loss
 from tiny.world import EDITS, NEW_TASKS
 
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}     # 97.5 % of Student's t, by number of seeds
+
 
 # ----------------------------------------------------------------------------------------- numbers
 
@@ -39,6 +41,26 @@ def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int 
     return f"{mean} ({least} to {most})"
 
 
+def lead(ours: list[dict], theirs: list[dict], tasks: Iterable[str]) -> str:
+    """By how many points ours is right more often, and the 95 % interval of that.
+
+    Seed by seed and picture by picture, as both were scored on the same ones. The interval adds,
+    as squares, what the seeds' means leave open, by Student's t, and what the pictures' do.
+    """
+    def right(result: dict) -> np.ndarray:               # (pictures,) 0 or 100
+        return 100 * np.array([int(mark) for task in tasks
+                               for mark in result["tasks"][task]["right"]])
+    by_seed = {result["piece"]["seed"]: result for result in theirs}
+    more = np.array([right(result) - right(by_seed[result["piece"]["seed"]]) for result in ours
+                     if result["piece"]["seed"] in by_seed])                 # (seeds, pictures)
+    if len(more) < 2:
+        return HOLE
+    seeds, pictures = (more.mean(axis).std(ddof=1) / np.sqrt(more.shape[1 - axis])
+                       for axis in (1, 0))
+    half = np.hypot(T95[len(more)] * seeds, 1.96 * pictures)
+    return f"{more.mean():+.1f} ({more.mean() - half:+.1f} to {more.mean() + half:+.1f})"
+
+
 # ------------------------------------------------------------------------------------------ tables
 
 def variants_table() -> str:
@@ -50,6 +72,15 @@ def variants_table() -> str:
           over_seeds(results, lambda r: success(r, EDITS)),
           f"{np.mean([r['training_seconds'] for r in results]) / 60:.0f}"]
          for name, results in by_variant("table").items()))
+
+
+def leads_table() -> str:
+    """InstructMoLE against each other variant, see lead()."""
+    table = by_variant("table")
+    ours = table.pop("InstructMoLE", [])
+    return markdown(["InstructMoLE's lead over", "new tasks, points", "edits, points"], (
+        [name, *(lead(ours, results, tasks) for tasks in (NEW_TASKS, EDITS))]
+        for name, results in table.items()))
 
 
 def tasks_table() -> str:
@@ -158,8 +189,8 @@ def interference_table() -> str:
 
 
 TABLES = {"search": (search_table,), "interference": (interference_table,),
-          "table": (variants_table, tasks_table, wordings_table, flow_table, routing_table,
-                    cosines_table, balance_table)}
+          "table": (variants_table, leads_table, tasks_table, wordings_table, flow_table,
+                    routing_table, cosines_table, balance_table)}
 
 
 def tables() -> list[str]:
@@ -200,8 +231,69 @@ def draw_interference() -> np.ndarray:
     return report.pixels(figure)
 
 
-FIGURES = {"table": ("variants", draw_variants),
-           "interference": ("interference", draw_interference)}
+def draw_tasks() -> np.ndarray:
+    """Success by variant and task, a mean over the seeds, in percent."""
+    from matplotlib.figure import Figure
+    table, tasks = by_variant("table"), [*EDITS, *NEW_TASKS]
+    values = [[np.mean([success(result, [task]) for result in results]) for task in tasks]
+              for results in table.values()]
+    figure = Figure((9, 4), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        panel.text(column, row, f"{value:.0f}", ha="center", va="center",
+                   color="black" if value > 60 else "white")
+    panel.set_xticks(range(len(tasks)), tasks, rotation=45)
+    panel.set_yticks(range(len(table)), table)
+    panel.set(title="success, %")
+    return report.pixels(figure)
+
+
+def draw_routing() -> np.ndarray:
+    """What an expert's being kept tells of the task, by layer; which are kept, where it tells most.
+
+    Left: each variant in its first seed, and its shuffled tasks, dotted. Right: InstructMoLE.
+    """
+    from matplotlib.figure import Figure
+    routed = {name: results[0]["routing"] for name, results in by_variant("table").items()
+              if "routing" in results[0] and name != "soft"}                 # that keeps them all
+    figure = Figure((9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, routing in routed.items():
+        line, = left.plot(list(routing["information"].values()), label=name)
+        left.plot(list(routing["information of shuffled tasks"].values()), ":",
+                  color=line.get_color())
+    left.set(title="bits that an expert's being kept tells of the task", xlabel="layer", ylim=0)
+    left.legend(fontsize=7)
+    name = "InstructMoLE" if "InstructMoLE" in routed else next(iter(routed))
+    told = routed[name]["information"]
+    layer = max(told, key=told.get)
+    image = right.imshow(routed[name]["kept"][layer], vmin=0, vmax=1, cmap="viridis")
+    right.set_yticks(range(len(NEW_TASKS)), NEW_TASKS)
+    right.set(xlabel="expert")
+    right.set_title(f"{name}: share of pictures that keep it\nin {layer}", fontsize=9)
+    figure.colorbar(image)
+    return report.pixels(figure)
+
+
+def draw_cosines() -> np.ndarray:
+    """Mean |cosine| of two experts' outputs, a dot for each seed."""
+    from matplotlib.figure import Figure
+    table = {name: [result["cosine"] for result in results]
+             for name, results in by_variant("table").items() if "cosine" in results[0]}
+    figure = Figure((6, 3), layout="constrained")
+    panel = figure.subplots()
+    for row, values in enumerate(table.values()):
+        panel.plot(values, [row] * len(values), "o", alpha=0.5)
+    panel.set(title="mean |cosine| of two experts' outputs", xlim=0)
+    panel.set_yticks(range(len(table)), table)
+    panel.invert_yaxis()
+    return report.pixels(figure)
+
+
+FIGURES = {"variants": ("table", draw_variants), "tasks": ("table", draw_tasks),
+           "routing": ("table", draw_routing), "cosines": ("table", draw_cosines),
+           "interference": ("interference", draw_interference)}       # name: stage, by what
 
 
 def main() -> None:
@@ -210,7 +302,7 @@ def main() -> None:
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
     print("\n\n".join(tables()))
     report.tell_missing()
-    for stage, (name, draw) in FIGURES.items():
+    for name, (stage, draw) in FIGURES.items():
         if found(stage) and report.can_draw():
             save_picture(draw(), RESULTS / f"{name}.png")
             print(f"{RESULTS / name}.png")
