@@ -35,7 +35,7 @@ ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)     # Path ma
 
 @contextmanager
 def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[Image.Image]:
-    """A picture file, or its bytes, of which the head alone is read yet; the row at `where` has it.
+    """Open a picture file, or its bytes; only its header is read. where: names its row, for errors.
 
     Raises: FileNotFoundError, or ValueError when the file is no readable picture.
     """
