@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from support.folders import left_out, naming, read_pairs, table_of
+from support.folders import left_out, read_pairs, table_of
 from support.inspection import looked_through
 from support.names import check_unread, ours
 from support.pictures import LONGEST, checked_size, fitted, load_image, resize, to_tensor
@@ -97,7 +97,7 @@ class Folder:
         self.bad, self.all_bad = None if bad is None else [], bad
         self.checked_rows = list[Row]()
         self.groups = dict[tuple, list[Row]]()           # by pictures' sizes
-        self.unread, self.of_bad_rows = Counter[str](), list[Path]()
+        self.unread = Counter[str]()
         read = partial(read_rows, self.file) if self.file else partial(read_pairs, self.folder)
         for row, rest in looked_through(read, self.checked, self.bad, str(path)):
             self.checked_rows.append(row)
@@ -113,15 +113,14 @@ class Folder:
 
         Raises: ValueError, FileNotFoundError for what cannot be trained on.
         """
-        with naming(self.of_bad_rows, line, self.folder):
-            line, rest = ours(line, where)
-            target, instruction = row_texts(line, ("target", "instruction"), where, rest)
-            images, conds = (row_paths(line, key, where) for key in ("images", "conds"))
-            paths = [located(path, self.folder, self.root, where)
-                     for path in (target, *images, *conds)]
-            check_unread(rest, self.folder, paths, where)
-            found = [checked_size(path, where) for path in paths]            # finds broken ones
-            task = checked_text(str(line.get("task") or ""), where)
+        line, rest = ours(line, where)
+        target, instruction = row_texts(line, ("target", "instruction"), where, rest)
+        images, conds = (row_paths(line, key, where) for key in ("images", "conds"))
+        paths = [located(path, self.folder, self.root, where)
+                 for path in (target, *images, *conds)]
+        check_unread(rest, self.folder, paths, where)
+        found = [checked_size(path, where) for path in paths]                # finds broken ones
+        task = checked_text(str(line.get("task") or ""), where)
         sizes = [self.size or fitted(size, self.longest) for size in found]
         if images:
             sizes[1] = sizes[0]                          # the picture to edit takes the target's
@@ -130,8 +129,7 @@ class Folder:
 
     def left_out(self) -> list[str]:
         """Lines about what lies beside the data and is not used."""
-        paths = chain(self.of_bad_rows, *(row.paths for row in self.checked_rows))
-        return left_out(self.path, self.file, paths)
+        return left_out(self.path, self.file)
 
     def read(self, row: Row) -> Sample:
         pictures = [resize(load_image(path, row.where), size)

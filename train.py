@@ -242,7 +242,7 @@ def previews(pipe: Pipeline, samples: list[Sample], held_out: HeldOut, log: reco
     if log.rank == 0:
         use = {task: routing_maps.shares(pipe.adapter, *encode_text(pipe, list(texts)))
                for task, texts in sorted(log.instructions.items())}
-        pictures |= routing_maps.of_run(log, use, similarity)
+        pictures |= routing_maps.of_run(log, step, use, similarity)
     pipe.adapter.train()
     return pictures
 

@@ -209,7 +209,8 @@ def training(folder: Path, picture: Path) -> None:
                                        "--dry-run"], text=True)
         print("train.py", *more, "--dry-run:", re.search(r"together +[\d.]+", dry)[0], "GB")
         if summary("train.py", *watch("--timed", "train", *arguments)):
-            seconds = [json.loads(line)["seconds"] for line in (out / "log.jsonl").open()]
+            lines = map(json.loads, (out / "log.jsonl").open())
+            seconds = [line["seconds"] for line in lines if "seconds" in line]
             print(f"  steps of {', '.join(f'{s:.3g}' for s in seconds)} s", flush=True)
 
 

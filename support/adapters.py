@@ -3,7 +3,6 @@
 weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from support import foreign, lora, research
 from support.commands import check_new, file_and_strength
 from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
 from support.pictures import LONGEST
+from support.words import note
 
 # What a folder holds its adapter in: of a run, of PEFT, of diffusers.
 FILE_NAMES = ("adapter.safetensors", "adapter_model.safetensors",
@@ -97,8 +97,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"{file}: {name} holds numbers that are not finite: its training has "
                              "diverged (take an earlier checkpoint), or the file is damaged")
     if path.is_dir() and file.name not in FILE_NAMES:
-        print(f"note: {file}: taken as the adapter of {path}, which holds no other .safetensors "
-              "file", file=sys.stderr)
+        note(f"{file}: taken as the adapter of {path}, which holds no other .safetensors file")
     return config, tensors
 
 
@@ -108,8 +107,8 @@ def longest(paths: Iterable[Path]) -> int:
     for path in map(foreign.snapshot, paths):
         if not (path / "train_config.json").is_file():   # the paper's says nothing of it
             stored = json_object(read_metadata(file_of(path)).get("adapter", "{}"), path)
-            found.append(stored.get("longest", ""))
-    return max((int(side) for side in found if str(side).isdecimal()), default=LONGEST)
+            found.append(int(stored.get("longest", 0)))
+    return max(found, default=0) or LONGEST
 
 
 @torch.no_grad()
@@ -127,7 +126,7 @@ def has_experts(adapter: Adapter) -> bool:
 
 
 def combined(parts: list[tuple[Path, Adapter]]) -> Adapter:
-    """Several adapters as one; none is in the model yet, nor shall be but for this one.
+    """Several adapters as one. None is placed in the model yet; the one that this gives will be.
 
     On one layer, LoRAs are joined along their rank; beside experts a LoRA lies beneath, as part of
     what they add to. Raises: ValueError for two with experts, whose instructions would differ.
@@ -168,8 +167,7 @@ def write_bf16(path: Path, file: Path) -> None:
     """
     check_new("--to-bf16", file)
     _, tensors = read(path)
-    files = files_in(path)
-    metadata = read_metadata(files[0]) if len(files) == 1 else {}        # the paper's has several
+    metadata = read_metadata(file_of(foreign.snapshot(path)))
     if "adapter" not in metadata:
         raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from support.files import parse_json
 from support.origin import texts_of
 from support.pictures import fitted, grid, load_image, resize
 from support.results import SCORING, markdown, write, write_text
-from support.summary import say
+from support.words import say
 
 SHOWN = 12                                               # prompts on the sheet
 SHRUNK = 256                                             # longer side of a picture there, pixels

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from support import options, origin
 from support.commands import is_first, may_hold
 from support.pictures import open_picture, pictures_in, save_picture
-from support.summary import counted, duration, note, say, told_cut
+from support.summary import told_cut
+from support.words import counted, duration, note, say
 from text_encoder import T5Tokenizer
 
 COUNTED = 1.0                                            # seconds from one count of all to the next
@@ -156,8 +157,17 @@ def as_grid(pictures: list[Image.Image]) -> Image.Image:
 
 
 def make_one(prompt: Prompt, pictures_of: Callable, args: argparse.Namespace, bar: tqdm) -> None:
-    """Make and save a prompt's picture, whole or not at all. pictures_of: as make() takes it."""
+    """Make and save what a prompt lacks: its truth, its picture, each whole or not at all.
+
+    pictures_of: as make() takes it.
+    """
     given, number = prompt.given(), count()
+    for file in prompt.files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if prompt.truth:
+        save_picture(given.truth, prompt.truth)
+    if prompt.out.exists():                              # perhaps another tool's
+        return
 
     def advance(step: int, latents: object) -> None:
         done = next(number) // args.steps + 1
@@ -169,10 +179,6 @@ def make_one(prompt: Prompt, pictures_of: Callable, args: argparse.Namespace, ba
     told["benchmark"] = protocol(args)
     if len(pictures) > 1:
         told["seed"] = f"{prompt.seeds[0]} to {prompt.seeds[-1]}"
-    for file in prompt.files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if prompt.truth:
-        save_picture(given.truth, prompt.truth)
     save_picture(as_grid(pictures), prompt.out, told)
 
 

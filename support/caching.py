@@ -91,7 +91,7 @@ def cached(cache: Cache | None, items: list[str] | Tensor, compute: Callable,
 
 
 def check_ends(names: list[str], sources: list) -> None:
-    """Raises: ValueError for a source, of which sources has the weight too, that has no end."""
+    """sources: (source, weight) pairs. Raises: ValueError for a source without end."""
     for name, (source, _) in zip(names, sources):
         if not hasattr(source, "all"):
             raise ValueError(f"--cache: {name} has no end; there is nothing to encode once")

@@ -44,22 +44,17 @@ def cast_once(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
     found = [(layer, name) for layer in block.modules() for name in MATRICES
              if name in layer._parameters]
-    before = {layer: dict(layer._parameters) for layer, _ in found}
-    own = [before[layer][name] for layer, name in found]
+    own = [layer._parameters[name] for layer, name in found]
     if all(p.dtype == dtype for p in own):               # or there are none
         yield
         return
     try:
         for (layer, name), copy in zip(found, Cast.apply(dtype, *own)):
-            del layer._parameters[name]
-            vars(layer)[name] = copy                     # stands before what nn.Module looks up
+            layer._parameters[name] = copy               # by setattr only a Parameter could
         yield
     finally:
-        for layer, name in found:
-            vars(layer).pop(name, None)
-        for layer, parameters in before.items():         # in their order, by which all are named
-            layer._parameters.clear()
-            layer._parameters.update(parameters)
+        for (layer, name), p in zip(found, own):
+            layer._parameters[name] = p
 
 
 def casting(dtype: torch.dtype, run: Callable = call) -> Callable:

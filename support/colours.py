@@ -3,11 +3,12 @@
 pictures.load_image() asks levels() before, and as_rgb() after a picture is turned upright.
 """
 import io
-import sys
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
+
+from support.words import note
 
 SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}    # a profile's word: Pillow's mode
 SAME = 2                                                 # of 255; so near is sRGB by another name
@@ -70,8 +71,7 @@ def as_rgb(image: Image.Image, profile: bytes | None, black: int, white: int) ->
 
 @lru_cache(maxsize=32)
 def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile's colours to sRGB; None when it is that, another space's, or broken.
-    """
+    """From a profile's colours to sRGB; None for sRGB itself, another space's, or a broken one."""
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if SPACES.get(own.profile.xcolor_space) != space:
@@ -81,7 +81,7 @@ def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.HIGHRESPRECALC)
     except (ImageCms.PyCMSError, OSError):               # told once, as the answer is kept
-        print("note: a picture's colour profile is broken, and is not used", file=sys.stderr)
+        note("a picture's colour profile is broken, and is not used")
         return None
     if space == "CMYK":
         return way

@@ -153,7 +153,7 @@ def file_and_strength(text: str) -> tuple[Path, float]:
 def size(text: str) -> tuple[int, int]:
     """An option's type: WIDTHxHEIGHT, as in 1024x768."""
     found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    width, height = map(int, found.groups()) if found else (1000, 750)
+    width, height = map(int, found.groups()) if found else (1000, 750)       # refused: an example
     near = [min(max(16, round(side / 16) * 16), 8192) for side in (width, height)]
     if near != [width, height]:
         raise argparse.ArgumentTypeError(

@@ -3,7 +3,7 @@
 weights.py calls it, and gives it its load().
 """
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
 from support import adapters, devices, foreign, layouts, lora, options, origin, targets
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
+from support.pictures import PICTURES
+from support.words import counted, span
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
 RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
@@ -47,11 +49,6 @@ def describe_part(part: str, path: Path, load: Callable) -> tuple[str, str]:
     return told, ""
 
 
-def span(values: Sequence[float]) -> str:
-    least, most = min(values), max(values)
-    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
-
-
 def adapter_kind(path: Path) -> str:
     """Whose adapter a file or folder holds; nothing for none."""
     if (path / "train_config.json").is_file():
@@ -78,12 +75,12 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
         ranks, alphas, scales = zip(*(
             lora.ranks_and_scales(adapters.file_of(path)) if kind == LORA else
             [(c.lora_rank, c.lora_alpha, c.lora_alpha / c.lora_rank)]))
-        told.append(f"LoRA on {layers} layer{'s' * (layers > 1)}: rank {span(ranks)}, alpha "
+        told.append(f"LoRA on {counted(layers, 'layer')}: rank {span(ranks)}, alpha "
                     f"{span(alphas)}, scale {span(scales)}")
     if mixtures:
-        told.append(f"{c.experts} experts on {len(mixtures)} layers, {c.top_k} kept: rank {c.rank}"
-                    f", alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, routed by {c.routing}"
-                    + f", {by_token} of them by token" * (by_token > 0))
+        told.append(f"{c.experts} experts on {counted(len(mixtures), 'layer')}, {c.top_k} kept: "
+                    f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
+                    f"routed by {c.routing}" + f", {by_token} of them by token" * (by_token > 0))
     return [*told, fits(tensors)]
 
 
@@ -131,9 +128,8 @@ def describe(path: Path, load: Callable) -> str:
     """
     if not path.exists():
         raise foreign.nothing_at(path)
-    if path.is_file() and not foreign.is_header(foreign.start_of(path)):
-        if origin.begins_as_picture(path):
-            return origin.describe(path)
+    if path.is_file() and path.suffix.lower() in PICTURES:
+        return origin.describe(path)
     path = foreign.snapshot(path)
     sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)

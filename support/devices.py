@@ -26,6 +26,7 @@ from support.commands import is_first
 ROOM = 0.8                                               # of a device's memory, for weights
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3              # of glibc's malloc.h
 LARGE = 1e9                                              # bytes of weights that take a while
+CONTAINER = Path("/sys/fs/cgroup")                       # its limits, where Linux sets some
 
 
 def fast_bf16() -> bool:
@@ -65,13 +66,21 @@ def memory(device: torch.device) -> int:
                 - torch.cuda.memory_allocated(device))
     if not hasattr(os, "sysconf"):                       # Windows does not say
         return 16 * 2 ** 30
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, of_container("memory.max") or whole)
+
+
+def of_container(name: str) -> int:
+    """What a container's file of this name says, in bytes; 0 outside of one, or without a limit."""
+    file = CONTAINER / name
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def home(device: torch.device, needed: int) -> tuple[torch.device, bool]:
-    """Where weights of so many bytes stay: there, or for lack of room in the computer's memory.
+    """Where weights of so many bytes stay: on the device, or where it has no room, on the CPU.
 
-    And whether as narrow as they are stored: on a CPU where wide ones would not fit.
+    And whether in the type that they are stored in: on a CPU where fp32 would not fit.
     """
     stay = device if needed < ROOM * memory(device) else torch.device("cpu")
     return stay, device.type == "cpu" and needed >= memory(device) / 2
@@ -82,9 +91,8 @@ def available() -> int:
     file = Path("/proc/meminfo")
     found = re.search(r"MemAvailable: *(\d+) kB", file.read_text()) if file.is_file() else None
     free = int(found[1]) * 1024 if found else 0
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and limit.read_text().strip().isdecimal():            # a container's own
-        free = min(free, max(0, int(limit.read_text()) - int(used.read_text())))
+    if limit := of_container("memory.max"):
+        free = min(free, max(0, limit - of_container("memory.current")))
     return free
 
 
@@ -114,8 +122,8 @@ def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor,
 def rotate_in_reals(x: Tensor, pe: Tensor) -> Tensor:
     """dit.rotate() for compiled blocks. x (B, N, S, d), pe (S, d/2) complex.
 
-    The compiler makes one kernel of it, and none of complex products; uncompiled it is several
-    times as slow as those.
+    The compiler fuses this into one kernel, which it cannot do with complex products; uncompiled
+    it is several times as slow as they are.
     """
     cos, sin = torch.view_as_real(pe).unbind(-1)         # each (S, d/2)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)   # each (B, N, S, d/2)

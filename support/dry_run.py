@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from mole import Adapter
 from support import devices, offload
 from support.resume import Optimizers
-from support.summary import counted
+from support.words import counted
 
 GB, MB = 10 ** 9, 10 ** 6                                # bytes
-MANY = 64                                                # times the batch: few may take less each
+MANY = 64                                                # times the batch; a few need less each
 
 
 class LiveBytes(TorchDispatchMode):
@@ -123,7 +123,7 @@ def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapt
     stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
     whole = max(passes[batch], update)
     low, high = (batch, many) if whole + stay <= room else (1, batch)
-    each = (passes[high] - passes[low]) / max(1, high - low)     # nowhere between is more needed
+    each = (passes[high] - passes[low]) / max(1, high - low)     # bytes a sample, at most
     fits = max(passes[1], update) + stay <= room
     most = low + int((room - stay - passes[low]) // each) if fits else 0
     height, width = sample.target.shape[:2]

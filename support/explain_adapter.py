@@ -16,7 +16,7 @@ from support.explain_shares import comparison, Comparison, shares_table, stacked
 from support.figures import text
 from support.passages import passage
 from support.routing_maps import mixtures, routed, shares, Shares
-from support.summary import counted
+from support.words import counted, span
 
 EQUATIONS = {
     "none": "y = x W<sup>T</sup> + b",
@@ -28,12 +28,6 @@ NO_ADAPTER = ("<p><strong>There is no adapter in this run: the model works as it
 NOT_ROUTED = "<p><strong>No layer of this adapter is routed by the instruction.</strong></p>"
 
 
-def within(values: list[int]) -> str:
-    """One number, or the least and the largest."""
-    least, most = min(values), max(values)
-    return f"{least}" if least == most else f"{least} to {most}"
-
-
 def composed(adapter: Adapter) -> str:
     """What the adapter consists of, counted, and what its routers see."""
     mixed = mixtures(adapter)
@@ -42,13 +36,13 @@ def composed(adapter: Adapter) -> str:
     by_token = [layer for layer in mixed if layer.by_token]
     parts = []
     if plain:
-        ranks = within([len(layer.lora_A) for layer in plain])
+        ranks = span([len(layer.lora_A) for layer in plain])
         parts.append(f"<strong>plain LoRA on {counted(len(plain), 'layer')}</strong>, two thin "
                      f"matrices of rank {ranks} beside a frozen one, the same for every "
                      "instruction")
     if mixed:
-        experts = within([layer.config.experts for layer in mixed])
-        ranks = within([layer.config.rank for layer in mixed])
+        experts = span([layer.config.experts for layer in mixed])
+        ranks = span([layer.config.rank for layer in mixed])
         parts.append(f"<strong>on {counted(len(mixed), 'layer')} {experts} experts</strong> of "
                      f"rank {ranks}, which are small LoRAs too, and a router that weighs them")
     told = f"<p>The adapter of this run consists of {'; and '.join(parts)}."
@@ -97,7 +91,7 @@ def plain_lora(edit: Edit, routing: Routing) -> str:
         ranks.append(len(A))
         numbers += A.numel() + B.numel()
     return (f"<p>One instruction, one mixture: for this edit the whole adapter is a plain LoRA of "
-            f"rank {within(ranks)} on {len(ranks)} layers, {numbers:,} numbers.</p>")
+            f"rank {span(ranks)} on {len(ranks)} layers, {numbers:,} numbers.</p>")
 
 
 def same_shares(edit: Edit, own: dict[str, Shares]) -> str:

@@ -11,7 +11,7 @@ from support.attention import ASKED, ASKING
 from support.explain_edit import Edit, figure, lines, Parts, shapes
 from support.figures import bars, picture, text, veil
 from support.passages import passage
-from support.summary import counted
+from support.words import counted
 
 PLAIN = 8                                                # of 255: pixels that hardly vary
 

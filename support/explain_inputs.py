@@ -16,7 +16,7 @@ from support.figures import channels, chart, heat, picture, text
 from support.origin import ROUTED_BY
 from support.passages import from_here, passage
 from support.routing_maps import mixtures
-from support.summary import counted
+from support.words import counted
 
 CUT = 100                                                # lost pieces that are shown, at most
 WIDEST = 512                                             # channels of T5 that are shown, at most

@@ -19,6 +19,7 @@ from support.fp8 import NarrowLinear
 from support.lora import ALPHA_IS_RANK
 from support.offload import weights_of
 from support.routing_maps import experts_line, mixtures, show
+from support.words import counted, span
 
 
 def layer_as_lora(layer: LoRALinear | MoLELinear, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def merged(model: nn.Module, adapter: Adapter, txt: Tensor, pooled: Tensor) -> I
 
 
 def mergeable(adapter: Adapter, instructions: int, device: torch.device) -> bool:
-    """Whether the adapter is a plain LoRA here, and its layers can be added to, and kept twice."""
+    """Whether the adapter is a plain LoRA here, its weights can be added to, and kept twice."""
     bases = [frozen(layer) for layer in adapter.layers.values()]
     return (instructions == 1 and not any(layer.by_token for layer in mixtures(adapter))
             and all(not isinstance(base, NarrowLinear)
@@ -119,14 +120,12 @@ def write_asked(args: argparse.Namespace, pipe: object,
         show(pipe.adapter, encode, todo, args.routing)
 
 
-def write_instruction(adapter: Adapter | None, txt: Tensor, pooled: Tensor, file: Path) -> None:
+def write_instruction(adapter: Adapter, txt: Tensor, pooled: Tensor, file: Path) -> None:
     """Write the adapter as the plain LoRA that it is for one instruction, and say so."""
-    if adapter is None:
-        raise ValueError(f"--export-lora {file}: there is no adapter; name one with --adapter")
     pairs = as_lora(adapter, txt, pooled)
     write_lora(pairs, file)
     ranks = [len(A) for A, _ in pairs.values()]
-    print(f"{file}: a plain LoRA on {len(pairs)} layers, of rank {min(ranks)} to {max(ranks)}"
+    print(f"{file}: a plain LoRA on {counted(len(pairs), 'layer')}, of rank {span(ranks)}"
           f"{experts_line(adapter)}")
 
 

@@ -102,7 +102,7 @@ def nothing_at(path: Path) -> FileNotFoundError:
     if path.is_symlink():
         return FileNotFoundError(f"{path}: is a link to {path.readlink()}, which is not there; "
                                  f"{AGAIN}")
-    if any(path.name in index.read_text(errors="replace")
+    if any(f'"{path.name}"' in index.read_text(errors="replace")
            for index in path.parent.glob("*.safetensors.index.json")):
         return FileNotFoundError(f"{path}: no such file, though the index beside it names it; the "
                                  "same `hf download` again fetches what is missing")
@@ -115,7 +115,8 @@ def nothing_at(path: Path) -> FileNotFoundError:
 
 def found_instead(folder: Path) -> str:
     """What a folder without safetensors files holds in their place, in brackets, or nothing."""
-    others = [file.name for file in sorted(folder.rglob("*"))
+    fetched = (folder / ".cache").rglob("*")             # where `hf download` keeps what it has
+    others = [file.name for file in sorted([*folder.glob("*"), *fetched])
               if file.suffix in (*UNFINISHED, ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack")]
     if not others:
         return ""

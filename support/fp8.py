@@ -51,7 +51,7 @@ def narrow(layer: nn.Linear, scale: Tensor | None) -> None:
 
 
 def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, channels) -> the same in e4m3, and the scale (rows, 1) fp32 that it is to be times."""
+    """(rows, channels) -> the same in e4m3, and the scale (rows, 1), fp32, to multiply it by."""
     scale = x.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / LARGEST
     return (x / scale).to(torch.float8_e4m3fn), scale
 

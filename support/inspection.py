@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -25,36 +26,38 @@ def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
     """What check(*row) gives for each row; what it raises joins `bad`, if there is such a list.
 
     read: gives the rows, and writes to a list, if it gets one, what is wrong with those that it
-    leaves out. What it raises, of a whole table, is raised after all that stands before it.
+    leaves out. An error of its own, of the whole table, comes after all rows that stand before it.
     """
-    left_out: list[str] = []
-    rows, noted = read(None if bad is None else left_out), [] if bad is None else bad
-    waiting: deque[tuple[int, Future[Found]]] = deque()  # with how many were left out before
-    pool, reading, broken, known = ThreadPoolExecutor(THREADS), True, None, 0
+    pool = ThreadPoolExecutor(THREADS)
     bar = tqdm(desc=f"looking through {what}", unit=" rows", mininterval=1, delay=QUIET,
                leave=False, disable=not is_first())
+
+    def started() -> Iterator[Future[Found] | str | Exception]:
+        """In the table's order: rows at work, lines about rows left out, the table's own error."""
+        wrong: list[str | Exception] = []
+        try:
+            for row in read(None if bad is None else wrong):
+                yield from wrong
+                wrong.clear()
+                yield pool.submit(check, *row)
+        except (ValueError, OSError) as error:
+            wrong.append(error)
+        yield from wrong
     try:
-        while True:
-            try:
-                while reading and len(waiting) < AHEAD:
-                    row = next(rows)                     # others may be left out before it
-                    waiting.append((len(left_out), pool.submit(check, *row)))
-            except StopIteration:
-                reading = False
-            except (ValueError, OSError) as error:
-                reading, broken = False, error
-            if not waiting:
-                break
-            before, future = waiting.popleft()
-            noted.extend(left_out[known:before])
-            known, found = before, list[Found]()
+        items = started()
+        waiting = deque(islice(items, AHEAD))
+        while waiting:
+            item, found = waiting.popleft(), list[Found]()
+            waiting.extend(islice(items, 1))
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, str):
+                bad.append(item)
+                continue
             with skipping(bad):
-                found.append(future.result())
+                found.append(item.result())
             bar.update()
             yield from found
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    noted.extend(left_out[known:])
-    if broken:
-        raise broken

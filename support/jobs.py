@@ -2,7 +2,6 @@
 
 support/plans.py reads them for sample.py, before any weight is read.
 """
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from support.masks import read_mask
 from support.names import looks_like_pictures, ours, read_name
 from support.pictures import is_picture, load_image
 from support.tables import checked_path, read_rows, row_paths, row_text
+from support.words import note
 
 
 @dataclass
@@ -74,11 +74,10 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
     if not jobs:
         raise ValueError(f"{file}: holds no rows")
     if targets:
-        print(f"note: {file}: {targets} rows name a target; it is not looked at", file=sys.stderr)
+        note(f"{file}: {targets} rows name a target; it is not looked at")
     if unread:
         told = ", ".join(f"{name[:60]!a} (in {rows} rows)" for name, rows in unread.items())
-        print(f"note: {file}: entries without a known name are left unread: {told}",
-              file=sys.stderr)
+        note(f"{file}: entries without a known name are left unread: {told}")
     return jobs
 
 
@@ -110,15 +109,15 @@ def read_paths(row: dict, rest: dict, file: Path, where: str, blur: float
         load_image(path, where)
     for path in conds:
         check_cond(path, where)
-    check_mask(mask, images, blur, f"{where}: mask {mask}")
+    check_mask(mask, images, blur, f"{where}: mask")
     return images, conds, mask
 
 
 def check_mask(mask: Path | None, images: list[Path], blur: float, where: str) -> None:
     """Raises: ValueError, FileNotFoundError for a mask that lies over nothing, or cannot."""
     if mask:
-        grey = load_image(mask, where.removesuffix(f" {mask}"))      # named by its row, if broken
-        read_mask(grey, [load_image(path) for path in images[:1]], blur, where)
+        pictures = [load_image(path) for path in images[:1]]
+        read_mask(load_image(mask, where), pictures, blur, f"{where} {mask}")
 
 
 def check_target(line: dict, row: dict, where: str) -> None:

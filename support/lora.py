@@ -6,7 +6,6 @@ before a layer's name, and write it with dots or underscores: it is compared wit
 import math
 import os
 import re
-import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dit import DiTConfig, FluxTransformer
 from support import devices, foreign, layouts
 from support.files import json_object, read_json, read_metadata, read_tensors
+from support.words import note
 
 # to_q.lora_A.weight, to_q.lora_down.default.weight, to_q_lora.up.weight, qkv_lora1.down.weight
 FACTOR = re.compile(r"(.+?)[._]lora(?:_linear_layer)?(\d?)[._](A|B|down|up)"
@@ -159,9 +159,9 @@ def of_layer(told: dict, pattern: str, layer: str, otherwise: object) -> object:
 
 def alpha_and_scale(layer: str, found: dict[str, Tensor], told: dict,
                     file: Path) -> tuple[float, float]:
-    """A layer's alpha, beside it, in the settings, or r itself; and what B A counts: alpha / r.
+    """A layer's alpha, and the scale of B A: alpha / r, or if rank-stabilised alpha / sqrt(r).
 
-    Rank-stabilised LoRAs (use_rslora) count alpha / sqrt(r).
+    Alpha is the layer's own tensor, else what the settings say, else r.
     """
     rank = len(found["A"])
     try:
@@ -195,16 +195,15 @@ def read(file: Path) -> tuple[dict, dict[str, Tensor]]:
     """
     (layers, left_out, prefix), told = layers_in(file), settings_of(file)
     if prefix:
-        print(f"note: {file}: all names begin with {prefix}, which is taken for the transformer",
-              file=sys.stderr)
+        note(f"{file}: all names begin with {prefix}, which is taken for the transformer")
     if left_out:
-        print(f"note: {file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are "
-              "left out; only those for the transformer are used", file=sys.stderr)
+        note(f"{file}: {len(left_out)} tensors for text encoders ({left_out[0]}, ...) are left "
+             "out; only those for the transformer are used")
     silent = [layer for layer, found in layers.items() if "alpha" not in found]
     ours = read_metadata(file).items() >= ALPHA_IS_RANK.items()
     if silent and not ours and "lora_alpha" not in told and "alpha_pattern" not in told:
-        print(f"note: {file}: no alpha is said for {len(silent)} of {len(layers)} layers; taken "
-              "as their rank, so that B A counts once", file=sys.stderr)
+        note(f"{file}: no alpha is said for {len(silent)} of {len(layers)} layers; taken as their "
+             "rank, so that B A counts once")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, found in layers.items():
         B = found["B"].float() * alpha_and_scale(layer, found, told, file)[1]

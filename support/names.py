@@ -24,8 +24,8 @@ EITHER = ("control", "control_image", "conditioning", "conditioning_image", "con
           "condition_image", "hint", "hint_image")       # the picture to edit, or a map
 MEANINGS = {"task": "task"} | {name: meaning for meaning, known in (
     *NAMES.items(), ("own", OWN), ("either", EITHER)) for name in known}
-PICTURED = "target", "own", "images", "conds", "either"  # whose entries are pictures, and those
-SEVERAL = "images", "conds", "either"                    # that may be several
+PICTURED = "target", "own", "images", "conds", "either"  # meanings of entries that are pictures
+SEVERAL = "images", "conds", "either"                    # of these, the ones that may hold several
 FILE = re.compile(r"_(path|file|file_?name)(s?)$")       # says no more than that it is a file
 MOST_TEXTS = 1000                                        # of an unread entry that are looked at
 ALSO = {meaning: ", ".join(known[1:] + (OWN if meaning == "target" else ()))
@@ -97,8 +97,9 @@ def ours(row: dict, where: str) -> tuple[dict, dict]:
             rest[name] = value
         elif value not in (None, []):
             given[meaning].setdefault(stem, []).append((number, name))
-    for numbered in given["either"].values():
-        raise ValueError(f"{where}: {numbered[0][1]!r} may be the picture to edit or a map (edges, "
+    if given["either"]:
+        name = next(iter(given["either"].values()))[0][1]
+        raise ValueError(f"{where}: {name!r} may be the picture to edit or a map (edges, "
                          "depth, pose); call it 'images' or 'conds'")
     if given["own"] and given["target"]:
         target, other = (next(iter(given[meaning].values()))[0][1] for meaning in ("target", "own"))

@@ -122,7 +122,7 @@ def evaluate_options(tasks: list[str], public: Iterable[str],
                      benches: Iterable[str]) -> argparse.Namespace:
     """tasks: of the tiny world; public, benches: names of the public sets and benchmarks.
 
-    What is returned has, as .given, the names of the options that the command has values for.
+    What is returned has, as .given, the names of the options that the command line holds.
     """
     parser = Parser(description="Score a model and an adapter.",
                     usage="python evaluate.py (--bench NAME | --data SOURCE) [options]")

@@ -8,12 +8,11 @@ import hashlib
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from support import devices
 from support.adapters import files_in
 from support.pictures import open_picture
-from support.summary import counted
+from support.words import counted
 
 FIELDS = ("instruction", "seed", "steps", "guidance", "size", "given", "model", "adapters", "dtype",
           "torch")
@@ -26,8 +25,7 @@ def digest(path: Path) -> str:
     devices.announce(f"reading {path}", sum(file.stat().st_size for file in files))
     for file in files:
         with file.open("rb") as opened:
-            while block := opened.read(2 ** 20):
-                whole.update(block)
+            hashlib.file_digest(opened, lambda: whole)
     return whole.hexdigest()[:16]
 
 
@@ -73,12 +71,3 @@ def describe(path: Path) -> str:
         return f"{what}; it holds nothing of how it was made, which sample.py writes into a .png"
     named = [name for name in (*FIELDS, ROUTED_BY) if name in told]
     return "\n".join([f"{what}, made by sample.py", *(f"{name}: {told[name]}" for name in named)])
-
-
-def begins_as_picture(path: Path) -> bool:
-    """Whether a file does, of any kind that Pillow knows."""
-    try:
-        with Image.open(path):
-            return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False

@@ -16,6 +16,7 @@ from support.pictures import grid
 from support.public_sets import PUBLIC
 from support.results import write
 from support.scores import compare, left_open, means, pairs_table
+from support.words import counted, note, say
 
 SHOWN = 16                                               # rows on the sheet
 
@@ -34,9 +35,9 @@ def open_pairs(args: argparse.Namespace, bad: list[str] | None, open_one: Callab
     longest = adapters.longest(path for path, _ in options.adapters_of(args))
     source = open_one(args.data[0], {}, PUBLIC, size, args.data_root, bad, longest)
     less = f"; scored: the first {args.number:,}" if args.number else ""
-    summary.say(f"{args.data[0]}: {summary.counted(number_of(source), 'sample')}{less}")
+    say(f"{args.data[0]}: {counted(number_of(source), 'sample')}{less}")
     for line in summary.understood(source):
-        summary.say(f"  {line}")
+        say(f"  {line}")
     return source
 
 
@@ -57,14 +58,15 @@ def score_pairs(make: Callable, samples: Iterable, total: int) -> tuple[list[dic
     make: sample, its place -> the model's picture.
     """
     rows, shown, texts = [], [], []
-    for place, s in enumerate(tqdm(samples, desc="pictures", total=total)):
-        picture, given = make(s, place), [*s.images, *s.conds]
-        about = {"place": place, "instruction": s.instruction, "task": s.task,
-                 "size": list(s.target.shape[1::-1])}
-        rows.append(about | compare(picture, s.target, given))
-        if place < SHOWN:
-            shown.append([*given, picture, s.target])
-            texts.append(f"{place}, {rows[-1]['model']['psnr']:.1f} dB: {s.instruction}")
+    with tqdm(samples, desc="pictures", total=total) as bar:     # closed before an error is told
+        for place, s in enumerate(bar):
+            picture, given = make(s, place), [*s.images, *s.conds]
+            about = {"place": place, "instruction": s.instruction, "task": s.task,
+                     "size": list(s.target.shape[1::-1])}
+            rows.append(about | compare(picture, s.target, given))
+            if place < SHOWN:
+                shown.append([*given, picture, s.target])
+                texts.append(f"{place}, {rows[-1]['model']['psnr']:.1f} dB: {s.instruction}")
     if not rows:
         raise ValueError("--data: holds no row that can be used")
     return rows, grid(shown, texts, lines=2, gap=4)
@@ -86,5 +88,5 @@ def score_source(args: argparse.Namespace, source: object, pipe: object, make: C
         "adapters": [f"{file}:{strength:g}" for file, strength in options.adapters_of(args)],
         "guidance": args.guidance, "means": means(rows), "rows": rows}, pairs_table(rows), sheet)
     for line in left_open(rows) + ([cut] if cut else []):
-        summary.note(line)
+        note(line)
     print(f"{args.out}/sheet.png: given, result, truth of the first {min(SHOWN, len(rows))}")

@@ -18,7 +18,7 @@ from support.conditions import pick
 from support.pictures import LONGEST, fitted, load_image, open_picture, resize
 from support.tables import check_few, checked_text, skipping
 
-HELD_OUT = re.compile(r"dev|test|val")                   # files that are not for training
+HELD_OUT = re.compile(r"(dev|test|val(id(ation)?)?)([^a-z]|$)")      # not for training
 
 
 @contextmanager
@@ -68,7 +68,8 @@ def bytes_of(cell: object, where: str) -> io.BytesIO:
 
 
 class Public:
-    """A public set in parquet files, if not told otherwise: a file, or a folder of them.
+    """A public set: parquet files, one or a folder of them, where find_groups() and read() are not
+    overridden.
 
     Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
     size: (W, H) that every picture takes, or None as Folder does it. bad, longest: as it does.
@@ -76,8 +77,9 @@ class Public:
     Raises: FileNotFoundError, ValueError naming file and row.
     """
     columns: tuple[str, ...]                             # that a file must have, the target first
-    conditions: tuple[int, ...] = (1,)                   # how many a sample may have; with n of
-                                                         # them a batch has size // n samples
+    # How many conditions a sample may have; with n of them a batch has size // n samples.
+    conditions: tuple[int, ...] = (1,)
+
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
                  bad: list[str] | None = None, draws: int | None = None, longest: int = LONGEST):
         self.size, self.draws, self.longest = size, draws, longest
@@ -92,8 +94,8 @@ class Public:
 
     def find_groups(self, path: Path) -> None:
         """Find the row groups."""
-        files = sorted(file for file in path.rglob("*.parquet") if not HELD_OUT.match(file.name)
-                       ) if path.is_dir() else [path]
+        files = sorted(file for file in path.rglob("*.parquet") if not any(
+            map(HELD_OUT.match, file.relative_to(path).parts))) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             why = "no parquet files (dev, test and val are left out)"
             raise FileNotFoundError(f"{path}: {why if path.exists() else 'not found'}")
@@ -123,6 +125,7 @@ class Public:
 
     def draw_from(self, number: int, rng: np.random.Generator, wanted: int,
                   conditions: int) -> list:
+        """Up to `wanted` samples of a row group, in random order, with so many conditions each."""
         samples: list = []
         rows, size = self.rows(number), None             # (W, H) of the first one's target
         for i in rng.permutation(len(rows)):

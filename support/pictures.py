@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from support.colours import as_rgb, check_single, levels
@@ -35,7 +35,7 @@ ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)     # Path ma
 
 @contextmanager
 def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[Image.Image]:
-    """A picture file, or its bytes, of which the head alone is read yet; the row at `where` has it.
+    """Open a picture file, or its bytes; only its header is read. where: names its row, for errors.
 
     Raises: FileNotFoundError, or ValueError when the file is no readable picture.
     """
@@ -162,6 +162,17 @@ def to_pixels(batch: torch.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own, which knows English alone; for other letters the machine's, if it has one."""
+    if not text.isascii():
+        for name in ("Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):
+            try:
+                return ImageFont.truetype(name, size)
+            except OSError:                              # not on this machine
+                continue
+    return ImageFont.load_default(size)
+
+
 def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines: int = 1,
          gap: int = 0, failed: list[bool] | None = None) -> np.ndarray:
     """Pictures in rows, aligned at the right, on grey, a text below each -> (H, W, 3) uint8.
@@ -182,8 +193,8 @@ def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines:
             edge = left + (columns - 2) * cell
             pen.rectangle([edge, top, edge + side - 1, top + side - 1], outline="red", width=3)
         words = textwrap.wrap(text, width // 5, max_lines=lines, placeholder=" ...")
-        pen.multiline_text((left + 2, top + side), "\n".join(words), "white", font_size=10,
-                           spacing=1)
+        pen.multiline_text((left + 2, top + side), "\n".join(words), "white",
+                           font=font_for(text, 10), spacing=1)
     return np.asarray(sheet)
 
 

@@ -7,18 +7,18 @@ import os
 import sys
 import textwrap
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import count, filterfalse, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from support import devices
-from support.commands import check_new, may_hold
+from support import devices, options, report
+from support.commands import GUIDANCE, STEPS, check_new, may_hold
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
 from support.pictures import is_picture, load_image
 from support.tables import checked_text
+from support.words import note
 from text_encoder import T5Tokenizer
 
 
@@ -29,7 +29,10 @@ def check_folder(option: str, file: Path) -> None:
 
 
 def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
-    """Of one folder and ending. Raises: ValueError when they cannot be, or one is given."""
+    """Files to be made, of one folder and one ending.
+
+    Raises: ValueError where they cannot be written, or one of them is given, too.
+    """
     if not is_picture(files[0]) or any(map(Path.is_dir, files)):
         raise ValueError(f"{option} {files[0]}: name a picture file, for example out.png")
     check_folder(option, files[0])
@@ -40,13 +43,18 @@ def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
 
 def check_lora(args: argparse.Namespace) -> None:
     """Raises: ValueError when --export-lora cannot be done."""
-    lora = args.export_lora
-    for wrong, why in ((args.batch, "needs one --instruction"),
-                       (args.adapter == ["none"], "needs an adapter")):
-        if wrong:
-            raise ValueError(f"--export-lora {lora}: {why}")
-    check_new("--export-lora", lora)
-    check_folder("--export-lora", lora)
+    if args.batch:
+        raise ValueError(f"--export-lora {args.export_lora}: needs one --instruction")
+    check_new("--export-lora", args.export_lora)
+    check_folder("--export-lora", args.export_lora)
+
+
+def check_adapter(args: argparse.Namespace) -> None:
+    """Raises: ValueError where an option needs an adapter, and there is none."""
+    asked = [name for name in ("export_lora", "routing", "route_by") if getattr(args, name)]
+    if asked and not options.adapters_of(args):
+        raise ValueError(f"--{asked[0].replace('_', '-')}: needs an adapter; name one with "
+                         "--adapter")
 
 
 def check_page(args: argparse.Namespace, makes: bool) -> None:
@@ -72,10 +80,11 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
     """
     if not checked_text(instruction, "instruction").strip():
         raise ValueError("instruction is empty: say what to show, or what to change")
-    if not 1 <= steps <= 10_000:
-        raise ValueError(f"steps {steps}: must be from 1 to 10,000")
-    if not 0 <= guidance <= 100:
-        raise ValueError(f"guidance {guidance}: must be from 0 to 100; 2.5 is usual")
+    for name, value, limits in (("steps", steps, STEPS), ("guidance", guidance, GUIDANCE)):
+        try:
+            limits(value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name} {error}") from None
     if size is not None and any(side % 16 or not 16 <= side <= 8192 for side in size):
         raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
     if tokens.cuts(instruction):
@@ -87,8 +96,8 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
 def tell_size(wanted: tuple[int, int] | None, only: tuple[int, int] | None) -> None:
     """Say when a model that knows only one size is asked for another."""
     if wanted and only and wanted != only:
-        print(f"note: this model has learnt from pictures of {only[0]}x{only[1]} alone; expect "
-              f"little of --size {wanted[0]}x{wanted[1]}", file=sys.stderr)
+        note(f"this model has learnt from pictures of {only[0]}x{only[1]} alone; expect little of "
+             f"--size {wanted[0]}x{wanted[1]}")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
@@ -99,16 +108,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
         devices.check_compiler()
     if args.export_lora:
         check_lora(args)
-    if args.routing and not find_spec("matplotlib"):
+    if args.routing and not report.can_draw():
         raise ValueError(f"--routing {args.routing}: needs matplotlib: pip install matplotlib")
     make = args.out is not None or not (args.export_lora or args.routing)
     if args.explain:
         check_page(args, make)
     if args.route_by is not None and not args.route_by.strip():
         raise ValueError("--route-by is empty: give a text, or leave it out")
-    if args.route_by and args.adapter == ["none"]:
-        raise ValueError("--route-by: without an adapter there are no experts to choose; leave it "
-                         "out")
+    check_adapter(args)
     if args.route_by and args.routing:
         raise ValueError("--routing: draws what instructions choose; leave out --route-by")
     if args.mask_blur and not (args.mask or args.batch):
@@ -144,14 +151,14 @@ def plan_one(args: argparse.Namespace, make: bool) -> list[Job]:
     for path in args.image:
         load_image(path)
     given = [*args.image, *map(check_cond, args.cond)]
-    check_mask(args.mask, args.image, args.mask_blur, f"--mask {args.mask}")
+    check_mask(args.mask, args.image, args.mask_blur, "--mask")
     given += [args.mask] if args.mask else []
     if args.routing:
         check_pictures("--routing", [args.routing], given)
     outs = outs_of(args) if make else []
     if make:
         check_pictures("--out", outs, given)
-        if args.routing in outs:
+        if args.routing and os.path.abspath(args.routing) in map(os.path.abspath, outs):
             raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
     return [Job(args.instruction, args.image, args.cond, args.mask, "",
                 list(enumerate(outs, args.seed)))]
@@ -165,6 +172,6 @@ def outs_of(args: argparse.Namespace) -> list[Path]:
     if taken:
         more = (out.with_stem(f"{out.stem}_{i}") for i in count(int(args.num == 1)))
         outs = list(islice(filterfalse(Path.exists, more), args.num))
-        print(f"note: {taken[0]} is there already; the next free name is {outs[0]} (--out "
-              f"{out} would write over what is there)", file=sys.stderr)
+        note(f"{taken[0]} is there already; the next free name is {outs[0]} (--out {out} would "
+             "write over what is there)")
     return outs

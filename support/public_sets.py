@@ -18,7 +18,7 @@ from support.tables import located, read_text
 
 SECOND_PROMPT = 0.7                                      # OmniEdit: of a row's second wording
 RECREATE = 0.3                                           # SubjectSpatial200K: of no description
-POSE, CAPTION = 0.75, 0.2                                # COCO: of the skeleton; of a bare caption
+POSE, CAPTION = 0.75, 0.2                                # COCO: a skeleton; a bare caption
 
 # What a condition is called in an instruction, and how a caption is led in by one.
 PHRASES = {"subject": "the {item} of {which}", "canny": "the edges in {which}",

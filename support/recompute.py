@@ -27,7 +27,7 @@ def recomputing(adapter: Adapter, routing: Routing, run: Callable = call) -> Cal
 
 
 def sparing(accumulate: Callable, choice: str) -> Callable:
-    """train.accumulate(), which recomputes: "on", "off", or "auto", once there is no memory else.
+    """train.accumulate(), which recomputes: "on", "off", or "auto": once memory has run out.
 
     The step that had none is done again, from the same numbers, random ones too; so are the later
     ones.

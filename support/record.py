@@ -19,8 +19,8 @@ from support.files import replacing, write_json
 from support.pictures import LONGEST, grid, save_picture
 from text_encoder import T5Tokenizer
 
-ASKED_FOR = "longest", "init", "matmul"                  # settings that stand only where given
-UNSAID = None, LONGEST                                   # which are as if they were not given
+ASKED_FOR = "longest", "init", "matmul"                  # recorded only where the user gave them,
+UNSAID = None, LONGEST                                   # so that older runs go on; else these
 SHOWN = 16                                               # samples of a batch, at most
 
 
@@ -36,7 +36,7 @@ def digest_of(path: Path) -> str:
     """Of a file, or of all in a folder."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and file.name[0] != ".":       # a Finder's, a download's
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             pieces, length = (1, size) if size < 2 ** 30 else (1024, 4096)
@@ -59,7 +59,7 @@ def fingerprint(source: object) -> str | None:
 
 def settings_of(args: argparse.Namespace, config: AdapterConfig, identity: dict[str, str],
                 sources: list, workers: int) -> dict[str, str]:
-    """What a run may not change when it is resumed, and what it may but is told of."""
+    """What is compared at --resume: it must be equal, or, of resume.MAY_CHANGE, is told."""
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     values = vars(args) | {"adapter": args.method}       # as runs have called it since the first
     values["init"] = args.init and f"{args.init.name} {digest_of(args.init)[:16]}"
@@ -110,7 +110,7 @@ def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:
 
 
 class Log:
-    """log.jsonl, a line for each step and for each check; only the first process writes.
+    """log.jsonl: a line for each step, check, and look at the routing; the first process writes.
 
     done: steps that a resumed run has behind it; what the file says beyond them is done anew.
     """
@@ -149,14 +149,6 @@ class Log:
         """What the progress line says: a step's losses, and the last one on held-out samples."""
         return {name: f"{value:.4f}" for name, value in (losses | self.checked).items()}
 
-    def extend(self, more: dict[str, float]) -> None:
-        """Put more into the last step's line."""
-        lines = self.steps()
-        last = [line for line in lines if "loss" in line][-1]
-        last.update({name: round(v, 6) for name, v in more.items()})
-        with replacing(self.file) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
     def steps(self) -> list[dict]:
-        """All steps that were written, and the checks between them."""
+        """All steps that were written, and what stands between them."""
         return [json.loads(line) for line in self.file.read_text().splitlines()]

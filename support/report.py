@@ -1,14 +1,15 @@
 """Plots of a training run, with matplotlib: losses, routing, how alike the experts are.
 
-routing_maps.of_run() calls draw_run() each time that train.py has a checkpoint due; sample.py
+routing_maps.of_run() asks for them each time that train.py has a checkpoint due; sample.py
 --routing draws one.
 """
-import sys
 import textwrap
 from importlib.util import find_spec
 
 import numpy as np
 from torch import Tensor
+
+from support.words import note
 
 
 def can_draw() -> bool:
@@ -19,8 +20,8 @@ def can_draw() -> bool:
 def tell_missing() -> None:
     """Say what a run will lack without matplotlib."""
     if not can_draw():
-        print("note: loss.png, routing.png and experts.png are drawn by matplotlib, which is not "
-              "installed", file=sys.stderr)
+        note("loss.png, routing.png and experts.png are drawn by matplotlib, which is not "
+             "installed")
 
 
 def pixels(figure: "matplotlib.figure.Figure") -> np.ndarray:    # noqa: F821
@@ -94,16 +95,3 @@ def draw_similarity(similarity: Tensor) -> np.ndarray:
     panel.set(title="how alike the experts' outputs are", xlabel="expert", ylabel="expert")
     figure.colorbar(image, label="|cosine|, mean of the layers; grey: still zero")
     return pixels(figure)
-
-
-def draw_run(steps: list[dict], use: dict[str, dict[str, tuple[Tensor, Tensor]]], words: str,
-             similarity: Tensor | None) -> dict[str, np.ndarray]:
-    """All plots of a run, by name; those of experts only where there are some."""
-    if not can_draw():
-        return {}
-    plots = {"loss": draw_losses(steps)}
-    if any(use.values()):
-        plots["routing"] = draw_routing(use, words)
-    if similarity is not None:
-        plots["experts"] = draw_similarity(similarity)
-    return plots

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from support import summary
 from support.files import replacing, write_json
 from support.pictures import save_picture
+from support.words import say
 
 FILES = ("scores.json", "table.md", "sheet.png")         # what --out takes
 HOLE = "–"                                               # in a table: not measured, or not to be
@@ -19,13 +19,10 @@ SCORING = "scoring.md"                                   # and, of a benchmark, 
 
 
 def check_out(args: argparse.Namespace, kept: bool = False) -> None:
-    """Raises: ValueError where a folder is in the way of the scores, or others stand there.
+    """Raises: ValueError where other scores stand in --out.
 
     kept: whether what stands there is an earlier part of the same work, and is gone on with.
     """
-    for name in (*FILES, SCORING):
-        if (args.out / name).is_dir():
-            raise ValueError(f"--out {args.out}: {name} in it is a folder, where a file is to go")
     there = [name for name in FILES if (args.out / name).exists()]
     if there and not (args.overwrite or kept):
         raise ValueError(f"--out {args.out}: holds {there[0]} already; name another --out, or add "
@@ -59,4 +56,4 @@ def write(out: Path, numbers: object, text: str, sheet: np.ndarray) -> None:
     write_text(out / "table.md", text)
     save_picture(sheet, out / "sheet.png")
     for line in ("", *text.split("\n"), ""):
-        summary.say(line)
+        say(line)

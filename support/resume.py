@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from mole import Adapter
 from support import adapters, record
-from support.commands import is_first
 from support.files import json_object, read_metadata, replacing, unpickled
+from support.words import note
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")      # Windows has two
@@ -61,7 +61,7 @@ def save_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers, step: i
         adapters.write(adapter, out / "adapter.safetensors", **about)
         named = out / f"adapter_{step:06d}.safetensors"
         if keep and named.exists() and not is_of_run(named, settings):
-            print(f"note: {named} is of another run, and stays as it is", file=sys.stderr)
+            note(f"{named} is of another run, and stays as it is")
         elif keep:
             adapters.write(adapter, named, **about)
         if (out / CHECKPOINTS[0]).is_file():
@@ -111,7 +111,7 @@ def read_checkpoint(out: Path) -> dict | None:
 
 
 def changes(before: dict, settings: dict) -> list[str]:
-    """The names of settings that are not what they were; what is not named was not asked for."""
+    """The names of settings that are not what they were; one that is absent counts as None."""
     return [name for name in dict.fromkeys((*settings, *record.ASKED_FOR))
             if settings.get(name, "None") != before.get(name, "None")]
 
@@ -130,7 +130,7 @@ def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
             option = "--method" if name == "adapter" else f"--{name.replace('_', '-')}"
             raise ValueError(f"--resume: {told}; go on with {option} as it was, or begin another "
                              "run with another --out")
-        print(f"note: {told}", file=sys.stderr)
+        note(told)
     adapters.fill_in(adapter, state["adapter"], out)
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
@@ -143,8 +143,8 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
 
     wanted: whether to go on from a checkpoint in `out`; else, or where there is none, (0, 0).
     """
-    if wanted and not holds_checkpoint(out) and is_first():
-        print(f"note: {out} holds no checkpoint; this run begins at its start", file=sys.stderr)
+    if wanted and not holds_checkpoint(out):
+        note(f"{out} holds no checkpoint; this run begins at its start")
     own = load_checkpoint(out, adapter, optimizers, settings) if wanted else (0, 0)
     places = [own] * workers
     if workers > 1:
@@ -156,7 +156,7 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
 
 
 def one_ahead(items: Iterator, asked: list) -> Iterator:
-    """The items, each when the next one is there: what that one raises joins `asked` in time.
+    """The items, read one ahead: an error in reading the next joins `asked` before one is used.
 
     So a step whose successor has no data is saved before the run ends.
     """

@@ -16,6 +16,7 @@ from mole import Adapter, MoLELinear, inner_products
 from support import report
 from support.pictures import save_picture
 from support.record import Log
+from support.words import counted
 
 
 def mixtures(adapter: Adapter | None) -> list[MoLELinear]:
@@ -118,7 +119,7 @@ def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Te
            for task in dict.fromkeys(j.task for j in jobs)}
     words = told(measures(use))
     save_picture(report.draw_routing(use, words), file)
-    print(f"{file}: the experts that {len(jobs)} instruction{'s'[:len(jobs) - 1]} chose; {words}")
+    print(f"{file}: the experts that {counted(len(jobs), 'instruction')} chose; {words}")
 
 
 def cosines(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
@@ -154,10 +155,18 @@ def expert_similarity(adapter: Adapter, forward: Callable[[], object]) -> Tensor
     return ((every * both).sum(0) / both.sum(0)).cpu()
 
 
-def of_run(log: Log, use: dict[str, dict[str, Shares]],
+def of_run(log: Log, step: int, use: dict[str, dict[str, Shares]],
            similarity: Tensor | None) -> dict[str, np.ndarray]:
-    """Write measures() into the line of a run's last step; -> the run's plots, by name."""
+    """Log measures() after a step; -> the run's plots by name, those of experts if there are some.
+    """
     found = measures(use)
     if found:
-        log.extend(found)
-    return report.draw_run(log.steps(), use, told(found) if found else "", similarity)
+        log.add({"step": step - 1} | {name: round(value, 6) for name, value in found.items()})
+    if not report.can_draw():
+        return {}
+    plots = {"loss": report.draw_losses(log.steps())}
+    if found:
+        plots["routing"] = report.draw_routing(use, told(found))
+    if similarity is not None:
+        plots["experts"] = report.draw_similarity(similarity)
+    return plots

@@ -3,7 +3,6 @@
 train.main() calls chosen() before any weight of the model is read.
 """
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from mole import AdapterConfig
 from support import adapters, foreign, research, targets
 from support.files import config_from
+from support.words import note
 
 
 def method_of(c: AdapterConfig) -> str:
@@ -23,9 +23,12 @@ def method_of(c: AdapterConfig) -> str:
     return "instructmole" if c.resampler else "pooled"
 
 
-def by_options(args: argparse.Namespace, base: AdapterConfig) -> dict:
-    """What --config, --rank and --experts change. Raises: ValueError where two contradict."""
-    named, asked = research.entries_of(args.config)[0] if args.config else {}, {}
+def by_options(args: argparse.Namespace, named: dict, base: AdapterConfig) -> dict:
+    """What --config, which names such values, --rank and --experts change.
+
+    Raises: ValueError where two contradict.
+    """
+    asked = {}
     before = asdict(config_from(AdapterConfig, asdict(base) | named, args.config, whole=True))
     if args.rank:                                        # alpha follows: the scale stays
         rank, alpha = ("lora_rank", "lora_alpha") if args.method == "lora" else ("rank", "alpha")
@@ -50,7 +53,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
     Raises: FileNotFoundError, ValueError.
     """
     beside, first, where = args.model.parent / "adapter.json", None, args.config or "--rank"
-    whole = args.config is not None and research.entries_of(args.config)[1]
+    named, whole = research.entries_of(args.config) if args.config else ({}, False)
     if args.init:
         args.init = foreign.snapshot(args.init)
         values, first = adapters.read(args.init)
@@ -61,14 +64,14 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
         args.method = method_of(base)
         print(f"begins with {args.init}, of --method {args.method}")
         if (side := adapters.longest([args.init])) != args.longest:
-            print(f"note: {args.init} was trained with --longest {side}, this run is with "
-                  f"{args.longest}", file=sys.stderr)
+            note(f"{args.init} was trained with --longest {side}, this run is with "
+                 f"{args.longest}")
         if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
             args.init = adapters.file_of(args.init)
     else:
         values = research.entries_of(beside)[0] if beside.is_file() and not whole else {}
         base = config_from(AdapterConfig, values, beside, whole=True)
-    changes = by_options(args, base)
+    changes = by_options(args, named, base)
     c = adapter_config(args.method, asdict(base) | changes, where)
     if args.init and c != base:
         told = ", ".join(f"{name} is {value}, not {asdict(c)[name]}"

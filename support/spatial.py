@@ -22,16 +22,17 @@ from support.benchmark_table import Scored, command_again
 from support.benchmarks import Given, Prompt
 from support.conditions import EDGES, canny
 from support.estimates import found_in, people_in
-from support.pictures import fitted, load_image, open_picture, resize
+from support.parquet import text_of
+from support.pictures import fitted, load_image, resize
 from support.public_sets import LEADS
 from support.results import HOLE, cell
 from support.rows import Rows
 from support.scores import SMALLEST, mean
-from support.tables import row_text
 
 NATIVE = 0                                               # a map is a clean condition
 MOST = 500                                               # rows
 LEFT_OUT = "people without an area, left out"            # of the truths
+SMALL = "pictures too small for MS-SSIM"
 SIDE = 512                                               # the longer side of a picture, pixels
 # Of each condition: columns of the text, of the picture that it describes, and of the map.
 SETS = {"canny": ("MultiGen-20M_canny_eval", "text", "image", None),
@@ -68,8 +69,8 @@ def given(rows: Rows, i: int, kind: str, wanted: tuple[int, int] | None) -> Give
 
 def caption_of(row: dict, column: str, where: str) -> str:
     """A row's text, or the first of several. Raises: ValueError."""
-    text = row[column][:1] if isinstance(row[column], list) else [row[column]]
-    return row_text({"instruction": text[0] if text else None}, "instruction", where).strip()
+    text = row[column]
+    return text_of(text[0] if isinstance(text, list) and text else text, column, where)
 
 
 def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]:
@@ -99,30 +100,29 @@ def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]
 
 # ------------------------------------------------------------------------------------------- scores
 
-def is_small(file: Path) -> bool:
-    """Whether a picture has no MS-SSIM; its head alone is read."""
-    with open_picture(file) as image:
-        return min(image.size) < SMALLEST
+def pair(ours: Path, truth: Path, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two pictures as arrays of a mode of Pillow's. Raises: ValueError where sizes differ."""
+    one, two = (load_image(file).convert(mode) for file in (ours, truth))
+    if one.size != two.size:
+        raise ValueError(f"{ours}: is {one.width}x{one.height}, the truth's {two.width}x"
+                         f"{two.height}; make both by one tool")
+    return np.asarray(one), np.asarray(two)
 
 
 def score_canny(done: list[Prompt], args: argparse.Namespace) -> dict[str, float | None]:
     """Means of the scores of all pictures' edges; MS-SSIM of those that are large enough."""
-    found = [edge_scores(*(edges(np.asarray(load_image(file))) for file in (
-        prompt.out, prompt.truth))) for prompt in tqdm(done, desc="edges", leave=False)]
+    with tqdm(done, desc="edges", leave=False) as bar:   # gone before an error is told
+        found = [edge_scores(*map(edges, pair(prompt.out, prompt.truth, "RGB"))) for prompt in bar]
     return {name: mean([one[name] for one in found if one[name] is not None])
-            for name in ("f1", "psnr", "ms_ssim")}
+            for name in ("f1", "psnr", "ms_ssim")} | {
+                SMALL: sum(one["ms_ssim"] is None for one in found)}
 
 
 def score_depth(done: list[Prompt], args: argparse.Namespace) -> dict[str, float | None]:
     """The mean error of all maps of depth, None where there are none. Raises: ValueError."""
     folders, errors = found_in(args.out, "depth", {prompt.name for prompt in done}), []
     for prompt in done if folders else []:
-        ours, truth = (np.asarray(load_image(folder / prompt.name).convert("L"))
-                       for folder in folders)            # grey levels, (H, W)
-        if ours.shape != truth.shape:
-            raise ValueError(f"{folders[0] / prompt.name}: is {ours.shape[1]}x{ours.shape[0]}, the "
-                             f"truth's {truth.shape[1]}x{truth.shape[0]}; make both by one tool")
-        errors.append(depth_rmse(ours, truth))
+        errors.append(depth_rmse(*pair(*(folder / prompt.name for folder in folders), "L")))
     return {"rmse": mean(errors)}
 
 
@@ -141,7 +141,7 @@ def score_pose(done: list[Prompt], args: argparse.Namespace) -> dict[str, float 
 def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
     """The table of what can be scored by what is there. Raises: ValueError."""
     values, rows, left_open = {}, [], []
-    shapes = {"psnr": "{:.2f}", "rmse": "{:.2f}", LEFT_OUT: "{:.0f}"}
+    shapes = {"psnr": "{:.2f}", "rmse": "{:.2f}", LEFT_OUT: "{:.0f}", SMALL: "{:.0f}"}
     for kind, measure in (("canny", score_canny), ("depth", score_depth), ("pose", score_pose)):
         own = [prompt for prompt in done if prompt.part == kind]
         if own:
@@ -153,7 +153,6 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
             left_open += [kind] if whole else [f"{kind} {name}" for name in missing]
         else:
             left_open.append(f"{kind} (no set given)")
-    small = sum(is_small(prompt.out) for prompt in done if prompt.part == "canny")
     return Scored(["score", "this run", "published"], rows, values, {}, left_open, [
         "Published: InstructMoLE's own figures could not be found, so none stand here.",
         f"Protocol: the first {MOST} rows of a set, one picture each, from the caption in a "
@@ -161,11 +160,12 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
         "squares makes those), 28 steps, guidance 2.5, the seed, a row's place.",
         "Canny: thresholds 100 and 200, of the coloured picture, as the paper's code scores; F1 of "
         "maps above 100, PSNR (100 dB if equal) and MS-SSIM of 0..1, means over pictures; "
-        f"MS-SSIM without the {small:,} that have less than {SMALLEST} pixels on the shorter side. "
-        "Depth: RMSE in grey levels, 0..255. Pose: OKS by COCO's definition, people matched best "
-        "first, but with the area of the box around a person's keypoints for COCO's annotated "
-        "area; who has none (one point, or all in a row) is left out, as by COCO who has no "
-        "keypoint; the paper's code has other constants, so that its OKS is lower."])
+        f"MS-SSIM of those with at least {SMALLEST} pixels on the shorter side.",
+        "Depth: RMSE in grey levels, 0..255.",
+        "Pose: OKS by COCO's definition, people matched best first. For COCO's annotated area "
+        "stands that of the box around a person's keypoints; who has none (one point, or all in a "
+        "row) is left out, as by COCO who has no keypoint. The paper's code has other constants, "
+        "so that its OKS is lower."])
 
 
 def scorers(args: argparse.Namespace) -> str:

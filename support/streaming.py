@@ -2,23 +2,21 @@
 
 sample.generate() calls visiting(); train.prepare() streams where offload.fits() finds no room.
 """
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from threading import Event, Thread
 
 import torch
 from torch import Tensor, nn
 
 from support import devices, offload
-from support.commands import is_first
+from support.words import note
 
 SLAB = 2 ** 28                                           # bytes of page-locked memory taken at once
 
 
 class Lane:
-    """Copying to a device beside what it computes; at once where it has no streams of work."""
+    """Copying to a device beside what it computes, on a CUDA stream; elsewhere, at once."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -31,16 +29,16 @@ class Lane:
             return [home.to(self.device, non_blocking=True) for home in homes], self.mark()
 
     def mark(self) -> object:
-        """All that this device was asked for, on the current stream of work, until now."""
+        """An event after all work queued so far on the current stream; None but for CUDA."""
         return torch.cuda.current_stream(self.device).record_event() if self.copying else None
 
     def follow(self, mark: object) -> None:
-        """Have the device wait for it before what it is asked for from now on."""
+        """Have the device wait for a mark before what is queued from now on."""
         if self.copying:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
     def wait(self, mark: object) -> None:
-        """Wait for it here."""
+        """Wait here until the device has come to a mark."""
         if self.copying:
             mark.synchronize()
 
@@ -76,18 +74,9 @@ def pin(homes: list[list[Tensor]], lane: Lane, stop: Event) -> None:
 
 
 def tell(device: torch.device) -> None:
-    """Say, in the first process, that training streams."""
-    if is_first():
-        print(f"note: {device} has no room for the transformer: its blocks visit it one after "
-              "another, and are recomputed in backward; --base-dtype fp8 halves them",
-              file=sys.stderr)
-
-
-@dataclass
-class Visit:
-    """A block's weights on the device, once they have arrived."""
-    copies: list[Tensor]
-    arrival: object
+    """Say that training streams."""
+    note(f"{device} has no room for the transformer: its blocks visit it one after another, and "
+         "are recomputed in backward; --base-dtype fp8 halves them")
 
 
 @contextmanager
@@ -103,12 +92,12 @@ def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> 
             for block in blocks]
     homes = [[t.data for t in block] for block in away]
     lane, stop = lane or Lane(device), Event()
-    here: dict[int, Visit] = {}
+    here: dict[int, tuple[list[Tensor], object]] = {}    # copies of a block's, their arrival
     last = -1                                            # the block that ran before
 
     def fetch(i: int) -> None:
         if 0 <= i < len(blocks) and i not in here:
-            here[i] = Visit(*lane.send(homes[i]))
+            here[i] = lane.send(homes[i])
 
     def go_home(i: int) -> None:
         for t, home in zip(away[i], homes[i]):
@@ -118,8 +107,9 @@ def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> 
         nonlocal last
         i, asked = places[block], lane.mark()            # backward passes too
         fetch(i)
-        lane.follow(here[i].arrival)
-        for t, copy in zip(away[i], here[i].copies):
+        copies, arrival = here[i]
+        lane.follow(arrival)
+        for t, copy in zip(away[i], copies):
             t.data = copy
         try:
             return block(*args)                          # a device is asked, and not waited for

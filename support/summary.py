@@ -4,49 +4,20 @@ train.main() calls tell() before any weight is read.
 """
 import argparse
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable
 
 from support import layouts
 from support.commands import is_first
 from support.pictures import LONGEST
+from support.words import counted, say
 from text_encoder import T5Tokenizer
 
 SHOWN = 3                                                # of what there is many of
 
 
-def counted(number: int, what: str) -> str:
-    """1 row, 2 rows."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def say(line: str) -> None:
-    """Print a line, whatever is in it: names may hold no text, terminals may not know letters."""
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def note(line: str) -> None:
-    """Say something beside the results; the first process speaks."""
-    if is_first():
-        print(f"note: {line}", file=sys.stderr)
-
-
 def about(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def duration(seconds: float) -> str:
-    """In words: 40.0 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 2 * 86400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
 
 
 def commonest(found: Counter[str]) -> str:

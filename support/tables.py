@@ -19,7 +19,7 @@ from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
 from support.pictures import ADDRESS, PICTURES
 
 MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
-LONGEST = 4096                                           # letters of a path: more, no system opens
+LONGEST_PATH = 4096                                      # letters: more, no system opens
 OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".sqlite")
 
 
@@ -190,7 +190,7 @@ def checked_path(path: str, where: str) -> str:
     if ADDRESS.match(path):
         raise ValueError(f"{where}: {path[:200]!a} is an address; save that picture as a file, and "
                          "name the file")
-    if len(checked_text(path, where)) > LONGEST or re.search(r"[\0-\x1f]", path):
+    if len(checked_text(path, where)) > LONGEST_PATH or re.search(r"[\0-\x1f]", path):
         raise ValueError(f"{where}: {path[:60]!a} cannot be a path")
     return path
 

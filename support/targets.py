@@ -14,17 +14,10 @@ def matches(name: str, *targets: str) -> bool:
 
     A target that begins with a dot is the whole name.
     """
-    for target in targets:
-        if "*" in target:
-            pattern = re.escape(target).replace(r"\*", r"\d+")
-            found = re.fullmatch(rf"(.*\.)?{pattern}", f".{name}") is not None
-        elif target.startswith("."):
-            found = f".{name}" == target
-        else:
-            found = f".{name}".endswith(f".{target}")
-        if found:
-            return True
-    return False
+    def pattern(target: str) -> str:
+        ahead = "" if target.startswith(".") else r".*\."
+        return ahead + re.escape(target).replace(r"\*", r"\d+")
+    return any(re.fullmatch(pattern(target), f".{name}") for target in targets)
 
 
 def check_sizes(c: AdapterConfig) -> None:

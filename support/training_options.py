@@ -51,8 +51,8 @@ def add_trained(parser: argparse.ArgumentParser, methods: list[str]) -> None:
 
 def train_options(methods: list[str], public: Iterable[str],
                   words: list[str] | None = None) -> argparse.Namespace:
-    """methods: what may be trained, the default first; public: names of public sets; words: else
-    those of the command line.
+    """methods: what may be trained, the default first; public: names of public sets; words: the
+    arguments, by default those of the command line.
     """
     parser = Parser(description="Train an adapter on a frozen model.",
                     usage="python train.py --data SOURCE[:weight] ... [options]")

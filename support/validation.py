@@ -4,7 +4,6 @@ train.main() calls open_held_out(), and summary.tell() says what was understood;
 has the samples checked each time that a checkpoint is due.
 """
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +16,8 @@ from support import layouts
 from support.pictures import grid, to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
-from support.summary import counted, per_batch, told_cut, understood
+from support.summary import per_batch, told_cut, understood
+from support.words import counted, note
 from text_encoder import T5Tokenizer
 
 MOST = 32                                                # samples that are looked at
@@ -31,7 +31,7 @@ def noted(missing: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"note: {missing}: {error}", file=sys.stderr)
+        note(f"{missing}: {error}")
 
 
 def some(source: object) -> list:

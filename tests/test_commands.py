@@ -259,9 +259,11 @@ def test_pictures_that_a_batch_names_are_not_written_over(tmp_path, monkeypatch,
 
 def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.png"
-    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--out", out,
-                              "--routing", out)
-    assert code == 2 and "makes that file too" in err and not out.exists()
+    monkeypatch.chdir(tmp_path)
+    for other in (out, "a.png"):                         # the same by another name
+        code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--out", out,
+                                  "--routing", other)
+        assert code == 2 and "makes that file too" in err and not out.exists()
 
 
 def test_folders_that_may_not_be_written_to_are_found_before_the_work(tmp_path, monkeypatch,
@@ -352,7 +354,7 @@ def test_compiling_needs_a_compiler(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--routing", "map.txt"], "picture"), (["--routing", "gone/map.png"], "folder"),
-    (["--routing", "map.png", "--adapter", "none"], "no layer")])
+    (["--routing", "map.png", "--adapter", "none"], "needs an adapter")])
 def test_routing_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)

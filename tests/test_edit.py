@@ -112,7 +112,7 @@ def test_the_command_takes_it_and_a_lora_is_so_routed(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("more, words", [
     (["--route-by", " "], "--route-by is empty"),
     (["--route-by", "a", "--routing", "r.png"], "leave out --route-by"),
-    (["--route-by", "a", "--adapter", "none"], "without an adapter there are no experts")])
+    (["--route-by", "a", "--adapter", "none"], "--route-by: needs an adapter")])
 def test_what_cannot_be_routed_so_is_one_line(tmp_path, monkeypatch, capsys, more, words) -> None:
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", TEXT, "--steps", 1, "--out",
                               tmp_path / "a.png", *more)

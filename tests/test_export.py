@@ -248,7 +248,8 @@ def test_export_alone_makes_no_picture_and_with_out_makes_one(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--adapter", "none"], "adapter"), (["--export-lora", "gone/a.safetensors"], "gone"),
+    (["--adapter", "none"], "needs an adapter; name one"),
+    (["--export-lora", "gone/a.safetensors"], "gone"),
     (["--export-lora", "a.png"], ".safetensors")])
 def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, words):
     if "--export-lora" not in arguments:
@@ -256,3 +257,16 @@ def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, words)
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", *arguments)
     assert code == 2 and words in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+
+@pytest.mark.parametrize("option", ["--export-lora", "--routing", "--route-by"])
+def test_without_an_adapter_nothing_is_read(tmp_path, monkeypatch, capsys, option):
+    """Beside a model that has none, too."""
+    (tmp_path / "model").symlink_to(MODEL.resolve())
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    value = "a" if option == "--route-by" else tmp_path / (
+        "a.png" if option == "--routing" else "a.safetensors")
+    code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", option, value,
+                              "--model", tmp_path / "model")
+    assert code == 2 and err == f"error: {option}: needs an adapter; name one with --adapter\n"

@@ -102,10 +102,13 @@ def test_a_whole_file_is_read_however_its_length_is_spelt(tmp_path: Path, length
 
 @pytest.mark.parametrize("name, told", [
     ("model.safetensors.incomplete", "unfinished download; run `hf download` again"),
+    (".cache/huggingface/12ab.incomplete", "12ab.incomplete is an unfinished download"),
+    ("another/pytorch_model.bin", "$"),                  # how much may lie below a home folder
     ("pytorch_model.bin", "pytorch_model.bin is not read; take the .safetensors"), ("notes", "$"),
     ("flux1-Q4_K.gguf", "flux1-Q4_K.gguf is not read; take the .safetensors")])
 def test_what_a_folder_without_weights_holds_is_said(tmp_path: Path, name: str, told: str) -> None:
     folder = written(tmp_path, "vae")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(FileNotFoundError, match=f"found 0 files.*{told}"):
         load(folder, "vae")
@@ -182,12 +185,12 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_a_shards_name_without_an_index_that_names_it_is_any_name(tmp_path: Path) -> None:
-    """Beside no index, or beside one of other files."""
-    file = tmp_path / "model-00003-of-00004.safetensors"
+    """Beside no index, or beside one of other files; a part of such a name, too."""
     for write in (lambda folder: None, write_shards):
         write(tmp_path)
-        with pytest.raises(FileNotFoundError, match="00003-of.*: no such file or folder$"):
-            read_tensors([file])
+        for name in ("model-00003-of-00004.safetensors", "model"):
+            with pytest.raises(FileNotFoundError, match=f"{name}: no such file or folder$"):
+                read_tensors([tmp_path / name])
 
 
 def test_index_that_forgets_a_shard_leaves_tensors_missing(tmp_path: Path) -> None:

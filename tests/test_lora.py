@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dit
 from helpers import DIT, KEYS
-from support import lora
+from support import adapters, lora
 from support.files import config_from, read_json
 from weights import load_adapter
 
@@ -180,6 +180,14 @@ def test_text_encoders_parts_are_left_out_with_a_word(tmp_path: Path, capsys, st
     assert config["lora_targets"] == [f".{LAYER}"] and len(tensors) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(said) == 1 and f"{file}: 2 tensors for text encoders ({stem}" in said[0]
+
+
+def test_one_of_several_processes_speaks(tmp_path: Path, capsys, monkeypatch) -> None:
+    written(tmp_path / "other.safetensors", {})          # a name that is nobody's, and no alpha
+    for rank, notes in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        adapters.read(tmp_path)
+        assert capsys.readouterr().err.count("note: ") == notes
 
 
 def test_text_encoders_alone_are_refused(tmp_path: Path) -> None:

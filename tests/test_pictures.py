@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFont
 
+from support import pictures
 from support.pictures import fitted, grid, load_image
 
 WIDE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322],   # Adobe RGB (1998) at
@@ -253,6 +254,22 @@ def test_a_grid_aligns_rows_and_writes_below_them():
     assert (sheet[height:height + 64, 64:] == blue).all()
     for top in (64, height + 64):                        # a text in each strip
         assert len(np.unique(sheet[top:top + height - 64])) > 1
+
+
+def test_letters_that_pillow_s_font_lacks_are_the_machine_s(monkeypatch):
+    """The first font that is there; Pillow's, with boxes for the letters, where there is none."""
+    own, machine = ImageFont.load_default(10), ImageFont.load_default(12)
+
+    def truetype(name, size):
+        if name != "arial.ttf":
+            raise OSError("cannot open resource")
+        return machine
+    monkeypatch.setattr(pictures.ImageFont, "truetype", truetype)
+    monkeypatch.setattr(pictures.ImageFont, "load_default", lambda size: own)
+    assert pictures.font_for("make it bigger", 10) is own
+    assert pictures.font_for("mach es größer", 10) is machine
+    monkeypatch.setattr(pictures.ImageFont, "truetype", lambda *_: truetype("none", 10))
+    assert pictures.font_for("mach es größer", 10) is own
 
 
 def test_a_grid_has_rows_side_by_side_with_gaps_and_frames():

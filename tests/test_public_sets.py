@@ -404,7 +404,13 @@ def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
     source = public_sets.OmniEdit(write_set(tmp_path, "omniedit", row_group_size=1))
     assert {s.instruction for s in draws(source, 60)} == {"one", "two", "alone"}
     parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / "dev-00000.parquet")
+    for folder in ("validation", "test-1"):              # as converted sets have them
+        (tmp_path / folder).mkdir()
+        parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / folder / "0000.parquet")
     assert len(public_sets.OmniEdit(tmp_path).sizes) == 6
+    (tmp_path / "dev-00000.parquet").rename(tmp_path / "values-00000.parquet")
+    with pytest.raises(ValueError, match="values-00000.parquet: has no column"):     # is looked at
+        public_sets.OmniEdit(tmp_path)
 
 
 def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):

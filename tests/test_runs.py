@@ -237,6 +237,15 @@ def test_resuming_asks_for_the_same_run(tmp_path, monkeypatch, capsys, short_mod
 
 # -------------------------------------------------------------------------------- what a run writes
 
+def test_a_model_is_known_by_its_files_and_not_by_hidden_ones(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    before = record.digest_of(tmp_path)
+    (tmp_path / ".DS_Store").write_bytes(b"of a desktop")
+    assert record.digest_of(tmp_path) == before
+    (tmp_path / "a.json").write_text("[]")
+    assert record.digest_of(tmp_path) != before
+
+
 def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys, short_model):
     """run.json; other data under the same names are noticed by a resumed run."""
     monkeypatch.setattr(train, "previews", lambda *_: {})

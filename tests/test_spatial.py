@@ -118,6 +118,7 @@ def test_the_truth_scores_best_and_another_s_does_not(tmp_path, monkeypatch, cap
     best |= {f"pose: {name} at {threshold}": "1.0000" for threshold in (0.5, 0.25, 0.1)
              for name in ("f1", "precision", "recall", "oks")}
     assert found[0].pop("pose: people without an area, left out") == "0"
+    assert found[0].pop("canny: pictures too small for MS-SSIM") == "0"
     assert {name: value for name, value in found[0].items() if name != "score"} == best
     for name, value in best.items():
         other = found[1][name]
@@ -132,7 +133,34 @@ def test_what_is_too_small_has_no_ms_ssim_and_is_said_once(tmp_path, monkeypatch
     code, told, _ = run(monkeypatch, capsys, "--data", data[0], "--out", tmp_path / "out")
     assert code == 0 and "not scored: canny ms_ssim, and depth (no set given), and pose" in told
     assert table_of(tmp_path / "out")["canny: ms_ssim"] == ["–", "–"]
-    assert "MS-SSIM without the 3 that have less than 176 pixels on the shorter side" in told
+    assert table_of(tmp_path / "out")["canny: pictures too small for MS-SSIM"] == ["3", "–"]
+    assert "MS-SSIM of those with at least 176 pixels on the shorter side" in told
+
+
+def test_pictures_of_another_tool_stay_and_their_truths_are_drawn(tmp_path, monkeypatch, capsys,
+                                                                  data, truth_of):
+    seen, folder = truth_of(), tmp_path / "out/eval_canny"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (64, 48), "red").save(folder / f"{STEM.format(i)}.png")
+    before = [file.read_bytes() for file in sorted(folder.iterdir())]
+    code, _, err = run(monkeypatch, capsys, "--data", data[0], "--out", tmp_path / "out",
+                       "--size", "64x48")
+    assert code == 0 and "taken as they are" in err and not seen, err
+    assert [file.read_bytes() for file in sorted(folder.iterdir())] == before
+    assert len(list((tmp_path / "out/gt_canny").iterdir())) == 3
+    Image.new("RGB", (64, 64)).save(folder / f"{STEM.format(1)}.png")
+    code, _, err = run(monkeypatch, capsys, "--data", data[0], "--out", tmp_path / "out",
+                       "--size", "64x48")
+    assert code == 2 and f"{STEM.format(1)}.png: is 64x64, the truth's 64x48" in err, err
+
+
+def test_an_empty_caption_is_named_by_its_column(tmp_path, monkeypatch, capsys, truth_of):
+    truth_of()
+    rows = [{"image": content(drawn(0, (64, 48))), "text": ""}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "validation-0.parquet")
+    code, _, err = run(monkeypatch, capsys, "--data", f"canny={tmp_path}", "--out", tmp_path / "o")
+    assert code == 2 and "row 0: 'text' holds no text" in err
 
 
 def test_people_without_an_area_are_left_out_and_counted(tmp_path, monkeypatch, capsys, data,
@@ -150,7 +178,7 @@ def test_people_without_an_area_are_left_out_and_counted(tmp_path, monkeypatch, 
     found = table_of(out)
     assert code == 0 and found["pose: f1 at 0.5"][0] == "1.0000", err
     assert found["pose: people without an area, left out"][0] == "2"
-    assert "area of the box around a person's keypoints for COCO's annotated area" in told
+    assert "For COCO's annotated area stands that of the box around a person's keypoints" in told
 
 
 def test_files_of_a_desktop_are_no_maps(tmp_path, monkeypatch, capsys, data, truth_of):

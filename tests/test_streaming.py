@@ -182,8 +182,17 @@ def test_slabs_hold_any_type_and_shape(dtype, monkeypatch):
         assert torch.equal(copy.float(), home.float()) and copy.data_ptr() != home.data_ptr()
 
 
-def test_how_much_memory_can_be_had():
-    assert 0 <= devices.available() <= devices.memory(torch.device("cpu"))
+def test_how_much_memory_can_be_had(tmp_path, monkeypatch):
+    """Of a container's own, where it has a limit."""
+    cpu = torch.device("cpu")
+    assert 0 <= devices.available() <= devices.memory(cpu)
+    monkeypatch.setattr(devices, "CONTAINER", tmp_path)
+    whole = devices.memory(cpu)
+    for limit, expected in (("max\n", whole), ("4096\n", 4096)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("4000\n")
+        assert devices.memory(cpu) == expected
+    assert devices.available() == 96
 
 
 def test_a_command_that_streams_trains_the_same_adapter(tmp_path, monkeypatch, capsys, at_home):
