@@ -4,10 +4,11 @@ A piece is one training and its scores: a file of tiny/results. Pieces that are 
 and one that was interrupted goes on from its last checkpoint, so the experiment may be killed and
 started again; several pieces run side by side, each in a process and a thread of its own.
 
-    search         rate and scale of each variant, 500 steps, by its flow loss on validation scenes
+    search         rate and scale of each variant, 500 steps, by its flow loss on validation scenes:
+                   a grid, then the neighbours of its best, while that lies on an edge
     table          every variant with three seeds, by what the search has found
-    interference   a task alone, with two others, with all: in as many steps, the batches larger,
-                   so that each task draws the same number of its own pictures
+    interference   a task alone, with two others, with all, 750 steps; 8 pictures of each task in a
+                   batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
 
 Run: python -m tiny.experiment                           # all, about a day on two cores
@@ -16,13 +17,14 @@ Run: python -m tiny.experiment                           # all, about a day on t
 """
 import argparse
 import json
+import math
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -90,7 +92,7 @@ class Piece:
     batch: int = BATCH
     tasks: tuple[str, ...] = ALL
     balance_weight: float | None = None                  # None: the variant's
-    probed: bool = False                                 # what routing decides is measured too
+    ways: tuple[str, ...] = ()                           # of probe.WAYS, in which it is routed too
 
     @property
     def name(self) -> str:
@@ -116,7 +118,7 @@ class Piece:
         other = [name for name in now if was.get(name) != now[name]]
         if other:
             raise ValueError(f"{self.file}: made with another {other[0]}, {was.get(other[0])} and "
-                             f"not {now[other[0]]}; move it away")
+                             f"not {now[other[0]]}; move it and {WORK / self.name} away")
         return True
 
 
@@ -135,9 +137,9 @@ def count(config: AdapterConfig) -> int:
 
 
 def sized(config: AdapterConfig, parameters: int) -> AdapterConfig:
-    """The same, or if it is not within 5 % of a size, with the rank that comes nearest to it.
+    """The configuration, its rank changed so that it has about so many parameters.
 
-    The rank is that of its experts, or of the plain LoRA.
+    The rank is that of its experts, or of the plain LoRA; within 5 % it stays as it is.
     """
     if abs(count(config) / parameters - 1) < 0.05:
         return config
@@ -170,14 +172,31 @@ def found(stage: str) -> list[dict]:
 
 
 def tried(variant: str) -> list[Piece]:
-    """The search's pieces of a variant."""
-    return [Piece("search", variant, 0, SEARCH_STEPS, lr, scale)
-            for lr, scale in product(RATES, SCALES)]
+    """The search's pieces of a variant: the grid, and once that is there, around its best."""
+    known = {piece.name: piece for lr, scale in product(RATES, SCALES)
+             for piece in [Piece("search", variant, 0, SEARCH_STEPS, lr, scale)]}
+    while all(piece.there() for piece in known.values()):
+        winner, number = winner_of(known.values()), len(known)
+        for lr, scale in ((3, 1), (1 / 3, 1), (1, 8), (1, 1 / 8)):
+            piece = replace(winner, lr=float(f"{winner.lr * lr:g}"), scale=winner.scale * scale)
+            known.setdefault(piece.name, piece)
+        if len(known) == number:                         # all around it was tried
+            break
+    return list(known.values())
 
 
 def new_loss(result: dict) -> float:
-    """Flow loss on the new tasks, a mean over them; the search's is on validation scenes."""
-    return sum(result["flow"][task] for task in NEW_TASKS) / len(NEW_TASKS)
+    """Flow loss on the new tasks, a mean over them, infinite of a training that diverged.
+
+    The search's is on validation scenes.
+    """
+    losses = [result["flow"][task] for task in NEW_TASKS]
+    return math.inf if None in losses else sum(losses) / len(losses)
+
+
+def winner_of(candidates: Iterable[Piece]) -> Piece:
+    """The piece of the least flow loss."""
+    return min(candidates, key=lambda piece: new_loss(read_json(piece.file)))
 
 
 def best(variant: str) -> dict[str, float] | None:
@@ -185,7 +204,7 @@ def best(variant: str) -> dict[str, float] | None:
     candidates = tried(variant)
     if not all(piece.there() for piece in candidates):
         return None
-    winner = min(candidates, key=lambda piece: new_loss(read_json(piece.file)))
+    winner = winner_of(candidates)
     return {"lr": winner.lr, "scale": winner.scale}
 
 
@@ -197,16 +216,16 @@ def pieces(stage: str) -> Iterator[Piece]:
     settings = {variant: how for variant in VARIANTS if (how := best(variant))}
     for seed, (variant, how) in product(SEEDS, settings.items()):
         whole = Piece(stage, variant, seed, STEPS, **how,
-                      probed=variant not in ("plain LoRA", "one expert"))
+                      ways=() if variant in ("plain LoRA", "one expert") else probe.WAYS)
         if stage == "table":
             yield whole
         if stage == "interference" and variant in ("InstructMoLE", "plain LoRA"):
             for tasks in (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS):
                 yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
-                              probed=False)
+                              ways=())
         if stage == "balance" and variant == "InstructMoLE":
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
-                yield replace(whole, balance_weight=weight)
+                yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
 
 
 # --------------------------------------------------------------------------------------- one piece
@@ -225,8 +244,7 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
         "--out", str(out), "--resume"])
     source = TinyWorld(piece.tasks)
     if piece.stage == "interference":                    # every task is as likely as the others
-        sizes = [len(group) / len(piece.tasks) for group in source.groups]
-        source.chances[:] = sizes
+        source.chances[:] = [len(group) / len(piece.tasks) for group in source.groups]
     train.prepare(args, configuration(piece), None, [(source, 1.0)], HeldOut(None))
     return out
 
@@ -261,15 +279,22 @@ def run(piece: Piece, device: str = "cpu") -> None:
     if not begun.is_file():
         work.mkdir(parents=True, exist_ok=True)
         write_json(begun, about(device))
-    out, began = fit(piece, device), time.time()
+    try:
+        out, began = fit(piece, device), time.time()
+    except ValueError as error:                          # so high a rate may be no rate at all
+        if piece.stage != "search" or "no number" not in str(error):
+            raise
+        return write_json(piece.file, {
+            "piece": asdict(piece), "flow": dict.fromkeys(piece.tasks),
+            "diverged": str(error), "begun": read_json(begun), "ended": about(device)})
     pipe = load_pipeline(MODEL, out / "adapter.safetensors", device, DTYPE)
     result = {"piece": asdict(piece), "config": asdict(pipe.adapter.config),
               "parameters": sum(t.numel() for t in pipe.adapter.tensors().values()),
               "flow": probe.flow_losses(pipe, piece.tasks, piece.stage == "search")}
     if piece.stage != "search":
         result["tasks"] = probe.scores(pipe, piece.tasks, piece.number, work)
-    if piece.probed:
-        result["routing"] = probe.decisions(pipe, FEW, work)
+    if piece.ways:
+        result["routing"] = probe.decisions(pipe, FEW, work, piece.ways)
         result["cosine"] = probe.cosine(pipe)
     write_json(piece.file, result | progress(out) | {
         "scoring_seconds": round(time.time() - began),
@@ -300,6 +325,8 @@ class Crew:
                 env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
                 start_new_session=True)                  # Ctrl-C comes by stop(), once
             self.running.add(process)
+            if self.until == 0:                          # stop() came in between
+                process.terminate()
             code = process.wait()
             self.running.discard(process)
         return code
@@ -314,17 +341,26 @@ class Crew:
 @contextmanager
 def alone(piece: Piece) -> Iterator[None]:
     """Raises: ValueError where another process is at this piece."""
-    mark = WORK / piece.name / "process"
+    mark, own = WORK / piece.name / "process", str(os.getpid())
     mark.parent.mkdir(parents=True, exist_ok=True)
-    other = mark.read_text() if mark.exists() else ""
+    other = mark.read_text() if mark.exists() else own
     known = Path(f"/proc/{other}/cmdline")               # elsewhere than on Linux there is none
-    if other and known.exists() and b"tiny.experiment" in known.read_bytes():
+    if other != own and known.exists() and piece.name.encode() in known.read_bytes():
         raise ValueError(f"{piece.name}: process {other} is at it")
-    mark.write_text(str(os.getpid()))
+    mark.write_text(own)
     try:
         yield
     finally:
         mark.unlink()
+
+
+def tell(stage: str) -> list[Piece]:
+    """Say what of a stage is there; -> what is to do."""
+    todo = [piece for piece in pieces(stage) if not piece.there()]
+    waiting = sum(best(variant) is None for variant in VARIANTS) if stage != "search" else 0
+    print(f"{stage}: {len(found(stage))} pieces are there, {len(todo)} to do"
+          + f"; {waiting} variants wait for their search" * bool(waiting), flush=True)
+    return todo
 
 
 def main() -> None:
@@ -351,18 +387,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, crew.stop)
     for stage in args.stages or STAGES:
-        todo = [piece for piece in pieces(stage) if not piece.there()]
-        waiting = sum(best(variant) is None for variant in VARIANTS) if stage != "search" else 0
-        print(f"{stage}: {len(found(stage))} pieces are there, {len(todo)} to do"
-              + f"; {waiting} variants wait for their search" * bool(waiting))
-        if args.list:
-            continue
-        with ThreadPoolExecutor(args.workers) as pool:
-            codes = list(pool.map(crew.work, todo))
-        if crew.until == 0:
-            raise ValueError("stopped; the same command goes on")
-        if any(codes):
-            raise ValueError(f"{stage}: a piece failed; its last words are in {WORK}/*.log")
+        while todo := tell(stage):                       # what a search finds asks for more
+            if args.list or time.time() > crew.until:
+                break
+            with ThreadPoolExecutor(args.workers) as pool:
+                codes = list(pool.map(crew.work, todo))
+            if crew.until == 0:
+                raise ValueError("stopped; the same command goes on")
+            if any(codes):
+                raise ValueError(f"{stage}: a piece failed; its last words are in {WORK}/*.log")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from tiny import probe
 from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found, new_loss
 from tiny.world import EDITS, NEW_TASKS
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}     # 97.5 % of Student's t, by number of seeds
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
+       7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -41,24 +43,32 @@ def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int 
     return f"{mean} ({least} to {most})"
 
 
-def lead(ours: list[dict], theirs: list[dict], tasks: Iterable[str]) -> str:
-    """By how many points ours is right more often, and the 95 % interval of that.
+def lead(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarray],
+         of_theirs: Callable[[dict], np.ndarray] | None = None) -> str:
+    """By how much ours is more, a mean over seeds and cases, and an interval of at least 95 %.
 
-    Seed by seed and picture by picture, as both were scored on the same ones. The interval adds,
-    as squares, what the seeds' means leave open, by Student's t, and what the pictures' do.
+    cases: a result's values, one or many, in the same order for all; of_theirs: another's, if not
+    so. Differences are taken within a seed and a case, as both drew the same. Half the interval is
+    the root of (t SE over seeds)^2 + (1.96 SE over cases)^2: what is chance of one seed on one case
+    counts in both, so that it is somewhat too wide. It speaks of new seeds and cases at the rates
+    and scales that the search chose, on this base, and of one comparison: of twenty such intervals
+    one may miss.
     """
-    def right(result: dict) -> np.ndarray:               # (pictures,) 0 or 100
-        return 100 * np.array([int(mark) for task in tasks
-                               for mark in result["tasks"][task]["right"]])
-    by_seed = {result["piece"]["seed"]: result for result in theirs}
-    more = np.array([right(result) - right(by_seed[result["piece"]["seed"]]) for result in ours
-                     if result["piece"]["seed"] in by_seed])                 # (seeds, pictures)
+    by_seed = {result["piece"]["seed"]: (of_theirs or cases)(result) for result in theirs}
+    more = np.array([cases(result) - by_seed[result["piece"]["seed"]] for result in ours
+                     if result["piece"]["seed"] in by_seed])                 # (seeds, cases)
     if len(more) < 2:
         return HOLE
-    seeds, pictures = (more.mean(axis).std(ddof=1) / np.sqrt(more.shape[1 - axis])
-                       for axis in (1, 0))
-    half = np.hypot(T95[len(more)] * seeds, 1.96 * pictures)
+    number, many = more.shape
+    by_chance = T95[number] * more.mean(1).std(ddof=1) / np.sqrt(number)
+    by_case = 1.96 * more.mean(0).std(ddof=1) / np.sqrt(many) if many > 1 else 0
+    half = np.hypot(by_chance, by_case)
     return f"{more.mean():+.1f} ({more.mean() - half:+.1f} to {more.mean() + half:+.1f})"
+
+
+def percents(marks: Iterable[str]) -> np.ndarray:
+    """probe.marks() as 0 or 100 for each picture."""
+    return 100 * np.array([int(mark) for mark in "".join(marks)])
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -75,11 +85,16 @@ def variants_table() -> str:
 
 
 def leads_table() -> str:
-    """InstructMoLE against each other variant, see lead()."""
+    """InstructMoLE against each other variant, see lead(); the flow loss in thousandths."""
     table = by_variant("table")
     ours = table.pop("InstructMoLE", [])
-    return markdown(["InstructMoLE's lead over", "new tasks, points", "edits, points"], (
-        [name, *(lead(ours, results, tasks) for tasks in (NEW_TASKS, EDITS))]
+    measures: list[Callable[[dict], np.ndarray]] = [
+        lambda result: percents(result["tasks"][task]["right"] for task in NEW_TASKS),
+        lambda result: percents(result["tasks"][task]["right"] for task in EDITS),
+        lambda result: np.array([-1000 * new_loss(result)])]
+    return markdown(["InstructMoLE's lead over", "new tasks, points", "edits, points",
+                     "flow loss of new tasks, less by 0.001 times"], (
+        [name, *(lead(ours, results, cases) for cases in measures)]
         for name, results in table.items()))
 
 
@@ -103,25 +118,45 @@ def wordings_table() -> str:
         for name, results in by_variant("table").items()))
 
 
-def share(marks: dict[str, str]) -> float:
-    """Of pictures that are right, a mean over the tasks, in percent; marks: probe.marks()."""
-    return 100 * float(np.mean([mark.count("1") / len(mark) for mark in marks.values()]))
+def routed(results: list[dict]) -> list[dict]:
+    """Those in which routing was looked at."""
+    return [result for result in results if "routing" in result]
 
 
 def routing_table() -> str:
-    """What becomes of success on the new tasks when the routing is changed at test time."""
+    """What becomes of success on the new tasks when the routing is changed at test time.
+
+    The last column: what routing by its own task gives a picture, beside routing by another's.
+    Experts suffer where they are used otherwise than trained: a loss here does not say that
+    training without routing is worse.
+    """
+    def by_way(way: str) -> Callable[[dict], np.ndarray]:
+        return lambda result: percents(result["routing"]["right"][way].values())
+    table = {name: routed(results) for name, results in by_variant("table").items()}
+    header = ["variant", *(f"{way}, %" for way in probe.WAYS), "its task's less another's"]
+    return markdown(header, (
+        [name, *(over_seeds(found, lambda r, way=way: by_way(way)(r).mean()) for way in probe.WAYS),
+         lead(found, found, by_way("its task's"), by_way("another's"))]
+        for name, found in table.items() if found))
+
+
+def routers_table(stage: str = "table") -> str:
+    """What the routers have learned, means over layers and seeds; see probe.by_task().
+
+    Bits are of a picture, or where tokens route of a token. The noise of training is 1/E.
+    """
     rows = []
-    for name, results in by_variant("table").items():
-        routed = [r["routing"] for r in results if "routing" in r]
-        if routed:
-            changed = [over_seeds(routed, lambda r, way=way: share(r["right"][way]))
-                       for way in probe.WAYS]
-            even, told, chance = (
-                f"{np.mean([list(r[key].values()) for r in routed]):.3f}"
-                for key in ("from even", "information", "information of shuffled tasks"))
-            rows.append([name, *changed, even, HOLE if name == "soft" else f"{told}, {chance}"])
-    return markdown(["variant", *(f"{way}, %" for way in probe.WAYS), "shares from even",
-                     "bits that an expert's being kept tells of the task, of shuffled tasks"], rows)
+    for name, results in by_variant(stage).items():
+        if found := routed(results):
+            even, spread, lost, told, chance = (
+                np.mean([list(r["routing"][key].values()) for r in found])
+                for key in ("from even", "spread", "lost", "information",
+                            "information of shuffled tasks"))
+            noise = "none" if name in ("soft", "Expert Race", "Expert Choice") else f"{lost:.1%}"
+            rows.append([name, f"{even:.3f}", f"{spread:.3f}", noise,
+                         HOLE if name in ALL_KEPT else f"{told:.3f} ({chance:.3f})"])
+    return markdown(["variant", "shares from even", "logits between tasks, sd",
+                     "kept experts that noise changes", "bits about the task (by chance)"], rows)
 
 
 def flow_table() -> str:
@@ -142,21 +177,25 @@ def cosines_table() -> str:
 
 
 def balance_table() -> str:
-    """InstructMoLE's success by the weight of its balance loss, at one rate and scale."""
+    """InstructMoLE by the weight of its balance loss, at one rate and scale."""
     weights: dict[float, list[dict]] = {}
     for result in [*found("balance"), *by_variant("table").get("InstructMoLE", [])]:
         weights.setdefault(result["config"]["balance_weight"], []).append(result)
-    return markdown(["balance weight", "new tasks, %", "edits, %"], (
+    def routers(results: list[dict], key: str) -> str:
+        found = [list(r["routing"][key].values()) for r in routed(results)]
+        return f"{np.mean(found):.3f}" if found else HOLE
+    return markdown(["balance weight", "new tasks, %", "edits, %", "shares from even",
+                     "bits about the task"], (
         [f"{weight:g}", over_seeds(results, lambda r: success(r, NEW_TASKS)),
-         over_seeds(results, lambda r: success(r, EDITS))]
-        for weight, results in sorted(weights.items())))
+         over_seeds(results, lambda r: success(r, EDITS)), routers(results, "from even"),
+         routers(results, "information")] for weight, results in sorted(weights.items())))
 
 
 def search_table() -> str:
     """Flow loss of the search's pieces on validation scenes, a mean over the new tasks."""
     values = {(r["piece"]["variant"], r["piece"]["lr"], r["piece"]["scale"]):
               f"{new_loss(r):.4f}" for r in found("search")}
-    settings = list(product(RATES, SCALES))
+    settings = sorted({(lr, scale) for _, lr, scale in values} | {*product(RATES, SCALES)})
     return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in settings)], (
         [name, *(values.get((name, *setting), HOLE) for setting in settings)]
         for name in VARIANTS))
@@ -174,7 +213,11 @@ def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
 
 
 def interference_table() -> str:
-    """Success of a task trained alone, with two others, with the six others, by variant."""
+    """Success of a task trained alone, with two others, with all seven, by variant.
+
+    More company is also larger batches and fewer steps for each task: what compares is how much
+    more one variant loses by it than the other.
+    """
     values = interference()
     columns = [(variant, number) for variant in ("plain LoRA", "InstructMoLE")
                for number in sorted(values.get(variant, {}))]
@@ -190,7 +233,7 @@ def interference_table() -> str:
 
 TABLES = {"search": (search_table,), "interference": (interference_table,),
           "table": (variants_table, leads_table, tasks_table, wordings_table, flow_table,
-                    routing_table, cosines_table, balance_table)}
+                    routing_table, routers_table, cosines_table, balance_table)}
 
 
 def tables() -> list[str]:
@@ -256,7 +299,7 @@ def draw_routing() -> np.ndarray:
     """
     from matplotlib.figure import Figure
     routed = {name: results[0]["routing"] for name, results in by_variant("table").items()
-              if "routing" in results[0] and name != "soft"}                 # that keeps them all
+              if "routing" in results[0] and name not in ALL_KEPT}
     figure = Figure((9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, routing in routed.items():

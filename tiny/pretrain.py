@@ -532,7 +532,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--vae-steps", type=int, default=12_000)
     parser.add_argument("--samples", type=int, default=100_000, help="latents for the transformer")
-    parser.add_argument("--steps", type=int, default=12_000, help="of transformer and text encoders")
+    parser.add_argument("--steps", type=int, default=12_000, help="of transformer, text encoders")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():

@@ -6,11 +6,12 @@ Key: B pictures of a batch; N tokens; E experts; p shares before the top k; w we
 """
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from math import log
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,9 +41,9 @@ SLOT = {"a": r"[a-z]+ [a-z]+", "colour": "[a-z]+", "shape": "[a-z]+", "place": "
 # ------------------------------------------------------------------------------------------ scores
 
 def scenes(task: str, number: int, validation: bool) -> list:
-    """Held-out samples of a task; those whose scene, of edits the one after, is in that part.
+    """Held-out samples of a task: of validation's quarter of the held-out scenes, or of the rest.
 
-    A quarter of the held-out scenes serve validation alone.
+    An edit belongs where the scene after it does.
     """
     rng, chosen = np.random.default_rng([int(validation), list(world.WORDINGS).index(task)]), []
     while len(chosen) < number:
@@ -112,12 +113,24 @@ def flow_losses(pipe: Pipeline, tasks: tuple[str, ...], validation: bool) -> dic
 
 # --------------------------------------------------------------------------- what routing decides
 
-# What becomes of the weights w (B, ..., E) at test time. another's: those of the picture before it,
-# which is of another task, at the same token; its task's: those of another picture of its task;
-# mean: the layer's mean over all pictures and tokens, so that nothing is decided any more; even:
-# that, shared evenly by all experts; random: a picture's own, on other experts, the same ones in
-# all steps; none: no expert serves.
-WAYS = ("as trained", "another's", "its task's", "mean", "even", "random", "none")
+WAYS = (  # what becomes of a picture's weights w (B, ..., E) at test time
+    "as trained",
+    "another's",                                         # w of a picture of another task, by token
+    "its task's",                                        # w of another picture of the same task
+    "mean",                                              # the layer's mean: nothing is decided
+    "even",                                              # that, shared evenly by all experts
+    "random",                                            # its own w, on experts drawn by lot
+    "none")                                              # no expert serves
+
+
+class Seen(NamedTuple):
+    """What a layer decided, by picture."""
+    w: Tensor                                            # (pictures, E)
+    kept: Tensor                                         # (pictures, E), of its tokens, 0 to 1
+    logits: Tensor                                       # (pictures, E), less their mean
+    from_even: Tensor                                    # (pictures,) half the sum of |p - 1/E|
+    lost: Tensor                                         # (pictures,) of the kept experts, the part
+                                                         # that training's noise would change
 
 
 class Watch:
@@ -130,7 +143,8 @@ class Watch:
     def __init__(self, pictures: int, mean: dict[str, Tensor] | None = None):
         self.way, self.first, self.tasks = WAYS[0], 0, 1
         self.pictures, self.mean = pictures, mean or {}
-        self.seen: dict[str, Tensor] = {}                # of a layer: w, kept, distance, calls
+        self.seen: dict[str, Tensor] = {}                # of a layer: sums of note(), and calls
+        self.noise = torch.Generator().manual_seed(0)
         self.orders: dict[str, Tensor] = {}              # of a layer: random experts, by picture
 
     def changed(self, name: str, w: Tensor) -> Tensor:
@@ -154,21 +168,24 @@ class Watch:
             return self.mean[name].mean().to(w).expand_as(w)
         return w
 
-    def note(self, name: str, p: Tensor, w: Tensor) -> None:
-        """Add what a call decides for a batch; p, w (B, ..., E)."""
-        B, E = len(w), w.shape[-1]
+    def note(self, name: str, logits: Tensor, w: Tensor) -> None:
+        """Add what a call decides for a batch; logits, w (B, ..., E)."""
+        logits, w = logits.detach().float().cpu(), w.detach().float().cpu()
+        B, E, kept = len(w), w.shape[-1], (w != 0).float()
+        far = 0.5 * (logits.softmax(-1) - 1 / E).abs().sum(-1, keepdim=True)         # (B, ..., 1)
+        noisy = logits + torch.randn(logits.shape, generator=self.noise) / E # as in training
+        again = noisy.topk(int(kept[0].sum(-1).max()), -1).indices
+        lost = 1 - kept.gather(-1, again).mean(-1, keepdim=True)
+        columns = torch.cat([w, kept, logits - logits.mean(-1, keepdim=True), far, lost,
+                             torch.ones_like(far)], -1)
         if name not in self.seen:
-            self.seen[name] = torch.zeros(self.pictures, 2 * E + 2)
-        rows = self.seen[name][self.first:self.first + B]
-        far = 0.5 * (p - 1 / E).abs().sum(-1, keepdim=True)                  # (B, ..., 1)
-        every = torch.cat([w, (w != 0).to(w), far, torch.ones_like(far)], -1)
-        rows += every.reshape(B, -1, 2 * E + 2).mean(1).cpu()
+            self.seen[name] = torch.zeros(self.pictures, columns.shape[-1])
+        self.seen[name][self.first:self.first + B] += columns.reshape(B, -1, 3 * E + 3).mean(1)
 
-    def of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Means over a layer's calls, by picture: w (pictures, E), kept (pictures, E), distance."""
+    def of(self, name: str) -> Seen:
+        """Means over a layer's calls: sampling steps, flow losses, streams, each counting alike."""
         rows = self.seen[name] / self.seen[name][:, -1:]
-        w, kept = rows[:, :-2].chunk(2, -1)
-        return w, kept, rows[:, -2]
+        return Seen(*rows[:, :-3].chunk(3, -1), rows[:, -3], rows[:, -2])
 
 
 @contextmanager
@@ -178,8 +195,7 @@ def watched(pipe: Pipeline, watch: Watch) -> Iterator[None]:
         def routing_weights(x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
             w, loss = own(x, routing)
             if watch.way == WAYS[0]:
-                p = layer.logits(x if layer.by_token else routing.z).softmax(-1)
-                watch.note(layer.name, p, w)
+                watch.note(layer.name, layer.logits(x if layer.by_token else routing.z), w)
             return watch.changed(layer.name, w), loss
         return routing_weights
     layers = routing_maps.mixtures(pipe.adapter)
@@ -235,45 +251,50 @@ def routed(pipe: Pipeline, watch: Watch, batches: list[list]) -> tuple[dict[str,
     return {task: marks(ok) for task, ok in right.items()}, round(float(np.mean(losses)), 5)
 
 
-def decisions(pipe: Pipeline, number: int, work: Path) -> dict[str, dict]:
-    """What becomes of the new tasks in each of WAYS, and measures of the routing by layer.
+def decisions(pipe: Pipeline, number: int, work: Path, ways: Iterable[str] = WAYS
+              ) -> dict[str, dict]:
+    """What becomes of the new tasks in each way, and measures of the routing by layer.
 
-    right: marks(), by way and task, of so many pictures a task; flow: by way; weights and kept: a
-    mean for each task and expert; from even, information: see Watch.of() and information(), and
-    that of shuffled tasks. What was found before is in `work`.
+    right: marks(), by way and task, of so many pictures a task; flow: by way; the rest: by_task().
+    What was found before is in `work`. ways: of WAYS, the first one first.
     """
     file, batches = work / f"decisions-{number}.json", mixed_batches(number)
     found = read_json(file) if file.is_file() else {"right": {}, "flow": {}}
     watch = Watch(sum(map(len, batches)),
                   {name: torch.tensor(w) for name, w in found.get("mean weights", {}).items()})
-    for watch.way in WAYS:
+    for watch.way in ways:
         if watch.way in found["right"]:
             continue
         found["right"][watch.way], found["flow"][watch.way] = routed(pipe, watch, batches)
         if watch.way == WAYS[0]:
             layers = {name: watch.of(name) for name in watch.seen}
-            watch.mean = {name: w.mean(0) for name, (w, _, _) in layers.items()}
-            found |= {"mean weights": {name: w.tolist() for name, w in watch.mean.items()},
-                      "from even": {name: far.mean().item() for name, (_, _, far) in layers.items()}
-                      } | by_task(layers, [s.task for batch in batches for s in batch])
+            watch.mean = {name: seen.w.mean(0) for name, seen in layers.items()}
+            found |= {"mean weights": {name: w.tolist() for name, w in watch.mean.items()}}
+            found |= by_task(layers, [s.task for batch in batches for s in batch])
         write_json(file, found)
     return found
 
 
-def by_task(layers: dict[str, tuple[Tensor, Tensor, Tensor]], tasks: list[str]) -> dict[str, dict]:
-    """Means of w and kept for each task, and what being kept tells of it; layers: Watch.of()."""
+def by_task(layers: dict[str, Seen], tasks: list[str]) -> dict[str, dict]:
+    """Measures of each layer; tasks: of its pictures.
+
+    weights, kept: means for each task and expert; information, and that of shuffled tasks; from
+    even, lost: means over all; spread: of the tasks' mean logits, their standard deviation.
+    """
     def means(values: Tensor, order: list[str]) -> Tensor:                   # (tasks, E)
         return torch.stack([values[torch.tensor([other == task for other in order])].mean(0)
                             for task in dict.fromkeys(tasks)])
     shuffled = list(np.random.default_rng(0).permutation(tasks))
-    return {"weights": {name: means(w, tasks).round(decimals=4).tolist()
-                        for name, (w, _, _) in layers.items()},
-            "kept": {name: means(kept, tasks).round(decimals=4).tolist()
-                     for name, (_, kept, _) in layers.items()},
-            "information": {name: information(means(kept, tasks))
-                            for name, (_, kept, _) in layers.items()},
-            "information of shuffled tasks": {name: information(means(kept, shuffled))
-                                              for name, (_, kept, _) in layers.items()}}
+    measures: dict[str, Callable[[Seen], object]] = {
+        "weights": lambda seen: means(seen.w, tasks).round(decimals=4).tolist(),
+        "kept": lambda seen: means(seen.kept, tasks).round(decimals=4).tolist(),
+        "information": lambda seen: information(means(seen.kept, tasks)),
+        "information of shuffled tasks": lambda seen: information(means(seen.kept, shuffled)),
+        "from even": lambda seen: seen.from_even.mean().item(),
+        "lost": lambda seen: seen.lost.mean().item(),
+        "spread": lambda seen: means(seen.logits, tasks).std(0).mean().item()}
+    return {what: {name: measure(seen) for name, seen in layers.items()}
+            for what, measure in measures.items()}
 
 
 def cosine(pipe: Pipeline, number: int = 4) -> float:
