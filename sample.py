@@ -86,10 +86,11 @@ class Conditioning:
 def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
                   device: str = "auto", dtype: str = "auto", matmul: str | None = None,
                   encoders_stay: bool = False, weightless: bool = False,
-                  **others: Path | None) -> Pipeline:
+                  **others: str | Path | None) -> Pipeline:
     """Read a model, and adapters as adapters.chosen() takes them: by default the one beside it.
 
-    adapter: None, FILE, or a list of (FILE, strength). others: as layouts.model_paths() takes them.
+    adapter: None, FILE, "FILE:STRENGTH", or a list of such or of (FILE, strength). others: where a
+    part lies that the model lacks: vae, text_encoder, text_encoder_2, tokenizers.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
     visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
