@@ -43,7 +43,7 @@ from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 
 THRESHOLD = 0.03                                         # of the mean squared error
 BENCHES = {"xverse": xversebench, "omnicontext": omnicontext, "spatial": spatial}
-# Options that go with one thing to score alone; "" is pairs of one's own.
+# Options that belong to some --bench alone; "" stands for --data without one.
 ONLY = {"tasks": ["tiny"], "number": ["tiny", ""], "data_root": [""], "skip_bad": [""],
         **dict.fromkeys(("limit", "scores", "native", "size"), list(BENCHES))}
 

@@ -152,8 +152,8 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
               conds: list[Tensor]) -> Conditioning:
     """Encode instructions and pictures, once for all steps.
 
-    Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
-    references and clean conditions, any number of each. Units: pictures in [-1, 1].
+    Shapes: instructions B texts; images, conds: for each native reference and each clean condition
+    one tensor (B, 3, H, W). Units: pictures in [-1, 1].
     """
     txt, pooled = encode_text(pipe, instructions)        # (B, T, D), (B, D')
     latents = [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)]
@@ -191,7 +191,7 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
 
     Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. When there is an adapter, call within
     `with pipe.adapter.serve(...)` or `with export.merged(...)`; run: as the transformer takes it;
-    hold: what becomes of x at each t, where a mask holds a part (masks.held).
+    hold(x, t): x with what a mask keeps of the given picture, noised to t (masks.held).
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)

@@ -193,6 +193,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
             if step == 0 and rank == 0:
                 record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
             losses = spared(pipe, micro, auxiliary_factor(step, args.steps), args.shift)
+            # Gradients become means, too, over micro-batches and processes.
             losses, stop = distributed.average(adapter.tensors().values(), losses,
                                                args.accumulate, len(asked) > 0)
             norm = update(args, adapter, optimizers, step, losses["loss"])
