@@ -1,6 +1,6 @@
 """The routings that InstructMoLE is compared with, each a MoLELinear with weights of its own.
 
-    token     w = softmax(G x_n) on its k largest entries: every token asks the router for itself
+    token     w = softmax(G x_n + noise) on its k largest entries: every token asks for itself
     soft      w = softmax(G z / temperature): all experts, by the instruction; no auxiliary loss
     race      w = G x_n where it is among the B N k largest of a call: all samples, tokens, experts
     choice    w = softmax(G x_n) where x_n is among the N k / E best tokens of that expert

@@ -28,7 +28,7 @@ from support.pictures import LONGEST, checked_size, fitted, load_image, resize, 
 from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_texts,
                             skipping)
 
-NEIGHBOURS = 16                                          # batches for which a source may read ahead
+NEIGHBOURS = 16                                          # batches in a row from one row group
 THREADS = 2                                              # that draw batches ahead
 Random = np.random.Generator
 
@@ -94,10 +94,11 @@ class Folder:
         self.path, self.size, self.root, self.longest = Path(path), size, root, longest
         self.file = table_of(self.path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
-        self.bad, self.all_bad = None if bad is None else [], bad
-        self.checked_rows = list[Row]()
-        self.groups = dict[tuple, list[Row]]()           # by pictures' sizes
-        self.unread = Counter[str]()
+        self.all_bad = bad                               # bad rows of all sources; None: raise
+        self.bad = None if bad is None else []           # this one's, at most one in ten
+        self.checked_rows: list[Row] = []
+        self.groups: dict[tuple, list[Row]] = {}         # by number of natives, and sizes
+        self.unread: Counter[str] = Counter()
         read = partial(read_rows, self.file) if self.file else partial(read_pairs, self.folder)
         for row, rest in looked_through(read, self.checked, self.bad, str(path)):
             self.checked_rows.append(row)
@@ -147,7 +148,7 @@ class Folder:
         while not samples:                               # again where all of a group have gone bad
             rows = groups[rng.choice(len(groups), p=weights / weights.sum())]
             order = list(rng.choice(len(rows), min(size, len(rows)), replace=False))
-            for i in order:
+            for i in order:                              # it grows where a row has gone bad
                 good = self.read_good(rows[i])
                 samples += good
                 if not good and len(order) < len(rows):  # another one in its place
@@ -199,15 +200,16 @@ def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
     if name in named:
         return named[name]()
     kind, equals, path = name.partition("=")
-    known = public.get(kind) if equals else None
-    path = path if known else name
-    if not Path(path).exists():
-        other = f"no public set {kind!r}; there are {', '.join(public)}"
-        raise FileNotFoundError(f"{option} {name}: " + (
-            other if equals and not known else "not found; it must be a folder of data, or a "
-            ".jsonl or .csv file"))
-    return (known(path, size, bad, draws, longest) if known else
-            Folder(path, size, root, bad, longest))
+    if equals and kind in public:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{option} {name}: not found; write {kind}=, and the set's "
+                                    "folder or file")
+        return public[kind](path, size, bad, draws, longest)
+    if not Path(name).exists():
+        why = (f"no public set {kind!r}; there are {', '.join(public)}" if equals else
+               "not found; it must be a folder of data, or a .jsonl or .csv file")
+        raise FileNotFoundError(f"{option} {name}: {why}")
+    return Folder(name, size, root, bad, longest)
 
 
 def batches(sources: list[tuple[Source, float]], size: int, seed: int, start: int = 0,

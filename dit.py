@@ -25,7 +25,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class DiTConfig:
     """The entries of transformer/config.json that the model depends on."""
-    in_channels: int                                     # P: 16 latent channels of 2x2 patches
+    in_channels: int                                     # P = 64: 16 latent channels, 2x2 each
     num_layers: int                                      # double blocks: text, image weights apart
     num_single_layers: int                               # single blocks: one set of weights for all
     attention_head_dim: int                              # d
@@ -206,7 +206,7 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, rotate: Callable = rotate) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with rotary positions; q may hold fewer, leading, tokens than k.
 
-    q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D). rotate: or a form of it.
+    q (B, N, S', d), k, v (B, N, S, d), pe (S, d/2) -> (B, S', D). rotate: how pe turns x.
     """
     q, k = rotate(q, pe[:q.shape[2]]), rotate(k, pe)
     out = F.scaled_dot_product_attention(q, k, v)        # (B, N, S', d)

@@ -29,13 +29,12 @@ import numpy as np
 from PIL import Image
 
 from data import Sample, open_one, stack
-from sample import Pipeline, condition, generate, load_pipeline, seeded_noise
+from sample import Pipeline, condition, generate, load_pipeline, prepare, seeded_noise
 from support import (benchmark_table, benchmarks, distributed, layouts, omnicontext, options,
                      origin, spatial, xversebench)
 from support.pairs import open_pairs, score_source
 from support.pictures import grid
 from support.public_sets import PUBLIC
-from support.resolutions import prepare
 from support.results import cell, check_out, markdown, write
 from support.scores import psnr, squared_error
 from support.tables import tell_skipped
@@ -44,7 +43,7 @@ from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 
 THRESHOLD = 0.03                                         # of the mean squared error
 BENCHES = {"xverse": xversebench, "omnicontext": omnicontext, "spatial": spatial}
-# Options that go with one thing to score alone; "" is pairs of one's own.
+# Options that belong to some --bench alone; "" stands for --data without one.
 ONLY = {"tasks": ["tiny"], "number": ["tiny", ""], "data_root": [""], "skip_bad": [""],
         **dict.fromkeys(("limit", "scores", "native", "size"), list(BENCHES))}
 
@@ -92,10 +91,11 @@ def success(picture: np.ndarray, sample: Sample) -> bool:
 
 def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Score:
     """Score pictures against their samples, of one task; and the first picture given, if any."""
-    found = np.array([[(success(p, s), psnr(p, s.target)) for p in (made, *pictures_given(s)[:1])]
-                      for made, s in zip(pictures, samples)])    # (samples, 1 or 2, 2)
-    own, *copied = found.mean(0).tolist()
-    return Score(task, len(samples), *own, *(copied[0] if copied else (None, None)))
+    def means(made: list[np.ndarray]) -> list[float]:
+        return np.mean([(success(p, s), psnr(p, s.target)) for p, s in zip(made, samples)],
+                       axis=0).tolist()
+    first = [given[0] for s in samples if (given := pictures_given(s))]      # of all, or of none
+    return Score(task, len(samples), *means(pictures), *(means(first) if first else (None, None)))
 
 
 def table(found: list[Score]) -> str:
@@ -189,7 +189,7 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
 # ----------------------------------------------------------------------------------------- command
 
 def check(args: argparse.Namespace) -> None:
-    """Sets args.steps. Raises: ValueError for what does not go together."""
+    """Raises: ValueError for what does not go together."""
     needs_data = args.bench != "tiny"                    # benchmarks of the paper, one's own pairs
     if needs_data != (args.data is not None):
         raise ValueError(f"give either --bench tiny or --data SOURCE, or --bench "
@@ -204,12 +204,12 @@ def check(args: argparse.Namespace) -> None:
         if given and (args.bench or "") not in scored:
             raise ValueError(f"--{name.replace('_', '-')}: not together with "
                              f"{f'--bench {args.bench}' if args.bench else '--data'}")
-    args.steps = args.steps or (12 if args.bench == "tiny" else 28)
 
 
 def main() -> None:
     args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS), PUBLIC, BENCHES)
     check(args)
+    args.steps = args.steps or (12 if args.bench == "tiny" else 28)
     if args.bench in BENCHES:
         run_benchmark(args, BENCHES[args.bench])
         return

@@ -10,8 +10,8 @@
 All of it happens in rank space: H = X A holds every expert's r inner channels at once, the mixture
 is (H * w) B, and the cosines come from the Gram matrices H^T H and B B^T without any Y_e.
 
-Key: B batch, or a low-rank layer's second matrix; N tokens; E experts; k kept; r rank; s scale;
-T text tokens; D width of z, the pooled CLIP vector's.
+Key: B batch, or a low-rank layer's second matrix, A its first; N tokens; S any number of them; E
+experts; k kept; r rank; s scale; T text tokens; D width of z, the pooled CLIP vector's; d a head's.
 Source: arXiv 2512.21788 and its public code. But for its defaults this file knows no model.
 """
 from collections.abc import Iterator
@@ -228,7 +228,7 @@ class Adapter(nn.Module):
     def __init__(self, layers: dict[str, tuple[nn.Linear, type[LoRALinear] | type[MoLELinear]]],
                  config: AdapterConfig, text_width: int, pooled_width: int):
         super().__init__()
-        self.config, self.routings = config, []          # the last one holds; all layers share them
+        self.config, self.routings = config, []          # shared; all layers follow the last one
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         for name, (base, kind) in layers.items():
             routed = (name, pooled_width, self.routings) if issubclass(kind, MoLELinear) else ()

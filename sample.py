@@ -86,10 +86,11 @@ class Conditioning:
 def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
                   device: str = "auto", dtype: str = "auto", matmul: str | None = None,
                   encoders_stay: bool = False, weightless: bool = False,
-                  **others: Path | None) -> Pipeline:
+                  **others: str | Path | None) -> Pipeline:
     """Read a model, and adapters as adapters.chosen() takes them: by default the one beside it.
 
-    adapter: None, FILE, or a list of (FILE, strength). others: as layouts.model_paths() takes them.
+    adapter: None, FILE, "FILE:STRENGTH", or a list of such or of (FILE, strength). others: where a
+    part lies that the model lacks: vae, text_encoder, text_encoder_2, tokenizers.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
     visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
@@ -151,8 +152,8 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
               conds: list[Tensor]) -> Conditioning:
     """Encode instructions and pictures, once for all steps.
 
-    Shapes: instructions B texts; images, conds: each picture of the batch (B, 3, H, W), native
-    references and clean conditions, any number of each. Units: pictures in [-1, 1].
+    Shapes: instructions B texts; images, conds: for each native reference and each clean condition
+    one tensor (B, 3, H, W). Units: pictures in [-1, 1].
     """
     txt, pooled = encode_text(pipe, instructions)        # (B, T, D), (B, D')
     latents = [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)]
@@ -190,7 +191,7 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
 
     Shapes: noise (B, C, h, w) -> (B, C, h, w), steps times. When there is an adapter, call within
     `with pipe.adapter.serve(...)` or `with export.merged(...)`; run: as the transformer takes it;
-    hold: what becomes of x at each t, where a mask holds a part (masks.held).
+    hold(x, t): x with what a mask keeps of the given picture, noised to t (masks.held).
     """
     h, w = noise.shape[-2:]
     x = dit.pack(noise.float().to(pipe.device))          # (B, I, P)

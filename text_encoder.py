@@ -76,7 +76,7 @@ class CLIPTokenizer(Tokenizer):
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
         model = read_tokenizer(folder / "merges.txt", lambda merges: clip_bpe(
             *models.BPE.read_file(str(folder / "vocab.json"), merges), start, end))
-        try:                                             # normalized: looked for in small letters
+        try:                                             # normalized: found in any letter case
             normalized = {entry["content"]: entry.get("normalized", False)
                           for entry in settings.get("added_tokens_decoder", {}).values()}
         except (AttributeError, KeyError, TypeError):
@@ -143,8 +143,8 @@ class T5Config:
 
 def bucket(distance: Tensor, buckets: int, longest: int) -> Tensor:
     """Positions (key - query) to rows of the bias table, (T, T): exact near, by logarithm far."""
-    half = buckets // 2
-    exact = half // 2
+    half = buckets // 2                                  # rows for keys before, and for those after
+    exact = half // 2                                    # nearer ones have a row each
     size = distance.abs()
     far = exact + (torch.log(size.float().clamp(min=1) / exact) / math.log(longest / exact)
                    * (half - exact)).long()
@@ -183,7 +183,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        wide = wide.float() if x.dtype == torch.float16 else wide            # as load() keeps wo
+        wide = wide.float() if x.dtype == torch.float16 else wide            # so load() keeps wo
         return self.wo(wide).to(x.dtype)
 
 

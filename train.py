@@ -182,17 +182,18 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     seeded = ((args.seed * 2 ** 32 + i, samples)
               for i, samples in zip(count(number + rank, workers), batches))
-    spared = sparing(accumulate, args.recompute)
+    spared = sparing(accumulate, args.recompute)         # once more where memory runs out
     log, began = record.Log(args.out, start, rank), time.time()
     with resume.stop_signals() as asked, tqdm(
             range(start, args.steps), initial=start, total=args.steps, desc=args.method,
             mininterval=2, disable=rank > 0) as bar:
-        micro_batches = iter(lambda: list(islice(seeded, args.accumulate)), [])
+        micro_batches = (list(islice(seeded, args.accumulate)) for _ in count())     # of each step
         for step, micro in zip(bar, resume.one_ahead(micro_batches, asked)):
             number += args.accumulate * workers          # of the next step's first micro-batch
             if step == 0 and rank == 0:
                 record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
             losses = spared(pipe, micro, auxiliary_factor(step, args.steps), args.shift)
+            # Gradients become means, too, over micro-batches and processes.
             losses, stop = distributed.average(adapter.tensors().values(), losses,
                                                args.accumulate, len(asked) > 0)
             norm = update(args, adapter, optimizers, step, losses["loss"])

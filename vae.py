@@ -31,7 +31,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
-    def only_size(self) -> tuple[int, int] | None:       # (W, H) of all that a small model knows
+    def only_size(self) -> tuple[int, int] | None:       # (W, H) of a small model; None: any
         return (self.sample_size, self.sample_size) if self.sample_size < 512 else None
 
 
@@ -101,8 +101,7 @@ class MidBlock(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.attentions = nn.ModuleList([Attention(width, groups)])
-        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups),
-                                      ResnetBlock(width, width, groups)])
+        self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
@@ -176,8 +175,9 @@ class AutoEncoder(nn.Module):
         height, width = pixels.shape[-2:]
         if height % self.config.factor or width % self.config.factor:
             raise ValueError(f"picture of {width}x{height}: "
-                             f"sides must divide by {self.config.factor}")
-        mean, logvar = self.encoder(pixels).contiguous().chunk(2, dim=1)         # each (B, C, h, w)
+                             f"sides must be multiples of {self.config.factor}")
+        raw = self.encoder(pixels).contiguous()          # (B, 2C, h, w); channels may lie last
+        mean, logvar = raw.chunk(2, dim=1)               # each (B, C, h, w)
         return mean, logvar.clamp(-30, 20)
 
     def latents(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Weights: files -> named tensors -> models, and an adapter on them.
 
-Read load() -> assign(), then load_adapter().
+Read load() -> assign(), then load_adapters().
 
 Strict: every name and every shape is accounted for before anything is assigned. Lazy: on the CPU
 safetensors maps its files, so a tensor costs memory only when its pages are touched, and assigning

@@ -137,17 +137,20 @@ def only_size(vae: Path) -> tuple[int, int] | None:
     return config_from(VAEConfig, values, file).only_size if whole else None
 
 
-def model_paths(model: Path, tokenizers: Path | None = None,
-                **others: Path | None) -> dict[str, Path]:
+def model_paths(model: Path, tokenizers: str | Path | None = None, vae: str | Path | None = None,
+                text_encoder: str | Path | None = None, text_encoder_2: str | Path | None = None
+                ) -> dict[str, Path]:
     """Where each part of a model is: where it is said to be, else in the model's folder or file.
 
-    others: by part. Raises: FileNotFoundError; ValueError naming the option that is missing.
+    Raises: FileNotFoundError; ValueError naming the option that is missing.
     """
+    tokenizers = Path(tokenizers) if tokenizers else None
+    given = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     for path in filter(None, (model, tokenizers)):
         if not path.exists():
             raise foreign.nothing_at(path)
     model = foreign.snapshot(model)
-    others = {part: path for part, path in others.items() if path}
+    others = {part: Path(path) for part, path in given.items() if path}
     found = parts_in(model) | others
     if tokenizers:
         tokenizers = foreign.snapshot(tokenizers)

@@ -79,4 +79,6 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
         raise ValueError(f"--init {args.init}: its sizes stay as they are: {told}; leave out "
                          "--config, --rank and --experts")
     targets.check_sizes(c)
+    if c.mole_targets and not c.alpha:
+        raise ValueError(f"{where}: alpha is 0, so that the experts would add nothing")
     return c, first

@@ -271,7 +271,9 @@ def test_parts_may_lie_elsewhere(tmp_path):
     paths = model_paths(tiny)
     file = tmp_path / "vae.safetensors"
     file.write_bytes((paths["vae"] / "diffusion_pytorch_model.safetensors").read_bytes())
-    assert model_paths(tiny, vae=file)["vae"] == file
+    assert model_paths(tiny, vae=file) == model_paths(tiny, vae=str(file)) == paths | {"vae": file}
+    with pytest.raises(TypeError, match="unexpected keyword argument 't5'"):
+        model_paths(tiny, t5=file)
     with pytest.raises(FileNotFoundError, match="tokenizer: no such file or folder"):
         model_paths(tiny, tokenizers=tmp_path)
     for name in ("tokenizer", "tokenizer_2"):

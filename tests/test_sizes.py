@@ -71,7 +71,9 @@ def test_rank_and_experts(tmp_path):
     ({"config": {"rank": "8"}}, "config.json: rank should be a whole number"),
     ({"config": {"rank": "8"}, "rank": 4}, "config.json: rank should be a whole number"),
     ({"config": {"rank": 0}, "rank": 4}, "config.json says rank 0"),
-    ({"config": {"experts": 2}}, "top_k 4 in 1..2"), ({"config": Path("gone.json")}, "gone.json")])
+    ({"config": {"experts": 2}}, "top_k 4 in 1..2"),
+    ({"config": {"alpha": 0}}, "config.json: alpha is 0, so that the experts would add nothing"),
+    ({"config": Path("gone.json")}, "gone.json")])
 def test_what_contradicts_or_is_unknown_is_named(tmp_path, given, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         chosen(tmp_path, **given)
