@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from support.folders import left_out, read_pairs, table_of
+from support.folders import left_out, named_in, read_pairs, table_of
 from support.inspection import looked_through
 from support.names import check_unread, ours
 from support.pictures import LONGEST, checked_size, fitted, load_image, resize, to_tensor
@@ -99,6 +99,7 @@ class Folder:
         self.checked_rows: list[Row] = []
         self.groups: dict[tuple, list[Row]] = {}         # by number of natives, and sizes
         self.unread: Counter[str] = Counter()
+        self.named: set[str] = set()                     # pictures that rows name, bad ones too
         read = partial(read_rows, self.file) if self.file else partial(read_pairs, self.folder)
         for row, rest in looked_through(read, self.checked, self.bad, str(path)):
             self.checked_rows.append(row)
@@ -114,6 +115,7 @@ class Folder:
 
         Raises: ValueError, FileNotFoundError for what cannot be trained on.
         """
+        self.named.update(named_in(line))
         line, rest = ours(line, where)
         target, instruction = row_texts(line, ("target", "instruction"), where, rest)
         images, conds = (row_paths(line, key, where) for key in ("images", "conds"))
@@ -130,7 +132,7 @@ class Folder:
 
     def left_out(self) -> list[str]:
         """Lines about what lies beside the data and is not used."""
-        return left_out(self.path, self.file)
+        return left_out(self.path, self.file, self.named)
 
     def read(self, row: Row) -> Sample:
         pictures = [resize(load_image(path, row.where), size)

@@ -5,13 +5,13 @@ support/summary.py asks: only one process does.
 """
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 from support.names import texts_in
 from support.pictures import PICTURES, pictures_in
-from support.tables import read_rows, read_text, skipping
+from support.tables import read_text, skipping
 
 RUBBISH = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__macosx", "$recycle.bin")
 EXAMPLES = 3                                             # of what is left out
@@ -69,17 +69,25 @@ def read_pairs(folder: Path, bad: list[str] | None) -> Iterator[tuple[str, dict]
             elif given and not references:
                 missing = "reference is missing in control/"
             if missing:                                  # and may be there by another name
-                there = left_out(folder, None) if bad is None else []
+                there = left_out(folder, None, ()) if bad is None else []
                 raise FileNotFoundError(f"{target}: its {missing}" + "".join(
                     f"; left out: {line}" for line in there))
             yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
                                 "images": references}
 
 
-def left_out(path: Path, table: Path | None) -> list[str]:
-    """Lines about what lies beside the data in a folder, or a table's file, and is not used."""
+def named_in(row: dict) -> list[str]:
+    """The pictures that a table's row names, in whatever entry."""
+    return [text for text in texts_in(row) if text.lower().endswith(PICTURES)]
+
+
+def left_out(path: Path, table: Path | None, named: Iterable[str]) -> list[str]:
+    """Lines about what lies beside the data in a folder, or a table's file, and is not used.
+
+    named: the pictures that the table's rows name, bad ones too.
+    """
     if table:
-        return unnamed(path, table) if path.is_dir() else []
+        return unnamed(path, table, named) if path.is_dir() else []
     targets, texts, given = parts_of(path)
     stems = {target.stem for target in targets}
     used = {*targets, *(texts[stem] for stem in stems & texts.keys())}
@@ -122,15 +130,14 @@ def unused(folder: Path, used: set[Path]) -> list[str]:
     return lines
 
 
-def unnamed(folder: Path, table: Path) -> list[str]:
-    """Lines about what a table in a folder does not name; its bad rows name pictures, too."""
-    named = {os.path.abspath(folder / text) for _, row in read_rows(table, [])
-             for text in texts_in(row) if text.lower().endswith(PICTURES)}
+def unnamed(folder: Path, table: Path, named: Iterable[str]) -> list[str]:
+    """Lines about what a table in a folder, with rows that name such pictures, does not name."""
+    used = {os.path.abspath(folder / name) for name in named}
     other = folder / "metadata.csv"
     lines = [f"{other.name}, as {table.name} is there"] if other.is_file() and (
         other.name != table.name) else []
     below, among = pictures_below(folder)
-    if rest := [path for path in below if os.path.abspath(path) not in named]:
+    if rest := [path for path in below if os.path.abspath(path) not in used]:
         lines.append(f"pictures that no row names, {few(rest, folder)}{among}")
     return lines
 

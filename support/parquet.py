@@ -18,7 +18,7 @@ from support.conditions import pick
 from support.pictures import LONGEST, fitted, load_image, open_picture, resize
 from support.tables import check_few, checked_text, skipping
 
-HELD_OUT = re.compile(r"(dev|test|val(id(ation)?)?)([^a-z]|$)")      # not for training
+HELD_OUT = re.compile(r"dev|test|val")                   # files and folders not for training
 
 
 @contextmanager
@@ -68,8 +68,7 @@ def bytes_of(cell: object, where: str) -> io.BytesIO:
 
 
 class Public:
-    """A public set: parquet files, one or a folder of them, where find_groups() and read() are not
-    overridden.
+    """A public set: a parquet file or a folder of them; COCOFolder finds and reads its own.
 
     Whole row groups are read, and the last ones kept; neighbouring batches draw from the same.
     size: (W, H) that every picture takes, or None as Folder does it. bad, longest: as it does.

@@ -10,7 +10,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -166,10 +166,8 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Pillow's own, which knows English alone; for other letters the machine's, if it has one."""
     if not text.isascii():
         for name in ("Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):
-            try:
+            with suppress(OSError):                      # not on this machine
                 return ImageFont.truetype(name, size)
-            except OSError:                              # not on this machine
-                continue
     return ImageFont.load_default(size)
 
 

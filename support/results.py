@@ -19,10 +19,13 @@ SCORING = "scoring.md"                                   # and, of a benchmark, 
 
 
 def check_out(args: argparse.Namespace, kept: bool = False) -> None:
-    """Raises: ValueError where other scores stand in --out.
+    """Raises: ValueError where a folder is in the way of the scores, or others stand there.
 
     kept: whether what stands there is an earlier part of the same work, and is gone on with.
     """
+    for name in (*FILES, SCORING):
+        if (args.out / name).is_dir():
+            raise ValueError(f"--out {args.out}: {name} in it is a folder, where a file is to go")
     there = [name for name in FILES if (args.out / name).exists()]
     if there and not (args.overwrite or kept):
         raise ValueError(f"--out {args.out}: holds {there[0]} already; name another --out, or add "

@@ -157,8 +157,7 @@ def expert_similarity(adapter: Adapter, forward: Callable[[], object]) -> Tensor
 
 def of_run(log: Log, step: int, use: dict[str, dict[str, Shares]],
            similarity: Tensor | None) -> dict[str, np.ndarray]:
-    """Log measures() after a step; -> the run's plots by name, those of experts if there are some.
-    """
+    """Log measures() after a step; -> the run's plots, by name; of experts where there are some."""
     found = measures(use)
     if found:
         log.add({"step": step - 1} | {name: round(value, 6) for name, value in found.items()})

@@ -1,6 +1,6 @@
 """What commands say on their way: counts, spans and durations in words, lines, notes.
 
-All that tell a user something ask here; nothing here ends a command (support/commands.py does).
+The commands and their rooms ask here; what ends a command is support/commands.py's.
 """
 import sys
 from collections.abc import Sequence

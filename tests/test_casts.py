@@ -52,6 +52,7 @@ def test_one_cast_serves_a_block_and_ends_with_it():
                 assert all(layer.experts_B.dtype == torch.float32 for layer in layers
                            if hasattr(layer, "experts_B"))
                 raise RuntimeError("in the midst")
+        assert all(not vars(layer).keys() & {"lora_A", "lora_B", "experts_A"} for layer in layers)
         seen += layers
     again = pipe.adapter.tensors()
     assert list(again) == list(own) and all(again[name] is p for name, p in own.items())

@@ -259,7 +259,6 @@ def test_exports_that_cannot_be(tmp_path, monkeypatch, capsys, arguments, words)
     assert not list(tmp_path.iterdir())
 
 
-
 @pytest.mark.parametrize("option", ["--export-lora", "--routing", "--route-by"])
 def test_without_an_adapter_nothing_is_read(tmp_path, monkeypatch, capsys, option):
     """Beside a model that has none, too."""

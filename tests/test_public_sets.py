@@ -408,8 +408,8 @@ def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
         (tmp_path / folder).mkdir()
         parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / folder / "0000.parquet")
     assert len(public_sets.OmniEdit(tmp_path).sizes) == 6
-    (tmp_path / "dev-00000.parquet").rename(tmp_path / "values-00000.parquet")
-    with pytest.raises(ValueError, match="values-00000.parquet: has no column"):     # is looked at
+    (tmp_path / "dev-00000.parquet").rename(tmp_path / "other-00000.parquet")
+    with pytest.raises(ValueError, match="other-00000.parquet: has no column"):      # is looked at
         public_sets.OmniEdit(tmp_path)
 
 

@@ -455,6 +455,8 @@ def test_options_of_a_benchmark_alone(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("block, words", [
     (lambda out: (out / "XVerseBench_multi").write_text("x"), "XVerseBench_multi is a file, not a"),
+    (lambda out: (out / "table.md").mkdir(), "table.md in it is a folder, where a file is to go"),
+    (lambda out: (out / "scoring.md").mkdir(), "scoring.md in it is a folder"),
     (lambda out: out.rmdir() or out.write_text("x"), "is a file, not a folder, or may not be")])
 def test_an_out_that_cannot_be_written_is_told_before_a_model_is_read(tmp_path, monkeypatch, capsys,
                                                                       block, words):
