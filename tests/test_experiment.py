@@ -133,6 +133,7 @@ def test_what_is_trained_together_is_drawn_as_often(folders, monkeypatch):
     (args, source), = seen
     assert dict(zip(map(tuple, source.groups), source.chances)) == {
         ("fill", "subject"): pytest.approx(2 / 3), ("multi",): pytest.approx(1 / 3)}
+    assert (args.optimizer, args.schedule) == ("muon", "cosine")
     assert args.seed == 0 and args.lr == 1e-3 and args.resume
 
 
@@ -399,7 +400,7 @@ def test_tables_say_what_the_results_hold(results):
         ["0.01", *2 * ["100.0 (100.0 to 100.0)"], "–", "–"], ["0.1", spread, spread, "–", "–"]]
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
-    assert len(findings.tables()) == 10
+    assert len(findings.tables()) == 11
 
 
 def test_a_lead_is_paired_by_seed_and_picture(results):
@@ -424,6 +425,30 @@ def test_a_lead_is_paired_by_seed_and_picture(results):
     half = 4.30 * 2 / np.sqrt(3)                         # of differences of 1, 3, 5: by seed alone
     assert findings.lead(ours, losses, lambda one: np.array([-1000 * experiment.new_loss(one)])
                          ) == f"+3.0 ({3 - half:+.1f} to {3 + half:+.1f})"
+
+
+def test_what_company_costs_is_paired_by_seed_and_picture(results):
+    """Alone all are right; with all a plain LoRA loses 1 picture of 4, or 3; InstructMoLE 1."""
+    for file in experiment.RESULTS.glob("interference-*"):
+        file.unlink()
+    for variant, lost in (("plain LoRA", (1, 3)), ("InstructMoLE", (1, 1))):
+        for seed in (0, 1):
+            for tasks in (*((task,) for task in world.NEW_TASKS), world.NEW_TASKS):
+                right = 1.0 if len(tasks) == 1 else 1 - lost[seed] / 4
+                found = result(variant, seed, right)
+                found["piece"]["tasks"] = tasks
+                found["tasks"] = {task: found["tasks"][task] for task in tasks}
+                write_json(experiment.RESULTS
+                           / f"interference-{variant}-{seed}-{'+'.join(tasks)}.json", found)
+    plain, routed, less = rows(findings.company_table())
+
+    def interval(middle: float, by_seed: list[int], by_picture: list[float]) -> str:
+        half = np.hypot(12.71 * np.std(by_seed, ddof=1) / np.sqrt(2),
+                        1.96 * np.std(7 * by_picture, ddof=1) / np.sqrt(28))
+        return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+    assert plain == ["plain LoRA", interval(50, [25, 75], [0, 50, 50, 100])]
+    assert routed == ["InstructMoLE", interval(25, [25, 25], [0, 0, 0, 100])]
+    assert less == ["the first less the second", interval(25, [0, 50], [0, 50, 50, 0])]
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):

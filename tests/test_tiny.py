@@ -89,9 +89,9 @@ def test_a_batch_is_given_the_same_number_of_pictures_and_every_task_occurs():
             world.TinyWorld(BASE_TASKS).draw(np.random.default_rng(i), 2)} <= set(BASE_TASKS)
 
 
-def test_an_edit_counts_half_and_a_pair_twice():
-    assert np.allclose(world.TinyWorld().chances, np.array([1, 3, 5, 4]) / 13)
-    assert np.allclose(world.TinyWorld(BASE_TASKS).chances, [1 / 4, 3 / 4])
+def test_every_task_is_as_likely_as_any_other():
+    assert np.allclose(world.TinyWorld().chances, np.array([1, 6, 5, 2]) / 14)
+    assert np.allclose(world.TinyWorld(("fill", "subject", "multi")).chances, [2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("task", BASE_TASKS)

@@ -231,7 +231,32 @@ def interference_table() -> str:
         for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
 
 
-TABLES = {"search": (search_table,), "interference": (interference_table,),
+def company_table() -> str:
+    """What training with all tasks instead of alone costs a task, see lead(); the pictures are the
+    same."""
+    def by_seed(variant: str) -> list[dict]:
+        seeds: dict[int, dict] = {}
+        for result in found("interference"):
+            piece, tasks = result["piece"], result["tasks"]
+            if piece["variant"] == variant and len(tasks) in (1, len(NEW_TASKS)):
+                one = seeds.setdefault(piece["seed"], {"piece": piece, 1: {}, len(NEW_TASKS): {}})
+                one[len(tasks)] |= {task: scores["right"] for task, scores in tasks.items()}
+        return [one for one in seeds.values() if len(one[1]) == len(one[len(NEW_TASKS)])]
+
+    def right(one: dict, together: int) -> np.ndarray:
+        return percents(one[together][task] for task in NEW_TASKS)
+
+    def cost(one: dict) -> np.ndarray:
+        return right(one, 1) - right(one, len(NEW_TASKS))
+    plain, routed = by_seed("plain LoRA"), by_seed("InstructMoLE")
+    return markdown(["variant", "lost by company, points"], [
+        *((name, lead(each, each, lambda one: right(one, 1),
+                      lambda one: right(one, len(NEW_TASKS))))
+          for name, each in (("plain LoRA", plain), ("InstructMoLE", routed))),
+        ("the first less the second", lead(plain, routed, cost))])
+
+
+TABLES = {"search": (search_table,), "interference": (interference_table, company_table),
           "table": (variants_table, leads_table, tasks_table, wordings_table, flow_table,
                     routing_table, routers_table, cosines_table, balance_table)}
 

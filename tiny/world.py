@@ -244,8 +244,7 @@ BASE_TASKS = ("t2i", "recolour", "reshape", "move", "remove", "add", "background
 NEW_TASKS = ("canny", "depth", "pose", "fill", "subject", "multi", "mixed")
 EDITS = BASE_TASKS[1:]
 # A batch holds tasks that are given the same number of native and clean pictures.
-PAIRS = ("multi", "mixed")
-GROUPS = (("t2i",), EDITS, ("canny", "depth", "pose", "fill", "subject"), PAIRS)
+GROUPS = (("t2i",), EDITS, ("canny", "depth", "pose", "fill", "subject"), ("multi", "mixed"))
 
 
 def other(rng: np.random.Generator, options, *taken):
@@ -421,17 +420,14 @@ class TinyWorld:
     """Endless samples of the tiny world, for training. `tasks` may restrict it, e.g. BASE_TASKS.
 
     held_out: of the scenes that are never trained on, as tiny_sample() takes it.
-    A group is as likely as its tasks are together; an edit, which a base knows, counts half, and
-    a task of two conditions twice.
+    Every task is as likely as any other.
     """
 
     def __init__(self, tasks: tuple[str, ...] = BASE_TASKS + NEW_TASKS, held_out: bool = False):
         self.held_out = held_out
         self.groups = [group for tasks_of in GROUPS
                        if (group := [t for t in tasks_of if t in tasks])]
-        sizes = np.array([sum(.5 if task in EDITS else 2 if task in PAIRS else 1 for task in group)
-                          for group in self.groups])
-        self.chances = sizes / sizes.sum()
+        self.chances = np.array([len(group) for group in self.groups]) / len(tasks)
 
     def draw(self, rng: np.random.Generator, size: int,
              nearby: np.random.Generator | None = None) -> list[Sample]:
