@@ -199,7 +199,8 @@ def check_compiler() -> None:
 
 def compile_blocks(model: nn.Module) -> None:
     """Have the blocks compiled when they first run; those of a kind share what is compiled."""
-    print("compiling: the first step takes half a minute or more", file=sys.stderr)
+    if is_first():
+        print("compiling: the first step takes half a minute or more", file=sys.stderr)
     warnings.filterwarnings("ignore", ".*complex operators")     # the positions' table is read
     warnings.filterwarnings("ignore", ".*_prims_common.check")   # the compiler's own business
     torch._dynamo.config.recompile_limit = 64            # for other numbers of tokens, conditions

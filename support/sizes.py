@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mole import AdapterConfig
 from support import adapters, foreign, research, targets
+from support.commands import is_first
 from support.files import config_from
 from support.words import note
 
@@ -62,7 +63,8 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
             raise ValueError(f"--init {args.init}: is an adapter of --method {method_of(base)}, "
                              f"not {args.method}")
         args.method = method_of(base)
-        print(f"begins with {args.init}, of --method {args.method}")
+        if is_first():
+            print(f"begins with {args.init}, of --method {args.method}")
         if (side := adapters.longest([args.init])) != args.longest:
             note(f"{args.init} was trained with --longest {side}, this run is with "
                  f"{args.longest}")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import sample
+from dit import DiTConfig, FluxTransformer
 from helpers import MODEL, PICTURE, ROOT, run_sample
 from sample import edit
 from support import devices, jobs
@@ -192,6 +193,16 @@ def test_what_takes_a_while_is_said_before(folder, monkeypatch, capsys) -> None:
                                 "a.safetensors", "--compile")
     assert code == 0 and [line.split()[0] for line in err.splitlines()] == [
         "loading", "reading", "compiling:", "encoding"]
+
+
+def test_of_several_processes_the_first_says_that_it_compiles(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: None)
+    with torch.device("meta"):
+        model = FluxTransformer(DiTConfig(16, 1, 0, 16, 2, 8, 8, (4, 6, 6)))
+    for rank, told in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        devices.compile_blocks(model)
+        assert ("compiling" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("option, given, words", [

@@ -103,6 +103,12 @@ def test_training_begins_with_another_s_adapter(tmp_path, monkeypatch, capsys, s
     begun = load_file(tmp_path / "one/adapter.safetensors")
     assert seen[0].keys() == begun.keys()
     assert all(torch.equal(t, begun[name]) for name, t in seen[0].items())
+    for rank, told in ("0", True), ("1", False):         # of several processes the first speaks
+        monkeypatch.setenv("RANK", rank)
+        capsys.readouterr()
+        chosen(tmp_path, init=tmp_path / "one", method=None)
+        assert capsys.readouterr().out.startswith("begins with ") == told
+    monkeypatch.delenv("RANK")
     settings = json.loads((tmp_path / "two/run.json").read_text())["settings"]
     assert settings["adapter"] == "pooled" and settings["config"]["rank"] == 4
     assert settings["init"].startswith("adapter.safetensors ")
