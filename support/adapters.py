@@ -160,9 +160,10 @@ def write(adapter: Adapter, file: Path, **about: str) -> None:
     write_tensors(adapter.tensors(), file, adapter=json.dumps(entries))
 
 
-def write_bf16(path: Path, file: Path) -> None:
+def write_bf16(path: Path, file: Path, strength: float = 1.0) -> None:
     """Write an adapter of ours once more, in bf16; who reads it makes it fp32 again.
 
+    strength: of what it was trained to, as FILE:STRENGTH means it.
     Raises: FileNotFoundError; ValueError for one that is not ours, or a file that exists.
     """
     check_new("--to-bf16", file)
@@ -170,5 +171,9 @@ def write_bf16(path: Path, file: Path) -> None:
     metadata = read_metadata(file_of(foreign.snapshot(path)))
     if "adapter" not in metadata:
         raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
+    entries = json.loads(metadata["adapter"])
+    for name in ("alpha", "lora_alpha"):
+        entries["config"][name] *= strength
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file, **metadata)
+    write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file,
+                  adapter=json.dumps(entries))

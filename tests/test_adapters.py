@@ -380,6 +380,17 @@ def test_an_adapter_in_bf16_is_the_same_within_its_rounding(tmp_path, monkeypatc
         torch.testing.assert_close(rounded[name].float(), t.float(), rtol=2 ** -8, atol=0)
     pipe = sample.load_pipeline(MODEL, half, "cpu", "float32")
     assert {p.dtype for p in pipe.adapter.tensors().values()} == {torch.float32}
+    weaker, bare = tmp_path / "weaker.safetensors", tmp_path / "bare.safetensors"
+    assert run(file, "--to-bf16", weaker, "--strength", 0.5)[0] == 0
+    assert run(file, "--to-bf16", bare)[0] == 0
+    x, seen = torch.randn(2, 128, generator=torch.Generator().manual_seed(0)), []
+    for given in (weaker, f"{bare}:0.5", bare):
+        layer = sample.load_pipeline(MODEL, given, "cpu", "float32").adapter.layers[
+            "transformer_blocks/0/attn/to_q"]
+        seen.append(layer(x))
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    code, _, err = run(file, "--strength", 0.5)
+    assert code == 2 and "--strength is for --to-bf16" in err
     for path, out, words in ((file, half, "exists"), (file, tmp_path / "a.bin", "must end in"),
                              (MODEL / "vae", tmp_path / "a.safetensors", "no adapter"),
                              (tmp_path / "none", tmp_path / "a.safetensors", "no such")):

@@ -233,8 +233,8 @@ def pieces(stage: str) -> Iterator[Piece]:
 def fit(piece: Piece, device: str = "cpu") -> Path:
     """Train a piece's adapter, or go on with it -> the run's folder.
 
-    By Muon, whose rate falls to 0, as the embedded adapter: after 500 steps InstructMoLE's flow loss
-    on the new tasks is 0.19; 0.24 by AdamW, which the paper has.
+    By Muon, whose rate falls to 0, as the embedded adapter: after 500 steps InstructMoLE's flow
+    loss on the new tasks is 0.19; 0.24 by AdamW, which the paper has.
     """
     out = WORK / piece.name
     method, _ = VARIANTS[piece.variant]
