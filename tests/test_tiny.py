@@ -120,6 +120,7 @@ def less_work(monkeypatch):
     pictures, texts = pretrain.vae_pictures, pretrain.texts
     monkeypatch.setattr(pretrain, "vae_pictures", lambda step, n: pictures(step, min(n, 16)))
     monkeypatch.setattr(pretrain, "texts", lambda n: texts(n // 10))
+    monkeypatch.setattr(pretrain, "NUMBER", 4)
 
 
 def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch, less_work):

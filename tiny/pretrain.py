@@ -46,6 +46,7 @@ NAMES = [*NOUNS, *world.COLOURS, "big"]                  # and what it may be ca
 FILLERS = sorted({word for task in world.BASE_TASKS for wording in world.WORDINGS[task][:-2]
                   for word in re.findall(r"(?<!\{)\b[a-z]+\b(?!\})", wording)})
 LENGTH = 28                                              # tokens; the longest instruction has 26
+NUMBER = 256                                             # pictures of a kind, to measure
 FAST = torch.bfloat16 if devices.FAST_BF16 else torch.float32
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [32, 64, 64, 64],
@@ -286,7 +287,7 @@ def report_vae(out: Path) -> None:
     model = weights.load("vae", out / "vae", dtype=torch.float32)
     rng = np.random.default_rng(7)
     for kind in KINDS:
-        img = to_tensor([vae_picture(rng, kind, held_out=True) for _ in range(256)])
+        img = to_tensor([vae_picture(rng, kind, held_out=True) for _ in range(NUMBER)])
         with torch.no_grad():
             error = (model.decode(model.encode(img)).clamp(-1, 1) - img).square().mean((1, 2, 3))
         print(f"autoencoder, {kind}: {(10 * (4 / error).log10()).mean():.2f} dB")
