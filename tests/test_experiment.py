@@ -56,7 +56,7 @@ def test_every_piece_has_a_name_of_its_own(folders):
         for piece in todo:                               # the best: the second rate, scale 8
             good = (piece.lr, piece.scale) == (experiment.RATES[1], 8.0)
             write_json(piece.file, {"piece": vars(piece), "flow": dict.fromkeys(
-                world.NEW_TASKS, 0.5 - 0.1 * good)})
+                experiment.ALL, 0.5 - 0.1 * good)})
     search = list(experiment.pieces("search"))           # beyond the best, which lay on an edge
     assert [(p.lr, p.scale) for p in search if p not in grid] == len(experiment.VARIANTS) * [
         (experiment.RATES[1], 64.0)]
@@ -64,7 +64,11 @@ def test_every_piece_has_a_name_of_its_own(folders):
     assert len({piece.name for piece in found}) == len(found)
     rest = found[len(search):]
     assert {(p.lr, p.scale) for p in rest} == {(experiment.RATES[1], 8.0)}
-    assert {p.seed for p in rest} == set(experiment.SEEDS)
+    seeds = {variant: {p.seed for p in rest if p.variant == variant}
+             for variant in experiment.VARIANTS}
+    for variant, own in seeds.items():                   # the search's is none of them
+        more = experiment.MORE_SEEDS if variant in experiment.FIRST else ()
+        assert own == {*experiment.SEEDS, *more} and experiment.SEARCH_SEED not in own
     for p in rest:                                       # its own pictures: the same number
         assert p.stage != "interference" or (
             p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN)
@@ -117,7 +121,7 @@ def test_a_rate_that_diverges_is_no_winner_and_stops_nothing(folders, monkeypatc
     first, second, *_ = experiment.tried("token")
     experiment.run(first)
     assert first.there() and "step 7" in read_json(first.file)["diverged"]
-    write_json(second.file, {"piece": vars(second), "flow": dict.fromkeys(world.NEW_TASKS, 9.0)})
+    write_json(second.file, {"piece": vars(second), "flow": dict.fromkeys(experiment.ALL, 9.0)})
     assert experiment.winner_of([first, second]) == second
     with pytest.raises(ValueError, match="no number"):
         experiment.run(replace(first, stage="table"))
@@ -127,14 +131,17 @@ def test_what_is_trained_together_is_drawn_as_often(folders, monkeypatch):
     seen = []
     monkeypatch.setattr(experiment.train, "prepare", lambda args, config, first, sources, held:
                         seen.append((args, sources[0][0])) or folders.joinpath(
-                            "work", "x").mkdir(parents=True) or args.out.mkdir(parents=True)
+                            "work", "x").mkdir(parents=True, exist_ok=True)
+                        or args.out.mkdir(parents=True, exist_ok=True)
                         or (args.out / "log.jsonl").write_text(""))
     experiment.fit(replace(PIECE, stage="interference", tasks=("fill", "subject", "multi")))
     (args, source), = seen
     assert dict(zip(map(tuple, source.groups), source.chances)) == {
         ("fill", "subject"): pytest.approx(2 / 3), ("multi",): pytest.approx(1 / 3)}
-    assert (args.optimizer, args.schedule) == ("muon", "cosine")
+    assert (args.optimizer, args.schedule, args.router_lr) == ("adamw", "constant", None)
     assert args.seed == 0 and args.lr == 1e-3 and args.resume
+    experiment.fit(replace(PIECE, variant="frozen routers"))
+    assert seen[1][0].router_lr == 0 and seen[1][0].method == "instructmole"
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it is asked there")
@@ -343,7 +350,7 @@ def result(variant: str, seed: int, right: float, **more: object) -> dict:
                     "success_unseen": 1.0, "psnr": 30.0} for task in world.EDITS + world.NEW_TASKS}
     piece = vars(Piece("table", variant, seed, 9, 3e-3, 8.0, 4))
     return {"piece": piece, "parameters": 1234, "tasks": tasks, "training_seconds": 90,
-            "flow": dict.fromkeys(world.NEW_TASKS, right),
+            "flow": dict.fromkeys(experiment.ALL, right),
             "config": {"balance_weight": 0.1}} | more
 
 
@@ -423,8 +430,9 @@ def test_a_lead_is_paired_by_seed_and_picture(results):
     assert rows(findings.leads_table())[1] == ["token", *3 * ["+0.0 (+0.0 to +0.0)"]]
     losses = [result("token", seed, loss) for seed, loss in enumerate((0.251, 0.503, 0.755))]
     half = 4.30 * 2 / np.sqrt(3)                         # of differences of 1, 3, 5: by seed alone
-    assert findings.lead(ours, losses, lambda one: np.array([-1000 * experiment.new_loss(one)])
-                         ) == f"+3.0 ({3 - half:+.1f} to {3 + half:+.1f})"
+    less = findings.lead(ours, losses, lambda one: np.array(
+        [-1000 * experiment.flow_loss(one, world.NEW_TASKS)]))
+    assert less == f"+3.0 ({3 - half:+.1f} to {3 + half:+.1f})"
 
 
 def test_what_company_costs_is_paired_by_seed_and_picture(results):

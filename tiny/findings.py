@@ -13,7 +13,7 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import probe
-from tiny.experiment import RATES, RESULTS, SCALES, VARIANTS, found, new_loss
+from tiny.experiment import ALL, RATES, RESULTS, SCALES, VARIANTS, flow_loss, found
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -91,7 +91,7 @@ def leads_table() -> str:
     measures: list[Callable[[dict], np.ndarray]] = [
         lambda result: percents(result["tasks"][task]["right"] for task in NEW_TASKS),
         lambda result: percents(result["tasks"][task]["right"] for task in EDITS),
-        lambda result: np.array([-1000 * new_loss(result)])]
+        lambda result: np.array([-1000 * flow_loss(result, NEW_TASKS)])]
     return markdown(["InstructMoLE's lead over", "new tasks, points", "edits, points",
                      "flow loss of new tasks, less by 0.001 times"], (
         [name, *(lead(ours, results, cases) for cases in measures)]
@@ -166,7 +166,8 @@ def flow_table() -> str:
         routed = [r["routing"]["flow"] for r in results if "routing" in r]
         more = [f"{np.mean([100 * (r[way] / r[probe.WAYS[0]] - 1) for r in routed]):+.1f}"
                 if routed else HOLE for way in probe.WAYS[1:]]
-        rows.append([name, over_seeds(results, new_loss, 4), *more])
+        rows.append([name, over_seeds(results, lambda r: flow_loss(r, NEW_TASKS), 4),
+                     *more])
     return markdown(["variant", "flow loss", *(f"{way}, %" for way in probe.WAYS[1:])], rows)
 
 
@@ -192,9 +193,9 @@ def balance_table() -> str:
 
 
 def search_table() -> str:
-    """Flow loss of the search's pieces on validation scenes, a mean over the new tasks."""
+    """Flow loss of the search's pieces on validation scenes, a mean over all tasks."""
     values = {(r["piece"]["variant"], r["piece"]["lr"], r["piece"]["scale"]):
-              f"{new_loss(r):.4f}" for r in found("search")}
+              f"{flow_loss(r, ALL):.4f}" for r in found("search")}
     settings = sorted({(lr, scale) for _, lr, scale in values} | {*product(RATES, SCALES)})
     return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in settings)], (
         [name, *(values.get((name, *setting), HOLE) for setting in settings)]
