@@ -76,10 +76,10 @@ def drawn_from(path: str | Path, where: str = "--cond") -> tuple[str, Path]:
         return "", Path(path)
     if edges := re.fullmatch(r"(|.*?[/\\])canny:(.+)", str(path), re.S):
         return "canny", Path(edges[1]) / edges[2]
-    kind, colon, _ = Path(path).name.partition(":")
-    if not colon or len(kind) < 2 or ADDRESS.search(str(path)):      # C:\ is a drive
+    other = re.search(r"(?:^|[/\\])([^/\\:]{2,}):", str(path))         # C:\ is a drive
+    if not other or ADDRESS.search(str(path)):
         return "", Path(path)
-    raise ValueError(f"{where} {path}: no such file, and no condition called {kind!r} is drawn "
+    raise ValueError(f"{where} {path}: no such file, and no condition called {other[1]!r} is drawn "
                      "here; canny:FILE draws edges, while maps of depth or pose are made with "
                      "other tools and named as pictures")
 

@@ -155,7 +155,7 @@ def test_edges_of_a_photograph(folder, monkeypatch, capsys, trained) -> None:
 
 
 def test_other_kinds_of_conditions_are_made_elsewhere(folder, monkeypatch, capsys) -> None:
-    for given in ("depth:in.png", "pose:in.png"):
+    for given in ("depth:in.png", "pose:in.png", "depth:a/in.png", "a/depth:b/in.png"):
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--cond", given)
         assert code == 2 and f"--cond {given}: no such file, and no condition" in err
         assert "canny:FILE draws edges" in err and len(err.splitlines()) == 1

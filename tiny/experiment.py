@@ -12,7 +12,7 @@ started again; several pieces run side by side, each in a process and a thread o
                    batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
 
-Run: python -m tiny.experiment                           # all, about a day on two cores
+Run: python -m tiny.experiment                           # all, in many hours on two cores
      python -m tiny.experiment table --workers 1 --minutes 15
      python -m tiny.experiment --list                    # what is there, what is still to do
 """
@@ -361,8 +361,9 @@ def tell(stage: str) -> list[Piece]:
     """Say what of a stage is there; -> what is to do."""
     todo = [piece for piece in pieces(stage) if not piece.there()]
     waiting = sum(best(variant) is None for variant in VARIANTS) if stage != "search" else 0
-    print(f"{stage}: {len(found(stage))} pieces are there, {len(todo)} to do"
-          + f"; {waiting} variants wait for their search" * bool(waiting), flush=True)
+    print(f"{stage}: {len(found(stage))} pieces are there, "
+          + f"{len(todo)} to do" * bool(todo or not waiting) + ", " * bool(todo and waiting)
+          + f"{waiting} variants wait for their search" * bool(waiting), flush=True)
     return todo
 
 
