@@ -78,6 +78,7 @@ def test_every_piece_has_a_name_of_its_own(folders):
 
 def test_a_piece_is_trained_scored_and_goes_on_where_it_stopped(folders, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiment"])
+    monkeypatch.setattr(probe, "TIMES", [0.9])
     scored = []
     monkeypatch.setattr(probe, "make_pictures", lambda pipe, samples, *_: scored.append(
         samples[0].task) or [s.target for s in samples])
@@ -302,6 +303,7 @@ def test_decisions_of_an_adapter_whose_experts_do_nothing(trained, monkeypatch, 
     for layer in routing_maps.mixtures(trained.adapter):
         monkeypatch.setattr(layer.experts_B, "data", 0 * layer.experts_B)
     monkeypatch.setattr(probe, "STEPS", 1)
+    monkeypatch.setattr(probe, "TIMES", [0.9])
     made = []
     monkeypatch.setattr(probe, "success", lambda picture, s: made.append(picture) or 1 / (
         len(made) != 30))
