@@ -18,7 +18,6 @@ if __name__ == "__main__":
     commands.loading()                                   # what is imported now takes seconds
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -159,17 +158,17 @@ def load_adapter(model: FluxTransformer, path: Path) -> Adapter:
 def load_adapters(model: FluxTransformer, chosen: list[tuple[Path, float]]) -> Adapter:
     """Put saved adapters on the transformer as one, each with a strength: 1, as it was trained.
 
-    Raises: as load_adapter(); ValueError when more than one has experts.
+    Raises: as adapters.read(); ValueError when more than one has experts.
     """
     saved = [(path, saved_adapter(model, path, strength)) for path, strength in chosen]
     return adapters.combined(saved).insert(model).requires_grad_(False).eval()
 
 
 def saved_adapter(model: FluxTransformer, path: Path, strength: float) -> Adapter:
-    """A saved adapter for the transformer, not yet in it. Raises: as load_adapter()."""
+    """A saved adapter for the transformer, not yet in it. Raises: as adapters.read()."""
     values, tensors = adapters.read(path)
     config = config_from(AdapterConfig, values, path, whole=True)
-    config = replace(config, alpha=config.alpha * strength, lora_alpha=config.lora_alpha * strength)
+    config = adapters.at_strength(config, strength)
     try:
         adapter = build_adapter(model, config)
     except ValueError as error:

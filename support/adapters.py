@@ -1,19 +1,20 @@
 """An adapter's file: ours, another tool's LoRA, a run's folder or the paper's.
 
-weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
+weights.load_adapters() reads some; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mole import Adapter, LoRALinear, MoLELinear
+from mole import Adapter, AdapterConfig, LoRALinear, MoLELinear
 from support import foreign, lora, research
 from support.commands import check_new, file_and_strength
-from support.files import check_tensors, json_object, read_metadata, read_tensors, write_tensors
+from support.files import (check_tensors, config_from, json_object, read_metadata, read_tensors,
+                           write_tensors)
 from support.pictures import LONGEST
 from support.words import note
 
@@ -160,20 +161,24 @@ def write(adapter: Adapter, file: Path, **about: str) -> None:
     write_tensors(adapter.tensors(), file, adapter=json.dumps(entries))
 
 
-def write_bf16(path: Path, file: Path, strength: float = 1.0) -> None:
+def at_strength(config: AdapterConfig, strength: float) -> AdapterConfig:
+    """With so much of what an adapter was trained to add: by its experts, and by its LoRA."""
+    return replace(config, alpha=config.alpha * strength, lora_alpha=config.lora_alpha * strength)
+
+
+def write_bf16(path: Path, file: Path, strength: float = 1) -> None:
     """Write an adapter of ours once more, in bf16; who reads it makes it fp32 again.
 
     strength: of what it was trained to, as FILE:STRENGTH means it.
     Raises: FileNotFoundError; ValueError for one that is not ours, or a file that exists.
     """
     check_new("--to-bf16", file)
-    _, tensors = read(path)
+    values, tensors = read(path)
     metadata = read_metadata(file_of(foreign.snapshot(path)))
     if "adapter" not in metadata:
         raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
-    entries = json.loads(metadata["adapter"])
-    for name in ("alpha", "lora_alpha"):
-        entries["config"][name] *= strength
+    config = at_strength(config_from(AdapterConfig, values, path, whole=True), strength)
+    entries = json.loads(metadata["adapter"]) | {"config": asdict(config)}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file,
                   adapter=json.dumps(entries))

@@ -66,10 +66,11 @@ DTYPE = "bfloat16"                                       # of the frozen model
 # a smaller resampler, which else would have a third of the parameters, where the paper's has 2 %.
 SIZES = {"lora_rank": 16, "lora_alpha": 16, "resampler_width": 32, "resampler_heads": 1}
 
-# How each variant differs from base_config(): --method, then what else. Sizes: see sized().
-VARIANTS: dict[str, tuple[str, dict]] = {
+# How each variant differs: --method, then what of base_config(), then other options of train.py.
+# Sizes: see sized().
+VARIANTS: dict[str, tuple] = {
     "InstructMoLE": ("instructmole", {}),
-    "frozen routers": ("instructmole", {}),              # as they were drawn: nothing is learned
+    "frozen routers": ("instructmole", {}, "--router-lr", "0"),      # as they were drawn
     "no orthogonality loss": ("instructmole", {"orthogonality_weight": 0.0}),
     "no balance loss": ("instructmole", {"balance_weight": 0.0}),
     "pooled text only": ("pooled", {}),
@@ -160,7 +161,7 @@ def base_config() -> AdapterConfig:
 def configuration(piece: Piece) -> AdapterConfig:
     """A piece's adapter: as large as InstructMoLE with base_config(), scaled as the piece says."""
     base = base_config()
-    method, changes = VARIANTS[piece.variant]
+    method, changes, *_ = VARIANTS[piece.variant]
     config = sized(replace(baselines.configure(method, base), **changes), count(base))
     if piece.balance_weight is not None:
         config = replace(config, balance_weight=piece.balance_weight)
@@ -216,11 +217,12 @@ def pieces(stage: str) -> Iterator[Piece]:
         return
     settings = {variant: how for variant in VARIANTS if (how := best(variant))}
     for seed, (variant, how) in product(SEEDS + MORE_SEEDS, settings.items()):
-        if seed in MORE_SEEDS and (variant not in FIRST or stage != "table"):
+        more = seed in MORE_SEEDS                        # for what is compared first alone
+        if more and (stage != "table" or variant not in FIRST):
             continue
+        routes = variant not in ("plain LoRA", "one expert")
         whole = Piece(stage, variant, seed, STEPS, **how,
-                      ways=() if variant in ("plain LoRA", "one expert") or seed in MORE_SEEDS
-                      else probe.WAYS)
+                      ways=probe.WAYS if routes and not more else ())
         if stage == "table":
             yield whole
         if stage == "interference" and variant in ("InstructMoLE", "plain LoRA"):
@@ -241,13 +243,12 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
     makes the steps of all experts orthogonal, which is what the orthogonality loss is to do.
     """
     out = WORK / piece.name
-    method, _ = VARIANTS[piece.variant]
+    method, _, *others = VARIANTS[piece.variant]
     args = train_options(baselines.METHODS, PUBLIC, [
         "--data", "tiny", "--model", str(MODEL), "--method", method, "--steps", str(piece.steps),
         "--batch-size", str(piece.batch), "--lr", str(piece.lr), "--shift", str(probe.SHIFT),
         "--seed", str(piece.seed), "--save-every", "500", "--device", device, "--dtype", DTYPE,
-        "--out", str(out), "--resume",
-        *(["--router-lr", "0"] if piece.variant == "frozen routers" else [])])
+        "--out", str(out), "--resume", *others])
     train.prepare(args, configuration(piece), None, [(TinyWorld(piece.tasks), 1.0)], HeldOut(None))
     return out
 
@@ -361,9 +362,12 @@ def tell(stage: str) -> list[Piece]:
     """Say what of a stage is there; -> what is to do."""
     todo = [piece for piece in pieces(stage) if not piece.there()]
     waiting = sum(best(variant) is None for variant in VARIANTS) if stage != "search" else 0
-    print(f"{stage}: {len(found(stage))} pieces are there, "
-          + f"{len(todo)} to do" * bool(todo or not waiting) + ", " * bool(todo and waiting)
-          + f"{waiting} variants wait for their search" * bool(waiting), flush=True)
+    told = [f"{len(found(stage))} pieces are there"]
+    if todo or not waiting:
+        told.append(f"{len(todo)} to do")
+    if waiting:
+        told.append(f"{waiting} variants wait for their search")
+    print(f"{stage}: {', '.join(told)}", flush=True)
     return todo
 
 

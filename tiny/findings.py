@@ -166,8 +166,7 @@ def flow_table() -> str:
         routed = [r["routing"]["flow"] for r in results if "routing" in r]
         more = [f"{np.mean([100 * (r[way] / r[probe.WAYS[0]] - 1) for r in routed]):+.1f}"
                 if routed else HOLE for way in probe.WAYS[1:]]
-        rows.append([name, over_seeds(results, lambda r: flow_loss(r, NEW_TASKS), 4),
-                     *more])
+        rows.append([name, over_seeds(results, lambda r: flow_loss(r, NEW_TASKS), 4), *more])
     return markdown(["variant", "flow loss", *(f"{way}, %" for way in probe.WAYS[1:])], rows)
 
 
@@ -233,8 +232,7 @@ def interference_table() -> str:
 
 
 def company_table() -> str:
-    """What training with all tasks instead of alone costs a task, see lead(); the pictures are the
-    same."""
+    """What training with all tasks instead of alone costs, on the same pictures; see lead()."""
     def by_seed(variant: str) -> list[dict]:
         seeds: dict[int, dict] = {}
         for result in found("interference"):
@@ -244,17 +242,17 @@ def company_table() -> str:
                 one[len(tasks)] |= {task: scores["right"] for task, scores in tasks.items()}
         return [one for one in seeds.values() if len(one[1]) == len(one[len(NEW_TASKS)])]
 
-    def right(one: dict, together: int) -> np.ndarray:
-        return percents(one[together][task] for task in NEW_TASKS)
+    def alone(one: dict) -> np.ndarray:
+        return percents(one[1][task] for task in NEW_TASKS)
 
-    def cost(one: dict) -> np.ndarray:
-        return right(one, 1) - right(one, len(NEW_TASKS))
+    def with_all(one: dict) -> np.ndarray:
+        return percents(one[len(NEW_TASKS)][task] for task in NEW_TASKS)
     plain, routed = by_seed("plain LoRA"), by_seed("InstructMoLE")
     return markdown(["variant", "lost by company, points"], [
-        *((name, lead(each, each, lambda one: right(one, 1),
-                      lambda one: right(one, len(NEW_TASKS))))
-          for name, each in (("plain LoRA", plain), ("InstructMoLE", routed))),
-        ("the first less the second", lead(plain, routed, cost))])
+        ("plain LoRA", lead(plain, plain, alone, with_all)),
+        ("InstructMoLE", lead(routed, routed, alone, with_all)),
+        ("the first less the second",
+         lead(plain, routed, lambda one: alone(one) - with_all(one)))])
 
 
 TABLES = {"search": (search_table,), "interference": (interference_table, company_table),
