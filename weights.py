@@ -158,14 +158,14 @@ def load_adapter(model: FluxTransformer, path: Path) -> Adapter:
 def load_adapters(model: FluxTransformer, chosen: list[tuple[Path, float]]) -> Adapter:
     """Put saved adapters on the transformer as one, each with a strength: 1, as it was trained.
 
-    Raises: as adapters.read(); ValueError when more than one has experts.
+    Raises: as load_adapter(); ValueError when more than one has experts.
     """
     saved = [(path, saved_adapter(model, path, strength)) for path, strength in chosen]
     return adapters.combined(saved).insert(model).requires_grad_(False).eval()
 
 
 def saved_adapter(model: FluxTransformer, path: Path, strength: float) -> Adapter:
-    """A saved adapter for the transformer, not yet in it. Raises: as adapters.read()."""
+    """A saved adapter for the transformer, not yet in it. Raises: as load_adapter()."""
     values, tensors = adapters.read(path)
     config = config_from(AdapterConfig, values, path, whole=True)
     config = adapters.at_strength(config, strength)

@@ -1,6 +1,6 @@
 """An adapter's file: ours, another tool's LoRA, a run's folder or the paper's.
 
-weights.load_adapters() reads some; support/resume.py writes ours, and takes one from a checkpoint.
+weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
 from collections.abc import Iterable
