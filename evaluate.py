@@ -177,7 +177,7 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
         if todo:
             pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
             benchmarks.check_same(done, {"dtype": pipe.names["dtype"]})      # of "auto", known now
-            benchmarks.tell_cut(todo, pipe.t5_tokens)
+            benchmarks.tell_unread(todo, pipe.t5_tokens)
             seconds = benchmarks.make(todo, share, partial(benchmark_pictures, pipe), args)
             benchmarks.tell_cost(seconds, len(todo), len(whole), share[1])
         if commands.is_first():

@@ -42,10 +42,6 @@ class Tokenizer:
             text.encode()
         return torch.tensor([encoding.ids for encoding in self.model.encode_batch(texts)])
 
-    def cuts(self, text: str) -> bool:
-        """Whether a text is too long, so that its end is lost."""
-        return bool(self.model.encode(text).overflowing)
-
 
 class T5Tokenizer(Tokenizer):
     """Unigram pieces from tokenizer.json, </s> at the end, then padding.

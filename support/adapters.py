@@ -179,6 +179,5 @@ def write_bf16(path: Path, file: Path, strength: float = 1) -> None:
         raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
     config = at_strength(config_from(AdapterConfig, values, path, whole=True), strength)
     entries = json.loads(metadata["adapter"]) | {"config": asdict(config)}
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file,
                   adapter=json.dumps(entries))

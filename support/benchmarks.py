@@ -19,7 +19,7 @@ from tqdm import tqdm
 from support import options, origin
 from support.commands import is_first, may_hold
 from support.pictures import open_picture, pictures_in, save_picture
-from support.summary import told_cut
+from support.texts import unread
 from support.words import counted, duration, note, say
 from text_encoder import T5Tokenizer
 
@@ -211,11 +211,10 @@ def tell(args: argparse.Namespace, there: int, left: int, whole: int) -> None:
             f"{left:,} to make")
 
 
-def tell_cut(todo: list[Prompt], tokens: T5Tokenizer) -> None:
-    """Say of how many prompts the model does not read the end."""
-    cut = told_cut((prompt.text for prompt in todo), tokens)
-    if cut:
-        note(cut)
+def tell_unread(todo: list[Prompt], tokens: T5Tokenizer) -> None:
+    """Say what the model does not read of the prompts."""
+    for line in unread((prompt.text for prompt in todo), tokens):
+        note(line)
 
 
 def tell_cost(seconds: float, made: int, whole: int, workers: int) -> None:

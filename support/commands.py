@@ -113,6 +113,7 @@ STEPS = checked(int, lambda n: 1 <= n <= 10_000, "must be from 1 to 10,000")
 GUIDANCE = checked(float, lambda g: 0 <= g <= 100, "must be from 0 to 100; 2.5 is usual")
 COUNT = checked(int, lambda n: n > 0, "must be positive")
 POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
+STRENGTH = checked(float, lambda x: 0 < x <= 100, "must be above 0, at most 100; 1 is as trained")
 NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
 FOLDER = checked(Path, Path.is_dir, "no such folder")
 ANSWERS = checked(Path, Path.exists, "no such file or folder")
@@ -124,8 +125,15 @@ def may_hold(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK)
 
 
+def check_folder(option: str, file: Path) -> None:
+    """Raises: ValueError where no file can be made."""
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
+
+
 def check_new(option: str, file: Path) -> None:
     """Raises: ValueError where a file of tensors of this name is not to be written."""
+    check_folder(option, file)
     if file.suffix != ".safetensors":
         raise ValueError(f"{option} {file}: its name must end in .safetensors")
     if file.exists():

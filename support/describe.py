@@ -119,8 +119,8 @@ def fits(tensors: dict[str, Tensor]) -> str:
             + "; ..." * (len(told[nearest]) > 3))
 
 
-def describe(path: Path, load: Callable) -> str:
-    """What a file or folder is, for a model whether it is whole, and the command that uses it.
+def describe(path: Path, load: Callable) -> tuple[str, bool]:
+    """What a file or folder is, with the command that uses it, and whether it is whole.
 
     Of a picture: how it was made.
 
@@ -129,13 +129,13 @@ def describe(path: Path, load: Callable) -> str:
     if not path.exists():
         raise foreign.nothing_at(path)
     if path.is_file() and path.suffix.lower() in PICTURES:
-        return origin.describe(path)
+        return origin.describe(path), True
     path = foreign.snapshot(path)
     sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)
     if kind:
         return "\n".join([*describe_adapter(path, kind),
-                          f"{sample} --adapter {shlex.quote(str(path))}"])
+                          f"{sample} --adapter {shlex.quote(str(path))}"]), True
     found = layouts.parts_in(path)
     if not found:
         raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(layouts.OPTIONS)}), "
@@ -145,9 +145,9 @@ def describe(path: Path, load: Callable) -> str:
     folder = path not in found.values()
     wrong += [f"{path}: without {part}" for part in layouts.OPTIONS if folder and part not in found]
     if wrong:
-        return "\n".join([*lines, *wrong, f"{path}: not whole"])
+        return "\n".join([*lines, *wrong, f"{path}: not whole"]), False
     named = {part: shlex.quote(str(place)) for part, place in found.items()}
     used = [f"--model {shlex.quote(str(path))}"] if folder else [
         f"{layouts.OPTIONS[part]} {named.get(part, '...')}" for part in layouts.SIGNS
     ] + ["--tokenizers ..."]
-    return "\n".join([*lines, f"{path}: whole", " ".join([sample, *used])])
+    return "\n".join([*lines, f"{path}: whole", " ".join([sample, *used])]), True

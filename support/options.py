@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support import adapters, layouts
 from support.commands import (ANSWERS, COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE,
-                              POSITIVE, STEPS, Parser, checked, size)
+                              STEPS, STRENGTH, Parser, checked, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
 SOURCE = ("a folder (metadata.jsonl or .csv, or pictures with .txt), a .jsonl or .csv file, or a "
@@ -177,7 +177,7 @@ def weights_options() -> argparse.Namespace:
                          help="write an adapter in the form of the paper's code")
     written.add_argument("--to-bf16", type=Path, metavar="FILE.safetensors",
                          help="write an adapter of train.py's in half the bytes")
-    parser.add_argument("--strength", type=POSITIVE, metavar="S", help="with --to-bf16: write it "
+    parser.add_argument("--strength", type=STRENGTH, metavar="S", help="with --to-bf16: write it "
                         "at so much of its strength, as FILE:STRENGTH does in sampling")
     args = parser.parse_args()
     if args.strength is not None and not args.to_bf16:

@@ -16,6 +16,7 @@ from support.pictures import grid
 from support.public_sets import PUBLIC
 from support.results import write
 from support.scores import compare, left_open, means, pairs_table
+from support.texts import unread
 from support.words import counted, note, say
 
 SHOWN = 16                                               # rows on the sheet
@@ -82,11 +83,10 @@ def score_source(args: argparse.Namespace, source: object, pipe: object, make: C
     rows, sheet = score_pairs(make, islice(read_all(source, places), total), total)
     for row, where in zip(rows, places):
         row["where"] = where
-    cut = summary.told_cut((row["instruction"] for row in rows), pipe.t5_tokens)
     write(args.out, {
         "data": args.data[0], "model": str(args.model), "steps": args.steps,
         "adapters": [f"{file}:{strength:g}" for file, strength in options.adapters_of(args)],
         "guidance": args.guidance, "means": means(rows), "rows": rows}, pairs_table(rows), sheet)
-    for line in left_open(rows) + ([cut] if cut else []):
+    for line in left_open(rows) + unread((row["instruction"] for row in rows), pipe.t5_tokens):
         note(line)
     print(f"{args.out}/sheet.png: given, result, truth of the first {min(SHOWN, len(rows))}")

@@ -5,27 +5,20 @@ sample.main() calls plan(), which checks all that was given before any weight is
 import argparse
 import os
 import sys
-import textwrap
 from dataclasses import replace
 from itertools import count, filterfalse, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from support import devices, options, report
-from support.commands import GUIDANCE, STEPS, check_new, may_hold
+from support import devices, options, report, texts
+from support.commands import GUIDANCE, STEPS, check_folder, check_new, may_hold
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
 from support.pictures import is_picture, load_image
 from support.tables import checked_text
 from support.words import note
 from text_encoder import T5Tokenizer
-
-
-def check_folder(option: str, file: Path) -> None:
-    """Raises: ValueError when no file can be made there."""
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{option} {file}: its folder does not exist or may not be written to")
 
 
 def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
@@ -46,7 +39,6 @@ def check_lora(args: argparse.Namespace) -> None:
     if args.batch:
         raise ValueError(f"--export-lora {args.export_lora}: needs one --instruction")
     check_new("--export-lora", args.export_lora)
-    check_folder("--export-lora", args.export_lora)
 
 
 def check_adapter(args: argparse.Namespace) -> None:
@@ -76,7 +68,7 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
                size: tuple[int, int] | None) -> None:
     """What a Python caller asks of sample.edits(). Raises: ValueError.
 
-    Of an instruction that is too long for the model it is said that it is cut.
+    What the model does not read of the instruction is said.
     """
     if not checked_text(instruction, "instruction").strip():
         raise ValueError("instruction is empty: say what to show, or what to change")
@@ -87,10 +79,8 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
             raise ValueError(f"{name} {error}") from None
     if size is not None and any(side % 16 or not 16 <= side <= 8192 for side in size):
         raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
-    if tokens.cuts(instruction):
-        tqdm.write(f"note: the model reads {tokens.length} tokens of text; the end of this "
-                   f"instruction is lost: {textwrap.shorten(instruction, 300)}",
-                   file=sys.stderr)                      # above any bar
+    for line in texts.unread([instruction], tokens):
+        tqdm.write(f"note: {line}", file=sys.stderr)     # above any bar
 
 
 def tell_size(wanted: tuple[int, int] | None, only: tuple[int, int] | None) -> None:

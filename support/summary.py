@@ -5,11 +5,11 @@ train.main() calls tell() before any weight is read.
 import argparse
 import os
 from collections import Counter
-from collections.abc import Iterable
 
 from support import layouts
 from support.commands import is_first
 from support.pictures import LONGEST
+from support.texts import unread
 from support.words import counted, say
 from text_encoder import T5Tokenizer
 
@@ -26,21 +26,6 @@ def commonest(found: Counter[str]) -> str:
     if len(found) > SHOWN:
         told.append(f"{len(found) - SHOWN:,} more")
     return ", ".join(told)
-
-
-def told_cut(texts: Iterable[str], tokens: T5Tokenizer) -> str | None:
-    """A line about texts that are longer than the model reads; None if there are none.
-
-    texts: of all rows; those of several rows count as often.
-    """
-    found = Counter(texts)
-    cut = [text for text in found                        # a token takes a letter, and two are T5's
-           if not (text.isascii() and len(text) < tokens.length - 1) and tokens.cuts(text)]
-    if not cut:
-        return None
-    first = cut[0] if len(cut[0]) <= 60 else f"{cut[0][:60]}..."
-    return (f"the ends of {counted(sum(found[text] for text in cut), 'text')} are lost: the model "
-            f"reads {tokens.length} tokens; the first: {' '.join(first.split())}")
 
 
 def rows_of(source: object) -> list[str]:
@@ -103,8 +88,8 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
         say(f"{name}: {counted(rows, 'row')}; a pass over them takes about "
             f"{counted(max(1, round(steps)), 'step')}, {about(mean)} in a batch{passes}")
         if hasattr(source, "checked_rows"):
-            cut = told_cut((row.instruction for row in source.checked_rows), tokens)
-            for line in rows_of(source) + ([cut] if cut else []):
+            instructions = (row.instruction for row in source.checked_rows)
+            for line in rows_of(source) + unread(instructions, tokens):
                 say(f"  {line}")
     for line in held_out.about(tokens, [source for source, _ in sources]) if held_out else []:
         say(line)

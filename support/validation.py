@@ -16,7 +16,8 @@ from support import layouts
 from support.pictures import grid, to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
-from support.summary import per_batch, told_cut, understood
+from support.summary import per_batch, understood
+from support.texts import unread
 from support.words import counted, note
 from text_encoder import T5Tokenizer
 
@@ -74,8 +75,8 @@ class HeldOut:
         own = fingerprint(self.source)
         if own and own in map(fingerprint, trained):
             lines.append("  note: this is trained on too; its loss will not say when to stop")
-        cut = told_cut((s.instruction for s in self.samples), tokens)
-        return lines + ([f"  of these, {cut}"] if cut else [])
+        of_these = unread((s.instruction for s in self.samples), tokens)
+        return lines + [f"  of these, {line}" for line in of_these]
 
     def check(self, log: Log, step: int, pipe: object, condition: Callable,
               encode_picture: Callable, matching_loss: Callable,

@@ -369,7 +369,7 @@ def test_its_json_is_read_by_config(tmp_path):
 
 def test_an_adapter_in_bf16_is_the_same_within_its_rounding(tmp_path, monkeypatch, capsys):
     """And half as large, with its configuration; what is no adapter of ours is refused."""
-    file, half = ROOT / "tiny/adapter.safetensors", tmp_path / "new/half.safetensors"
+    file, half = ROOT / "tiny/adapter.safetensors", tmp_path / "half.safetensors"
     def run(*arguments: object) -> tuple[int, str, str]:
         return run_command(monkeypatch, capsys, "weights.py", weights.main, *arguments)
     assert run(file, "--to-bf16", half)[0] == 0
@@ -391,7 +391,11 @@ def test_an_adapter_in_bf16_is_the_same_within_its_rounding(tmp_path, monkeypatc
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
     code, _, err = run(file, "--strength", 0.5)
     assert code == 2 and "--strength is for --to-bf16" in err
+    for wrong in ("0", "1e40", "nan"):
+        code, _, err = run(file, "--to-bf16", tmp_path / "a.safetensors", "--strength", wrong)
+        assert code == 2 and f"--strength {wrong}: must be above 0" in err
     for path, out, words in ((file, half, "exists"), (file, tmp_path / "a.bin", "must end in"),
+                             (file, tmp_path / "new/a.safetensors", "its folder does not exist"),
                              (MODEL / "vae", tmp_path / "a.safetensors", "no adapter"),
                              (tmp_path / "none", tmp_path / "a.safetensors", "no such")):
         code, _, err = run(path, "--to-bf16", out)

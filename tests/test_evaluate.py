@@ -163,7 +163,7 @@ def test_what_is_cut_and_what_gives_no_picture_is_said(tmp_path, monkeypatch, ca
     monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest: [samples[0].target])
     code, out, err = run(monkeypatch, capsys, "--data", tmp_path / "own", "--out", tmp_path / "s")
     assert code == 0 and "left unread, entries without a known name: note (1)" in out
-    assert "note: the ends of 1 text are lost: the model reads" in err
+    assert "note: the model reads 28 tokens, and not the end of 1 text; the first: make" in err
     assert "note: 1 of 4 rows give no picture that could be copied" in err
     found = json.loads((tmp_path / "s/scores.json").read_text())
     assert sum(row["copy"] is None for row in found["rows"]) == 1

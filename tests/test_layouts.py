@@ -312,7 +312,7 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
     (upper / "refs/main").write_text("0a\n")
     for path in (upper, upper / "snapshots"):
         assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
-        assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)
+        assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)[0]
     found = model_paths(tiny / "tiny/model", tokenizers=upper)
     assert found["tokenizer"] == upper / "snapshots/0a/tokenizer"
     (upper / "refs/main").unlink()                       # then the newest
@@ -327,7 +327,7 @@ def test_an_adapter_in_the_cache_is_found_by_its_upper_folder(tmp_path, capsys):
               folder / "winter.safetensors")
     for path in (tmp_path / "models--someone--Some-LoRA", folder.parent, folder):
         assert adapters.read(path)[0]["lora_rank"] == 2
-        assert "rank 2, alpha 1, scale 0.5" in describe(path, weights.load)
+        assert "rank 2, alpha 1, scale 0.5" in describe(path, weights.load)[0]
 
 
 @pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer_2/tokenizer.json",
@@ -597,14 +597,14 @@ def test_two_tensors_for_one_place_are_refused(tmp_path):
 def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
     file = tmp_path / "flux.safetensors"
     save_file(original("transformer"), file)
-    lines = describe(file, weights.load).splitlines()
+    lines = describe(file, weights.load)[0].splitlines()
     assert "transformer, original or ComfyUI" in lines[0] and lines[1] == f"{file}: whole"
     assert lines[2] == (f"python sample.py --instruction TEXT --model {file} "
                         "--vae ... --clip ... --t5 ... --tokenizers ...")
     cut = original("transformer")
     del cut["double_blocks.0.img_mlp.0.bias"]
     save_file(cut, file)
-    lines = describe(file, weights.load).splitlines()
+    lines = describe(file, weights.load)[0].splitlines()
     assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
     save_file(in_fp8(original("transformer"), scaled=True)[0], file)
-    assert "fp8 with scales" in describe(file, weights.load).splitlines()[0]
+    assert "fp8 with scales" in describe(file, weights.load)[0].splitlines()[0]

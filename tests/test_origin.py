@@ -91,17 +91,24 @@ def test_other_pictures_say_that_they_hold_nothing(tmp_path, monkeypatch, capsys
     """Neither foreign ones nor those of ours that are no .png; what they show is the same."""
     foreign = tmp_path / f"foreign.{kind}"
     Image.open(PICTURE).save(foreign)
-    assert "holds nothing of how it was made" in describe(foreign, weights.load)
+    assert "holds nothing of how it was made" in describe(foreign, weights.load)[0]
     if kind != "png":
         out = made(monkeypatch, capsys, tmp_path / f"a.{kind}", "--instruction", TEXT)
-        assert "holds nothing of how" in describe(out, weights.load)
+        assert "holds nothing of how" in describe(out, weights.load)[0]
         assert Image.open(out).size == (64, 64)
+
+
+def test_a_picture_is_whole_whatever_its_texts_say(tmp_path, monkeypatch, capsys) -> None:
+    out = made(monkeypatch, capsys, tmp_path / "a.png", "--instruction", TEXT, "--route-by",
+               "a star: not whole")
+    told, whole = describe(out, weights.load)
+    assert told.endswith(": not whole") and whole
 
 
 def test_a_checkpoint_is_no_picture(tmp_path) -> None:
     """Pillow takes some headers of safetensors files for a .tga's."""
     for file in MODEL.rglob("*.safetensors"):
-        assert "tensors" in describe(file, weights.load)
+        assert "tensors" in describe(file, weights.load)[0]
 
 
 def test_pictures_of_arrays_carry_nothing(tmp_path) -> None:

@@ -49,8 +49,8 @@ def test_a_folder_is_told_of(folder: Path, monkeypatch, capsys) -> None:
     assert sizes == "  targets of 64x64 (14)"            # the embedded model's
     assert unread == "  left unread, entries without a known name: note (8), url (4)"
     tokens = T5Tokenizer(MODEL / "tokenizer_2")
-    assert cut.startswith(f"  the ends of 4 texts are lost: the model reads {tokens.length} tokens")
-    assert "the first: make the red circle on" in cut and len(cut) < 200
+    assert cut.startswith(f"  the model reads {tokens.length} tokens, and not the end of 4 texts; "
+                          "the first: make the red circle on") and len(cut) < 200
 
 
 def test_a_pass_counts_weights_processes_and_accumulation(folder: Path, monkeypatch,
@@ -107,7 +107,7 @@ def test_no_name_and_no_terminal_stops_it(tmp_path: Path, monkeypatch) -> None:
     summary.tell(args, train.open_sources(args, None))
     file.flush()
     written = file.buffer.getvalue().decode("cp1252")
-    assert written.count("\n") == 5 and "\ud800" not in written and "\x1b" not in written
+    assert written.count("\n") == 6 and "\ud800" not in written and "\x1b" not in written
     assert "\\ud800\\x1b[2J (1), \\u6f22 (1)" in written and "\u00e4\\u6f22" in written
 
 

@@ -245,8 +245,9 @@ def test_what_was_understood_is_said(tmp_path, bare):
         "--validate own: 4 rows; loss on 4 of them, at 4 times each; shown: 4",
         "  rows with 1 reference (4)", "  targets of 64x64 (4)",
         "  left unread, entries without a known name: note (1)",
-        "  of these, the ends of 1 text are lost: the model reads 28 tokens; the first: make the "
-        "red circle on the left blue make the red circle on ..."]
+        "  of these, the model reads 28 tokens, and not the end of 1 text; the first: make the "
+        "red circle on the left blue make the red circle on ...",
+        "  of these, T5 reads 1 word letter by letter, or not at all: please"]
     assert "trained on too" in HeldOut("own", own).about(bare.t5_tokens, [own, other])[4]
     assert HeldOut("tiny", TinyWorld(held_out=True)).about(bare.t5_tokens, [TinyWorld()]) == [
         "--validate tiny: samples without end; loss on 32 of them, at 4 times each; shown: 8"]

@@ -223,4 +223,4 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
 
 def test_folder_without_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no FLUX Kontext folder"):
-        describe(tmp_path, weights.load)
+        describe(tmp_path, weights.load)[0]

@@ -43,6 +43,7 @@ from dit import FluxTransformer
 from mole import AdapterConfig
 from sample import load_pipeline
 from support import commands
+from support.devices import choose_device
 from support.files import config_from, read_json, write_json
 from support.public_sets import PUBLIC
 from support.training_options import train_options
@@ -385,6 +386,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         raise ValueError(f"no stage {unknown.pop()!r}; there are {', '.join(STAGES)}")
+    choose_device(args.device)                           # refuses what is not there
     if args.piece:
         named = {piece.name: piece for stage in STAGES for piece in pieces(stage)}
         if args.piece not in named:
@@ -394,7 +396,7 @@ def main() -> None:
     crew = Crew(args.minutes, args.device)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, crew.stop)
-    for stage in args.stages or STAGES:
+    for stage in dict.fromkeys(args.stages or STAGES):
         while todo := tell(stage):                       # what a search finds asks for more
             if args.list or time.time() > crew.until:
                 break
