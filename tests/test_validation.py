@@ -250,7 +250,8 @@ def test_what_was_understood_is_said(tmp_path, bare):
         "  of these, T5 reads 1 word letter by letter, or not at all: please"]
     assert "trained on too" in HeldOut("own", own).about(bare.t5_tokens, [own, other])[4]
     assert HeldOut("tiny", TinyWorld(held_out=True)).about(bare.t5_tokens, [TinyWorld()]) == [
-        "--validate tiny: samples without end; loss on 32 of them, at 4 times each; shown: 8"]
+        "--validate tiny: samples without end; loss on 32 of them, at 4 times each; shown: 8",
+        "  of these, T5 reads 3 words letter by letter, or not at all: please, Image, Please"]
     assert HeldOut(None).about(bare.t5_tokens, []) == []
 
 
