@@ -158,11 +158,16 @@ def file_and_strength(text: str) -> tuple[Path, float]:
     return Path(file), strength
 
 
+def nearest_side(pixels: int) -> int:
+    """The nearest that a made picture's side may have."""
+    return min(max(16, round(pixels / 16) * 16), 8192)
+
+
 def size(text: str) -> tuple[int, int]:
     """An option's type: WIDTHxHEIGHT, as in 1024x768."""
     found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     width, height = map(int, found.groups()) if found else (1000, 750)       # refused: an example
-    near = [min(max(16, round(side / 16) * 16), 8192) for side in (width, height)]
+    near = list(map(nearest_side, (width, height)))
     if near != [width, height]:
         raise argparse.ArgumentTypeError(
             f"{text}: write it as WIDTHxHEIGHT, multiples of 16 up to 8192, for example "

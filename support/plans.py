@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support import devices, options, report, texts
-from support.commands import GUIDANCE, STEPS, check_folder, check_new, may_hold
+from support.commands import (GUIDANCE, STEPS, check_folder, check_new, may_hold,
+                              nearest_side)
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
 from support.pictures import is_picture, load_image
@@ -77,7 +78,7 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
             limits(value)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{name} {error}") from None
-    if size is not None and any(side % 16 or not 16 <= side <= 8192 for side in size):
+    if size is not None and any(side != nearest_side(side) for side in size):
         raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
     for line in texts.unread([instruction], tokens):
         tqdm.write(f"note: {line}", file=sys.stderr)     # above any bar
