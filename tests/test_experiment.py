@@ -181,10 +181,19 @@ def test_a_crew_that_is_stopped_stops_its_pieces(folders, monkeypatch):
     assert crew.work(PIECE) == 0                         # and starts no more
 
 
-def test_an_unknown_stage_is_one_line(folders, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["experiment", "tabel"])
-    with pytest.raises(ValueError, match="no stage 'tabel'; there are search"):
+@pytest.mark.parametrize("words, why", [
+    (["tabel"], "no stage 'tabel'; there are search"),
+    (["--device", "gpu", "--list"], "--device gpu: write auto, cpu, cuda")])
+def test_what_cannot_be_asked_is_one_line(folders, monkeypatch, words, why):
+    monkeypatch.setattr(sys, "argv", ["experiment", *words])
+    with pytest.raises(ValueError, match=why):
         experiment.main()
+
+
+def test_a_stage_named_twice_is_told_of_once(folders, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiment", "table", "table", "--list"])
+    experiment.main()
+    assert capsys.readouterr().out.count("table: ") == 1
 
 
 # --------------------------------------------------------------------------------------- the scores
