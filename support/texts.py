@@ -2,6 +2,7 @@
 
 sample.edits() tells it of an instruction, training and scoring of all their rows.
 """
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from text_encoder import T5Tokenizer
 
 SHOWN = 3                                                # of the words
 START = "\u2581"                                         # of a piece that begins a word
+LONG = re.compile(r"[^\W\d_]{3}")                        # letters
 
 
 def cuts(text: str, tokens: T5Tokenizer) -> bool:
@@ -20,12 +22,12 @@ def cuts(text: str, tokens: T5Tokenizer) -> bool:
 
 
 def knows(word: str, tokens: T5Tokenizer) -> bool:
-    """Whether T5 has pieces for a word: for a longer one more than its single letters."""
+    """Whether T5 has pieces for a word, and if it has three letters on end, longer ones."""
     encoding = tokens.model.encode(word)
     pieces = {tokens.model.id_to_token(i) for i, read in zip(encoding.ids, encoding.attention_mask)
               if read} - {"</s>"}
     longest = max((len(piece.lstrip(START)) for piece in pieces), default=0)
-    return "<unk>" not in pieces and longest >= min(2, len(word) - 1)
+    return "<unk>" not in pieces and (longest > 1 or not LONG.search(word))
 
 
 def unread(texts: Iterable[str], tokens: T5Tokenizer) -> list[str]:
