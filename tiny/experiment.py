@@ -71,7 +71,7 @@ SIZES = {"lora_rank": 16, "lora_alpha": 16, "resampler_width": 32, "resampler_he
 # Sizes: see sized().
 VARIANTS: dict[str, tuple] = {
     "InstructMoLE": ("instructmole", {}),
-    "frozen routers": ("instructmole", {}, "--router-lr", "0"),      # as they were drawn
+    "routing as drawn": ("pooled", {}, "--router-lr", "0"),  # nothing that decides it learns
     "no orthogonality loss": ("instructmole", {"orthogonality_weight": 0.0}),
     "no balance loss": ("instructmole", {"balance_weight": 0.0}),
     "pooled text only": ("pooled", {}),
@@ -81,7 +81,7 @@ VARIANTS: dict[str, tuple] = {
     "soft": ("soft", {}),
     "Expert Race": ("race", {}),
     "Expert Choice": ("choice", {})}
-FIRST = ("InstructMoLE", "plain LoRA", "frozen routers")     # does it pay, and is it the routing?
+FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and is it the routing?
 
 
 @dataclass(frozen=True)
@@ -176,18 +176,23 @@ def found(stage: str) -> list[dict]:
     return [read_json(file) for file in sorted(RESULTS.glob(f"{stage}-*.json"))]
 
 
+def searched(variant: str, i: int, j: int) -> Piece:
+    """The search's piece of a variant at a place: rate RATES[0] * 3^i, scale SCALES[0] * 8^j."""
+    rate = float(f"{RATES[0] * 3.0 ** i:g}")             # 0.003, and not 0.0030000000000000005
+    return Piece("search", variant, SEARCH_SEED, SEARCH_STEPS, rate, SCALES[0] * 8.0 ** j)
+
+
 def tried(variant: str) -> list[Piece]:
     """The search's pieces of a variant: the grid, and once that is there, around its best."""
-    known = {piece.name: piece for lr, scale in product(RATES, SCALES)
-             for piece in [Piece("search", variant, SEARCH_SEED, SEARCH_STEPS, lr, scale)]}
-    while all(piece.there() for piece in known.values()):
-        winner, number = winner_of(known.values()), len(known)
-        for lr, scale in ((3, 1), (1 / 3, 1), (1, 8), (1, 1 / 8)):
-            piece = replace(winner, lr=float(f"{winner.lr * lr:g}"), scale=winner.scale * scale)
-            known.setdefault(piece.name, piece)
-        if len(known) == number:                         # all around it was tried
+    places = list(product(range(len(RATES)), range(len(SCALES))))
+    while all(searched(variant, *place).there() for place in places):
+        i, j = min(places, key=lambda place: validation_loss(searched(variant, *place)))
+        around = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+        new = [place for place in around if place not in places]
+        if not new:
             break
-    return list(known.values())
+        places += new
+    return [searched(variant, *place) for place in places]
 
 
 def flow_loss(result: dict, tasks: Iterable[str]) -> float:
@@ -197,9 +202,9 @@ def flow_loss(result: dict, tasks: Iterable[str]) -> float:
     return math.inf if None in losses else sum(losses) / len(losses)
 
 
-def winner_of(candidates: Iterable[Piece]) -> Piece:
-    """The piece of the least flow loss, a mean over all tasks: what it was trained for."""
-    return min(candidates, key=lambda piece: flow_loss(read_json(piece.file), ALL))
+def validation_loss(piece: Piece) -> float:
+    """Of a piece of the search, a mean over all tasks: what it was trained for."""
+    return flow_loss(read_json(piece.file), ALL)
 
 
 def best(variant: str) -> dict[str, float] | None:
@@ -207,7 +212,7 @@ def best(variant: str) -> dict[str, float] | None:
     candidates = tried(variant)
     if not all(piece.there() for piece in candidates):
         return None
-    winner = winner_of(candidates)
+    winner = min(candidates, key=validation_loss)
     return {"lr": winner.lr, "scale": winner.scale}
 
 
@@ -286,12 +291,13 @@ def run(piece: Piece, device: str = "cpu") -> None:
         write_json(begun, about(device))
     try:
         out, began = fit(piece, device), time.time()
-    except ValueError as error:                          # so high a rate may be no rate at all
-        if piece.stage != "search" or "no number" not in str(error):
+    except ValueError as error:                          # at so high a rate, or with this seed
+        if "no number" not in str(error):
             raise
         return write_json(piece.file, {
-            "piece": asdict(piece), "flow": dict.fromkeys(piece.tasks),
-            "diverged": str(error), "begun": read_json(begun), "ended": about(device)})
+            "piece": asdict(piece), "parameters": count(configuration(piece)),
+            "flow": dict.fromkeys(piece.tasks), "diverged": str(error),
+            "begun": read_json(begun), "ended": about(device)})
     pipe = load_pipeline(MODEL, out / "adapter.safetensors", device, DTYPE)
     result = {"piece": asdict(piece), "config": asdict(pipe.adapter.config),
               "parameters": sum(t.numel() for t in pipe.adapter.tensors().values()),
@@ -319,7 +325,9 @@ class Crew:
 
     def work(self, piece: Piece) -> int:
         """-> the process's exit code; none is started once the time is over."""
-        if time.time() > self.until:
+        while busy(piece) and time.time() < self.until:  # left by a crew that was killed
+            time.sleep(5)
+        if time.time() > self.until or piece.there():
             return 0
         print(f"{time.strftime('%H:%M')} {piece.name}", flush=True)
         WORK.mkdir(parents=True, exist_ok=True)
@@ -343,16 +351,28 @@ class Crew:
             process.terminate()
 
 
+def mark_of(piece: Piece) -> Path:
+    """The file that holds the number of the process that is at a piece."""
+    return WORK / piece.name / "process"
+
+
+def busy(piece: Piece) -> str | None:
+    """The number of another process that is at a piece, if one is."""
+    mark, own = mark_of(piece), str(os.getpid())
+    other = mark.read_text() if mark.exists() else own
+    known = Path(f"/proc/{other}/cmdline")               # elsewhere than on Linux there is none
+    at_it = other != own and known.exists() and piece.name.encode() in known.read_bytes()
+    return other if at_it else None
+
+
 @contextmanager
 def alone(piece: Piece) -> Iterator[None]:
     """Raises: ValueError where another process is at this piece."""
-    mark, own = WORK / piece.name / "process", str(os.getpid())
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    other = mark.read_text() if mark.exists() else own
-    known = Path(f"/proc/{other}/cmdline")               # elsewhere than on Linux there is none
-    if other != own and known.exists() and piece.name.encode() in known.read_bytes():
+    if other := busy(piece):
         raise ValueError(f"{piece.name}: process {other} is at it")
-    mark.write_text(own)
+    mark = mark_of(piece)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(str(os.getpid()))
     try:
         yield
     finally:
@@ -394,8 +414,10 @@ def main() -> None:
         with alone(named[args.piece]):
             return run(named[args.piece], args.device)
     crew = Crew(args.minutes, args.device)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, crew.stop)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):         # Windows has two
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:            # as by nohup
+            signal.signal(number, crew.stop)
     for stage in dict.fromkeys(args.stages or STAGES):
         while todo := tell(stage):                       # what a search finds asks for more
             if args.list or time.time() > crew.until:

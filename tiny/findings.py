@@ -1,6 +1,6 @@
 """What the experiment has found, as tables and figures, from the JSON of tiny/results alone.
 
-tiny/README.md holds the tables; a test compares them with what this makes.
+A test compares the tables in tiny/README.md with what this makes.
 
 Run: python -m tiny.findings                             # prints the tables, draws the figures
 """
@@ -13,7 +13,8 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import probe
-from tiny.experiment import ALL, RATES, RESULTS, SCALES, VARIANTS, flow_loss, found
+from tiny.experiment import (ALL, MORE_SEEDS, RATES, RESULTS, SCALES, SEEDS, VARIANTS, flow_loss,
+                             found)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -23,10 +24,15 @@ ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps al
 
 # ----------------------------------------------------------------------------------------- numbers
 
-def by_variant(stage: str) -> dict[str, list[dict]]:
-    """A stage's results, the seeds of each variant together, in the order of VARIANTS."""
+def ended(stage: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
+    """A stage's results of these seeds, but for those whose training diverged."""
+    return [r for r in found(stage) if "diverged" not in r and r["piece"]["seed"] in seeds]
+
+
+def by_variant(seeds: Iterable[int] = SEEDS) -> dict[str, list[dict]]:
+    """The table's results, the seeds of each variant together, in the order of VARIANTS."""
     order = list(VARIANTS)
-    results = sorted(found(stage), key=lambda r: order.index(r["piece"]["variant"]))
+    results = sorted(ended("table", seeds), key=lambda r: order.index(r["piece"]["variant"]))
     return {name: list(group) for name, group in groupby(
         results, key=lambda r: r["piece"]["variant"])}
 
@@ -74,27 +80,36 @@ def percents(marks: Iterable[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------ tables
 
 def variants_table() -> str:
-    """Each variant: its size, what the search chose, success in percent, minutes of training."""
+    """Each variant: its size, what the search chose, success in percent, minutes of training.
+
+    All over the same seeds; where one of them diverged, fewer are counted.
+    """
     return markdown(
-        ["variant", "parameters", "rate", "scale", "new tasks, %", "edits, %", "minutes"],
+        ["variant", "parameters", "rate", "scale", "seeds", "new tasks, %", "edits, %", "minutes"],
         ([name, f"{results[0]['parameters']:,}", f"{results[0]['piece']['lr']:g}",
-          f"{results[0]['piece']['scale']:g}", over_seeds(results, lambda r: success(r, NEW_TASKS)),
+          f"{results[0]['piece']['scale']:g}", f"{len(results)}",
+          over_seeds(results, lambda r: success(r, NEW_TASKS)),
           over_seeds(results, lambda r: success(r, EDITS)),
           f"{np.mean([r['training_seconds'] for r in results]) / 60:.0f}"]
-         for name, results in by_variant("table").items()))
+         for name, results in by_variant().items()))
 
 
 def leads_table() -> str:
-    """InstructMoLE against each other variant, see lead(); the flow loss in thousandths."""
-    table = by_variant("table")
+    """InstructMoLE against each other variant, see lead(), over all seeds that both have.
+
+    The flow loss is in thousandths.
+    """
+    table = by_variant(SEEDS + MORE_SEEDS)
     ours = table.pop("InstructMoLE", [])
+    own = {result["piece"]["seed"] for result in ours}
     measures: list[Callable[[dict], np.ndarray]] = [
         lambda result: percents(result["tasks"][task]["right"] for task in NEW_TASKS),
         lambda result: percents(result["tasks"][task]["right"] for task in EDITS),
         lambda result: np.array([-1000 * flow_loss(result, NEW_TASKS)])]
-    return markdown(["InstructMoLE's lead over", "new tasks, points", "edits, points",
+    return markdown(["InstructMoLE's lead over", "seeds", "new tasks, points", "edits, points",
                      "flow loss of new tasks, less by 0.001 times"], (
-        [name, *(lead(ours, results, cases) for cases in measures)]
+        [name, f"{sum(r['piece']['seed'] in own for r in results)}",
+         *(lead(ours, results, cases) for cases in measures)]
         for name, results in table.items()))
 
 
@@ -102,7 +117,7 @@ def tasks_table() -> str:
     """Success on each new task, a mean over the seeds, in percent."""
     return markdown(["variant", *NEW_TASKS], (
         [name, *(f"{np.mean([success(r, [task]) for r in results]):.1f}" for task in NEW_TASKS)]
-        for name, results in by_variant("table").items()))
+        for name, results in by_variant().items()))
 
 
 def wordings_table() -> str:
@@ -115,12 +130,12 @@ def wordings_table() -> str:
     return markdown(["variant", "seen wordings, %", "unseen wordings, %"], (
         [name, over_seeds(results, seen),
          over_seeds(results, lambda r: success(r, NEW_TASKS, "success_unseen"))]
-        for name, results in by_variant("table").items()))
+        for name, results in by_variant().items()))
 
 
-def routed(results: list[dict]) -> list[dict]:
-    """Those in which routing was looked at."""
-    return [result for result in results if "routing" in result]
+def with_routing() -> dict[str, list[dict]]:
+    """by_variant(), of the variants that route."""
+    return {name: results for name, results in by_variant().items() if "routing" in results[0]}
 
 
 def routing_table() -> str:
@@ -132,29 +147,33 @@ def routing_table() -> str:
     """
     def by_way(way: str) -> Callable[[dict], np.ndarray]:
         return lambda result: percents(result["routing"]["right"][way].values())
-    table = {name: routed(results) for name, results in by_variant("table").items()}
     header = ["variant", *(f"{way}, %" for way in probe.WAYS), "its task's less another's"]
     return markdown(header, (
-        [name, *(over_seeds(found, lambda r, way=way: by_way(way)(r).mean()) for way in probe.WAYS),
-         lead(found, found, by_way("its task's"), by_way("another's"))]
-        for name, found in table.items() if found))
+        [name,
+         *(over_seeds(results, lambda r, way=way: by_way(way)(r).mean()) for way in probe.WAYS),
+         lead(results, results, by_way("its task's"), by_way("another's"))]
+        for name, results in with_routing().items()))
 
 
-def routers_table(stage: str = "table") -> str:
+def over_layers(results: list[dict], key: str) -> float:
+    """A measure of probe.by_task(), a mean over seeds and layers."""
+    return float(np.mean([list(result["routing"][key].values()) for result in results]))
+
+
+def routers_table() -> str:
     """What the routers have learned, means over layers and seeds; see probe.by_task().
 
-    Bits are of a picture, or where tokens route of a token. The noise of training is 1/E.
+    Bits are of a picture, or where tokens route of a token; those of routing as drawn are what no
+    learning gives. The noise of training is 1/E: which part of the kept experts it would change
+    says how decided a routing is, not what it has learned.
     """
     rows = []
-    for name, results in by_variant(stage).items():
-        if found := routed(results):
-            even, spread, lost, told, chance = (
-                np.mean([list(r["routing"][key].values()) for r in found])
-                for key in ("from even", "spread", "lost", "information",
-                            "information of shuffled tasks"))
-            noise = "none" if name in ("soft", "Expert Race", "Expert Choice") else f"{lost:.1%}"
-            rows.append([name, f"{even:.3f}", f"{spread:.3f}", noise,
-                         HOLE if name in ALL_KEPT else f"{told:.3f} ({chance:.3f})"])
+    for name, results in with_routing().items():
+        even, spread, lost, told, chance = (over_layers(results, key) for key in (
+            "from even", "spread", "lost", "information", "information of shuffled tasks"))
+        noise = "none" if name in ("soft", "Expert Race", "Expert Choice") else f"{lost:.1%}"
+        rows.append([name, f"{even:.3f}", f"{spread:.3f}", noise,
+                     HOLE if name in ALL_KEPT else f"{told:.3f} ({chance:.3f})"])
     return markdown(["variant", "shares from even", "logits between tasks, sd",
                      "kept experts that noise changes", "bits about the task (by chance)"], rows)
 
@@ -162,10 +181,11 @@ def routers_table(stage: str = "table") -> str:
 def flow_table() -> str:
     """Flow loss on test scenes of the new tasks, and how much more it is when routed otherwise."""
     rows = []
-    for name, results in by_variant("table").items():
-        routed = [r["routing"]["flow"] for r in results if "routing" in r]
-        more = [f"{np.mean([100 * (r[way] / r[probe.WAYS[0]] - 1) for r in routed]):+.1f}"
-                if routed else HOLE for way in probe.WAYS[1:]]
+    routed = with_routing()
+    for name, results in by_variant().items():
+        flows = [r["routing"]["flow"] for r in routed.get(name, [])]
+        more = [f"{np.mean([100 * (flow[way] / flow[probe.WAYS[0]] - 1) for flow in flows]):+.1f}"
+                if flows else HOLE for way in probe.WAYS[1:]]
         rows.append([name, over_seeds(results, lambda r: flow_loss(r, NEW_TASKS), 4), *more])
     return markdown(["variant", "flow loss", *(f"{way}, %" for way in probe.WAYS[1:])], rows)
 
@@ -173,22 +193,20 @@ def flow_table() -> str:
 def cosines_table() -> str:
     return markdown(["variant", "mean abs. cosine of two experts' outputs"], (
         [name, over_seeds(results, lambda r: r["cosine"], 4)]
-        for name, results in by_variant("table").items() if "cosine" in results[0]))
+        for name, results in with_routing().items()))
 
 
 def balance_table() -> str:
     """InstructMoLE by the weight of its balance loss, at one rate and scale."""
     weights: dict[float, list[dict]] = {}
-    for result in [*found("balance"), *by_variant("table").get("InstructMoLE", [])]:
+    for result in [*ended("balance"), *by_variant().get("InstructMoLE", [])]:
         weights.setdefault(result["config"]["balance_weight"], []).append(result)
-    def routers(results: list[dict], key: str) -> str:
-        found = [list(r["routing"][key].values()) for r in routed(results)]
-        return f"{np.mean(found):.3f}" if found else HOLE
     return markdown(["balance weight", "new tasks, %", "edits, %", "shares from even",
                      "bits about the task"], (
         [f"{weight:g}", over_seeds(results, lambda r: success(r, NEW_TASKS)),
-         over_seeds(results, lambda r: success(r, EDITS)), routers(results, "from even"),
-         routers(results, "information")] for weight, results in sorted(weights.items())))
+         over_seeds(results, lambda r: success(r, EDITS)),
+         *(f"{over_layers(results, key):.3f}" for key in ("from even", "information"))]
+        for weight, results in sorted(weights.items())))
 
 
 def search_table() -> str:
@@ -204,7 +222,7 @@ def search_table() -> str:
 def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
     """Success in percent, by variant, by how many tasks were trained together, by task."""
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for result in found("interference"):
+    for result in ended("interference"):
         variant, together = result["piece"]["variant"], result["piece"]["tasks"]
         for task in together:
             values.setdefault(variant, {}).setdefault(len(together), {}).setdefault(
@@ -235,7 +253,7 @@ def company_table() -> str:
     """What training with all tasks instead of alone costs, on the same pictures; see lead()."""
     def by_seed(variant: str) -> list[dict]:
         seeds: dict[int, dict] = {}
-        for result in found("interference"):
+        for result in ended("interference"):
             piece, tasks = result["piece"], result["tasks"]
             if piece["variant"] == variant and len(tasks) in (1, len(NEW_TASKS)):
                 one = seeds.setdefault(piece["seed"], {"piece": piece, 1: {}, len(NEW_TASKS): {}})
@@ -270,7 +288,7 @@ def tables() -> list[str]:
 def draw_variants() -> np.ndarray:
     """Success by variant: a dot for each seed, a stroke at their mean -> (height, width, 3)."""
     from matplotlib.figure import Figure
-    table, figure = by_variant("table"), Figure((8, 4), layout="constrained")
+    table, figure = by_variant(), Figure((8, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, (what, tasks) in zip(panels, (("new tasks", NEW_TASKS), ("edits", EDITS))):
         for row, results in enumerate(table.values()):
@@ -301,7 +319,7 @@ def draw_interference() -> np.ndarray:
 def draw_tasks() -> np.ndarray:
     """Success by variant and task, a mean over the seeds, in percent."""
     from matplotlib.figure import Figure
-    table, tasks = by_variant("table"), [*EDITS, *NEW_TASKS]
+    table, tasks = by_variant(), [*EDITS, *NEW_TASKS]
     values = [[np.mean([success(result, [task]) for result in results]) for task in tasks]
               for results in table.values()]
     figure = Figure((9, 4), layout="constrained")
@@ -322,8 +340,8 @@ def draw_routing() -> np.ndarray:
     Left: each variant in its first seed, and its shuffled tasks, dotted. Right: InstructMoLE.
     """
     from matplotlib.figure import Figure
-    routed = {name: results[0]["routing"] for name, results in by_variant("table").items()
-              if "routing" in results[0] and name not in ALL_KEPT}
+    routed = {name: results[0]["routing"] for name, results in with_routing().items()
+              if name not in ALL_KEPT}
     figure = Figure((9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, routing in routed.items():
@@ -347,7 +365,7 @@ def draw_cosines() -> np.ndarray:
     """Mean |cosine| of two experts' outputs, a dot for each seed."""
     from matplotlib.figure import Figure
     table = {name: [result["cosine"] for result in results]
-             for name, results in by_variant("table").items() if "cosine" in results[0]}
+             for name, results in with_routing().items()}
     figure = Figure((6, 3), layout="constrained")
     panel = figure.subplots()
     for row, values in enumerate(table.values()):
