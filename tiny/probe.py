@@ -262,11 +262,12 @@ def decisions(pipe: Pipeline, number: int, work: Path, ways: Iterable[str] = WAY
     found = read_json(file) if file.is_file() else {"right": {}, "flow": {}}
     watch = Watch(sum(map(len, batches)),
                   {name: torch.tensor(w) for name, w in found.get("mean weights", {}).items()})
-    for watch.way in ways:
-        if watch.way in found["right"]:
+    for way in ways:
+        if way in found["right"]:
             continue
-        found["right"][watch.way], found["flow"][watch.way] = routed(pipe, watch, batches)
-        if watch.way == WAYS[0]:
+        watch.way = way
+        found["right"][way], found["flow"][way] = routed(pipe, watch, batches)
+        if way == WAYS[0]:
             layers = {name: watch.of(name) for name in watch.seen}
             watch.mean = {name: seen.w.mean(0) for name, seen in layers.items()}
             found |= {"mean weights": {name: w.tolist() for name, w in watch.mean.items()}}
