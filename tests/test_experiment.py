@@ -548,13 +548,16 @@ def test_the_readme_holds_the_tables():
         assert table in text, table
 
 
+# A part of the search was begun at it; its training was compared with the next's, to the bit.
+TRAINS_ALIKE = "34704654b86f19dd4d198aa1752addfcb1d5944d"
+
+
 def test_the_results_that_are_committed_are_whole():
-    """Of a stage that was begun: each of its pieces, of one size; a variant's at one commit."""
+    """Of a stage that was begun: each of its pieces, of one size, begun at one commit."""
     for stage in experiment.STAGES:
         found = experiment.found(stage)
         if found:
             assert all(piece.there() for piece in experiment.pieces(stage))
-            begun = {(one["piece"]["variant"], one["begun"]["commit"]) for one in found}
-            assert len(begun) == len({variant for variant, _ in begun})
+            assert len({one["begun"]["commit"] for one in found} - {TRAINS_ALIKE}) <= 1
             sizes = [one["parameters"] for one in found]
             assert max(sizes) < 1.05 * min(sizes)
