@@ -182,7 +182,7 @@ def open_source(text: str, *known: dict[str, Callable[..., Source]],
     """
     name, colon, weight = text.rpartition(":")
     try:
-        name, value = (name, float(weight)) if colon else (text, 1.0)
+        name, value = (name, float(weight)) if colon and not Path(text).exists() else (text, 1.0)
     except ValueError:                                   # a colon that belongs to the path
         name, value = text, 1.0
     if not 0 < value < float("inf"):

@@ -263,7 +263,7 @@ class SingleBlock(nn.Module):
         mods = [self.norm(vec)[0] for vec in vecs]
         inputs = [modulate(x, mod) for x, mod in zip(streams, mods)]
         q, k, v = zip(*(self.attn.qkv(x) for x in inputs))       # of each stream (B, N, ., d)
-        q = q[:1] if last else q                         # no block reads cond: zip() stops before
+        q = q[:1] if last else q                         # cond is read still; none comes out again
         sizes = [part.shape[2] for part in q]            # T+I+R and perhaps Q tokens
         q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in (q, k, v))
         outs = self.attend(q, k, v, pe).split(sizes, dim=1)      # each (B, ., D)

@@ -1,6 +1,6 @@
 """How a command reads an argument and how it ends: in one line where its user was wrong.
 
-Each command calls loading() before what takes seconds to import, and run(main) at its end;
+The commands at the top call loading() before what takes seconds to import; all end with run(main);
 support/options.py declares the options, of the types here.
 """
 import argparse
@@ -165,11 +165,11 @@ def nearest_side(pixels: int) -> int:
 
 def size(text: str) -> tuple[int, int]:
     """An option's type: WIDTHxHEIGHT, as in 1024x768."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text.lower())
-    width, height = map(int, found.groups()) if found else (1000, 750)       # refused: an example
-    near = list(map(nearest_side, (width, height)))
-    if near != [width, height]:
-        raise argparse.ArgumentTypeError(
-            f"{text}: write it as WIDTHxHEIGHT, multiples of 16 up to 8192, for example "
-            f"{near[0]}x{near[1]}")
-    return width, height
+    found, example = re.fullmatch(r"(\d+)x(\d+)", text.lower()), (1024, 768)
+    if found:
+        width, height = map(int, found.groups())
+        example = nearest_side(width), nearest_side(height)
+        if example == (width, height):
+            return example
+    raise argparse.ArgumentTypeError(f"{text}: write it as WIDTHxHEIGHT, multiples of 16 up to "
+                                     f"8192, for example {example[0]}x{example[1]}")

@@ -19,7 +19,7 @@ from text_encoder import CLIPTokenizer, T5Tokenizer
 RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
 LORA, RESEARCH = "that is a LoRA", "of the research code"
 TEXTS = "the instruction vector"                         # T5's width to CLIP's
-# Of an adapter's tensors: whether in or out of the layer is told, and by which dimension.
+# Which of an adapter's tensors tells a layer's width, 0 in or 1 out, and by which dimension.
 SIZES = {"lora_A": (0, 1), "lora_B": (1, 0), "experts_A": (0, 0), "experts_B": (1, 1)}
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}
 

@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from itertools import count, filterfalse, islice
+from numbers import Integral, Real
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,6 +34,12 @@ def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
     for file in filter(Path.exists, files):
         if any(map(file.samefile, given)):
             raise ValueError(f"{option} {file}: is a picture that is given; name another file")
+
+
+def check_not_made(routing: Path, outs: list[Path]) -> None:
+    """Raises: ValueError where the map of --routing and a picture would be one file."""
+    if os.path.abspath(routing) in map(os.path.abspath, outs):
+        raise ValueError(f"--routing {routing}: --out makes that file too; name another")
 
 
 def check_lora(args: argparse.Namespace) -> None:
@@ -67,19 +74,23 @@ def check_page(args: argparse.Namespace, makes: bool) -> None:
 
 def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: float,
                size: tuple[int, int] | None) -> None:
-    """What a Python caller asks of sample.edits(). Raises: ValueError.
+    """What is asked of sample.edits(), by whomever. Raises: ValueError.
 
     What the model does not read of the instruction is said.
     """
     if not checked_text(instruction, "instruction").strip():
         raise ValueError("instruction is empty: say what to show, or what to change")
-    for name, value, limits in (("steps", steps, STEPS), ("guidance", guidance, GUIDANCE)):
+    for name, value, kind, limits in (("steps", steps, Integral, STEPS),
+                                      ("guidance", guidance, Real, GUIDANCE)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} {value!r}: must be a {'whole ' * (kind is Integral)}number")
         try:
             limits(value)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{name} {error}") from None
-    if size is not None and any(side != nearest_side(side) for side in size):
-        raise ValueError(f"size {size}: width and height must be multiples of 16, up to 8192")
+    if size is not None and (len(size) != 2 or any(
+            not isinstance(side, Integral) or side != nearest_side(side) for side in size)):
+        raise ValueError(f"size {size}: must be width and height, multiples of 16, up to 8192")
     for line in texts.unread([instruction], tokens):
         tqdm.write(f"note: {line}", file=sys.stderr)     # above any bar
 
@@ -129,6 +140,8 @@ def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:
         masks = [job.mask for job in jobs if job.mask]
         check_pictures("--routing", [args.routing], [*masks, *(
             path for job in jobs for path in (*job.images, *map(check_cond, job.conds)))])
+        if make:
+            check_not_made(args.routing, [job.there or job.outs[0][1] for job in jobs])
     return jobs if make else [replace(job, outs=[], there=None) for job in jobs]
 
 
@@ -149,8 +162,8 @@ def plan_one(args: argparse.Namespace, make: bool) -> list[Job]:
     outs = outs_of(args) if make else []
     if make:
         check_pictures("--out", outs, given)
-        if args.routing and os.path.abspath(args.routing) in map(os.path.abspath, outs):
-            raise ValueError(f"--routing {args.routing}: --out makes that file too; name another")
+        if args.routing:
+            check_not_made(args.routing, outs)
     return [Job(args.instruction, args.image, args.cond, args.mask, "",
                 list(enumerate(outs, args.seed)))]
 

@@ -12,7 +12,8 @@ from text_encoder import T5Tokenizer
 
 SHOWN = 3                                                # of the words
 START = "\u2581"                                         # of a piece that begins a word
-LONG = re.compile(r"[^\W\d_]{3}")                        # letters
+LONG = re.compile(r"[^\W\d_]{3}")                        # three letters in a row
+BETWEEN = re.compile(rf"[\s{re.escape(string.punctuation)}]+")       # words
 
 
 def cuts(text: str, tokens: T5Tokenizer) -> bool:
@@ -22,7 +23,7 @@ def cuts(text: str, tokens: T5Tokenizer) -> bool:
 
 
 def knows(word: str, tokens: T5Tokenizer) -> bool:
-    """Whether T5 has pieces for a word, and if it has three letters on end, longer ones."""
+    """Whether T5 reads a word: not by pieces it lacks, nor three letters or more one by one."""
     encoding = tokens.model.encode(word)
     pieces = {tokens.model.id_to_token(i) for i, read in zip(encoding.ids, encoding.attention_mask)
               if read} - {"</s>"}
@@ -39,7 +40,7 @@ def unread(texts: Iterable[str], tokens: T5Tokenizer) -> list[str]:
         lines.append(f"the model reads {tokens.length} tokens, and not the end of "
                      f"{counted(sum(found[text] for text in cut), 'text')}; the first: "
                      f"{first[:60]}{'...' * (len(first) > 60)}")
-    words = dict.fromkeys(word.strip(string.punctuation) for text in found for word in text.split())
+    words = dict.fromkeys(word for text in found for word in BETWEEN.split(text))
     strange = [word for word in words if word and not knows(word, tokens)]
     if strange:
         more = f", {len(strange) - SHOWN:,} more" if len(strange) > SHOWN else ""

@@ -264,6 +264,12 @@ def test_two_outputs_need_two_names(tmp_path, monkeypatch, capsys):
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--out", out,
                                   "--routing", other)
         assert code == 2 and "makes that file too" in err and not out.exists()
+    batch, first = tmp_path / "b.jsonl", tmp_path / "out/0001.png"
+    batch.write_text('{"instruction": "a"}\n')
+    first.parent.mkdir()
+    code, _, err = run_sample(monkeypatch, capsys, "--batch", batch, "--out", first.parent,
+                              "--routing", first)
+    assert code == 2 and "makes that file too" in err and not first.exists()
 
 
 def test_folders_that_may_not_be_written_to_are_found_before_the_work(tmp_path, monkeypatch,

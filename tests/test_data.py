@@ -407,6 +407,10 @@ def test_sources_and_weights(tmp_path):
     assert data.open_source("tiny:2.5", named)[1] == 2.5 and isinstance(
         data.open_source("tiny", named)[0], world.TinyWorld)
     assert isinstance(data.open_source(f"{tmp_path}:3")[0], data.Folder)
+    (tmp_path / "set:2").mkdir()                         # a name that ends as a weight does
+    folder(tmp_path / "set:2", [{"target": "0.png", "instruction": "a"}])
+    assert data.open_source(f"{tmp_path / 'set:2'}")[1] == 1
+    assert data.open_source(f"{tmp_path / 'set:2'}:3")[1] == 3
     with pytest.raises(FileNotFoundError, match="no public set 'cooc'; there are omniedit, "):
         data.open_source(f"cooc={tmp_path}", {}, PUBLIC)
     for text in ("tiny:0", "tiny:-1", "tiny:nan", "tiny:inf"):

@@ -23,6 +23,7 @@ def test_words_that_t5_knows_are_not_told(tokens, text):
     ("MAKE the (MAKE) star GREEN.", "2 words letter by letter, or not at all: MAKE, GREEN"),
     ("把背景变成绿色", "1 word letter by letter, or not at all: 把背景变成绿色"),
     ("add a 🙂", "1 word letter by letter, or not at all: 🙂"),
+    ("make,blob the red", "1 word letter by letter, or not at all: blob"),
     ("cat dog hen cow", "4 words letter by letter, or not at all: cat, dog, hen, 1 more")])
 def test_words_that_t5_does_not_know_are_told(tokens, text, words):
     assert unread([text, "make the red star blue"], tokens) == [f"T5 reads {words}"]
