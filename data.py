@@ -73,6 +73,7 @@ class Row:
     natives: int                                         # how many are native references
     task: str
     where: str                                           # words for where the line stands
+    own_sizes: list[tuple[int, int]]                     # of the files
 
 
 class Folder:
@@ -127,7 +128,7 @@ class Folder:
         sizes = [self.size or fitted(size, self.longest) for size in found]
         if images:
             sizes[1] = sizes[0]                          # the picture to edit takes the target's
-        return (Row(instruction, paths, sizes, len(images), task, where),
+        return (Row(instruction, paths, sizes, len(images), task, where, found),
                 [name for name, value in rest.items() if value not in (None, "", [])])
 
     def left_out(self) -> list[str]:

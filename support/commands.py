@@ -72,6 +72,13 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def path(text: str) -> Path:
+    """An option's type. Empty, as a variable that is not set, it would name the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder, or leave it out")
+    return Path(text)
+
+
 class Once(argparse.Action):
     """Keeps an option's value. A second value would take the first's place unsaid: an error."""
 
@@ -93,6 +100,7 @@ class Parser(argparse.ArgumentParser):
         self.given: set[str] = set()                     # where values have been put
         for name in (None, "store"):
             self.register("action", name, Once)
+        self.register("type", Path, path)                # what add_argument(type=Path) means here
 
     def error(self, message: str) -> None:
         raise ValueError(re.sub("^argument ([^:]+): ", r"\1 ", message))

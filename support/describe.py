@@ -79,8 +79,9 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
                     f"{span(alphas)}, scale {span(scales)}")
     if mixtures:
         told.append(f"{c.experts} experts on {counted(len(mixtures), 'layer')}, {c.top_k} kept: "
-                    f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
-                    f"routed by {c.routing}" + f", {by_token} of them by token" * (by_token > 0))
+                    f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, routed by "
+                    + (c.routing + f", {by_token} of them by token" * (by_token > 0)
+                       if by_token < len(mixtures) else "token"))
     return [*told, fits(tensors)]
 
 
@@ -138,8 +139,10 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
                           f"{sample} --adapter {shlex.quote(str(path))}"]), True
     found = layouts.parts_in(path)
     if not found:
+        files = ", ".join(file.name for file in sorted(path.glob("*.safetensors"))[:3])
         raise ValueError(f"{path}: no FLUX Kontext folder ({', '.join(layouts.OPTIONS)}), "
-                         "weights of one of its parts, or adapter")
+                         "weights of one of its parts, or adapter"
+                         + (f"; name one of its files: {files}" if files else ""))
     told = [describe_part(part, place, load) for part, place in found.items()]
     lines, wrong = [line for line, _ in told], [why for _, why in told if why]
     folder = path not in found.values()

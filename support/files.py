@@ -39,7 +39,9 @@ def parse_json(text: str | bytes, where: object) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:        # no JSON, no UTF-8, endless digits or [[[
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        why = f"{error.msg}, column {error.colno}" if isinstance(
+            error, json.JSONDecodeError) and error.lineno == 1 else error
+        raise ValueError(f"{where}: not valid JSON ({why})") from None
 
 
 def json_object(text: str | bytes, where: object) -> dict:

@@ -65,7 +65,8 @@ def read_pairs(folder: Path, bad: list[str] | None) -> Iterator[tuple[str, dict]
                                  f"and {target.stem}.txt could be either's; rename one")
             missing = None
             if not text or not text.is_file():
-                missing = f"instruction is missing, {target.stem}.txt"
+                missing = (f"instruction is missing, {target.stem}.txt (without metadata.jsonl or "
+                           "metadata.csv each picture needs such a text)")
             elif given and not references:
                 missing = "reference is missing in control/"
             if missing:                                  # and may be there by another name

@@ -35,8 +35,9 @@ def open_pairs(args: argparse.Namespace, bad: list[str] | None, open_one: Callab
     size = layouts.only_size(args.vae or args.model / "vae")
     longest = adapters.longest(path for path, _ in options.adapters_of(args))
     source = open_one(args.data[0], {}, PUBLIC, size, args.data_root, bad, longest)
-    less = f"; scored: the first {args.number:,}" if args.number else ""
-    say(f"{args.data[0]}: {counted(number_of(source), 'sample')}{less}")
+    number = number_of(source)
+    less = f"; scored: the first {args.number:,}" if number > (args.number or number) else ""
+    say(f"{args.data[0]}: {counted(number, 'sample')}{less}")
     for line in summary.understood(source):
         say(f"  {line}")
     return source

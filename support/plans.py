@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
-from itertools import count, filterfalse, islice
+from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -129,9 +129,12 @@ def plan(args: argparse.Namespace) -> list[Job]:
 
 def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:
     """The jobs of --batch; make: whether pictures are wanted."""
-    if args.image or args.cond or args.mask or args.num > 1:
-        raise ValueError("--batch: pictures and seeds stand in the file; "
-                         "leave out --image, --cond, --mask and --num")
+    for name in ("image", "cond", "mask"):
+        if getattr(args, name):
+            raise ValueError(f"--batch: pictures stand in the file; leave out --{name}")
+    if args.num > 1:
+        raise ValueError(f"--batch: makes one picture a line; leave out --num {args.num}, and give "
+                         'a line to each, with its "seed"')
     out = args.out or Path("out")
     jobs = read_batch(batch_file(args.batch), out, args.seed, args.mask_blur)
     if not may_hold(out) or (is_picture(out) and not out.is_dir()):
@@ -169,13 +172,18 @@ def plan_one(args: argparse.Namespace, make: bool) -> list[Job]:
 
 
 def outs_of(args: argparse.Namespace) -> list[Path]:
-    """Where pictures of --instruction go: what --out names is written over, nothing else is."""
-    out = args.out or Path("out.png")
-    outs = [out] if args.num == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
+    """Where pictures of --instruction go: what --out names is written over, nothing else is.
+
+    With --num, a.png names a_0.png, a_1.png, ...
+    """
+    def named(out: Path) -> list[Path]:
+        several = [out.with_stem(f"{out.stem}_{i}") for i in range(args.num)]
+        return several if args.num > 1 else [out]
+    outs = named(args.out or Path("out.png"))
     taken = [] if args.out else list(filter(Path.exists, outs))
     if taken:
-        more = (out.with_stem(f"{out.stem}_{i}") for i in count(int(args.num == 1)))
-        outs = list(islice(filterfalse(Path.exists, more), args.num))
-        note(f"{taken[0]} is there already; the next free name is {outs[0]} (--out {out} would "
-             "write over what is there)")
+        others = (named(Path(f"out_{i}.png")) for i in count(1))
+        outs = next(files for files in others if not any(map(Path.exists, files)))
+        note(f"{taken[0]} is there already; the next free name is {outs[0]} (--out out.png would "
+             "write over it)")
     return outs

@@ -35,7 +35,11 @@ def rows_of(source: object) -> list[str]:
         f" and {counted(len(row.paths) - 1 - row.natives, 'condition')}"
         if len(row.paths) - 1 > row.natives else "") for row in rows)
     sizes = Counter(f"{width}x{height}" for width, height in (row.sizes[0] for row in rows))
+    pressed = Counter(f"{w}x{h} to {width}x{height}" for row in rows for (w, h), (width, height)
+                      in zip(row.own_sizes, row.sizes) if not 0.9 < w * height / h / width < 1.1)
     lines = [f"rows with {commonest(given)}", f"targets of {commonest(sizes)}"]
+    if pressed:
+        lines.append(f"pictures pressed into another shape: {commonest(pressed)}")
     if source.unread:
         lines.append(f"left unread, entries without a known name: {commonest(source.unread)}")
     return lines + [f"left out: {line}" for line in source.left_out()]

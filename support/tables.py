@@ -133,12 +133,20 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
+def from_line(line: str, where: str) -> dict:
+    """A .jsonl file's row. Raises: ValueError."""
+    try:
+        return json_object(line, where)
+    except ValueError as error:
+        raise ValueError(f"{error}; a line of a .jsonl file is one whole object") from None
+
+
 def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl or .csv file, each with words for where it stands.
 
     Their entries have the names that stand there: names.ours() knows them. Raises: ValueError.
     """
-    read, parse = read_lines, json_object
+    read, parse = read_lines, from_line
     if file.suffix.lower() == ".csv":
         read, parse = read_csv, from_cells
     for number, line in read(file):

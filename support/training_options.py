@@ -127,6 +127,11 @@ def check_training(args: argparse.Namespace) -> None:
     if args.longest and size:
         raise ValueError(f"--longest {args.longest}: this model takes pictures of {size[0]}x"
                          f"{size[1]} alone; leave it out")
+    for text in args.data:
+        if any(name and args.out.is_dir() and Path(name).is_dir() and args.out.samefile(name)
+               for name in (text, text.rpartition(":")[0])):
+            raise ValueError(f"--out {args.out}: is the folder of --data; name another, or the "
+                             "run's pictures would lie among the data")
     if args.dry_run is None:
         resume.check_free(args.out, args.resume)
         if args.base_dtype == "fp8":

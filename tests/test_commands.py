@@ -56,6 +56,12 @@ def test_types_of_options(kind, good, bad):
             kind(text)
 
 
+def test_a_variable_that_is_not_set_names_no_folder(tmp_path, monkeypatch, capsys):
+    for option in ("--image", "--out", "--model", "--adapter"):
+        code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", option, "")
+        assert code == 2 and f"{option}" in err and "is empty; " in err.replace(":", ";"), err
+
+
 def test_folders_as_options(tmp_path):
     (tmp_path / "file").write_text("")
     assert commands.FOLDER(str(tmp_path)) == commands.NEW_FOLDER(str(tmp_path)) == tmp_path

@@ -183,6 +183,12 @@ def test_spreadsheets_are_spoken_of_where_one_may_have_been_at_work(tmp_path, na
     assert ("a spreadsheet calls" in str(error.value)) == spoken
 
 
+def test_an_object_over_several_lines_is_told_so(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{\n"target": "0.png"\n}')
+    with pytest.raises(ValueError, match="line 1: not valid JSON .*column 2.*; a line of a .jsonl"):
+        data.Folder(tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize("name, words", [
     ("rows.tsv", "save it as .jsonl, or as .csv"), ("rows.xlsx", "save it as .jsonl"),
     ("rows.json", "one JSON list.*a line of its own")])
@@ -310,7 +316,7 @@ def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
         (tmp_path / name).unlink()
     assert len(data.Folder(tmp_path).left_out()) == 1
     (tmp_path / "b.txt").rename(tmp_path / "b.caption")
-    with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt; left out: .*b.caption"):
+    with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt .*left out: .*b.caption"):
         data.Folder(tmp_path)
 
 

@@ -110,13 +110,15 @@ def test_what_an_adapter_with_experts_is_is_said(tmp_path: Path, form: str) -> N
     assert lines[4].endswith(f"--adapter {path}")
 
 
-def test_layers_routed_by_tokens_are_counted(tmp_path: Path) -> None:
-    model = dit.FluxTransformer(DIT)
-    c = replace(SMALL, token_targets=("single_transformer_blocks.1.proj_out",))
-    adapters.write(weights.new_adapter(model, c), tmp_path / "a.safetensors")
+@pytest.mark.parametrize("targets, routed", [
+    (("single_transformer_blocks.1.proj_out",), "instruction, 1 of them by token"),
+    (SMALL.mole_targets, "token")])
+def test_layers_routed_by_tokens_are_counted(tmp_path: Path, targets, routed) -> None:
+    c = replace(SMALL, token_targets=targets)
+    adapter = weights.new_adapter(dit.FluxTransformer(DIT), c)
+    adapters.write(adapter, tmp_path / "a.safetensors")
     line = describe(tmp_path / "a.safetensors", weights.load)[0].splitlines()[2]
-    assert line.startswith("4 experts on 5 layers, 2 kept: rank 2, alpha 4, scale 2, routed by "
-                           "instruction, 1 of them by token")
+    assert line == f"4 experts on 5 layers, 2 kept: rank 2, alpha 4, scale 2, routed by {routed}"
 
 
 def test_what_fits_no_model_is_said_of_the_nearest(tmp_path: Path) -> None:

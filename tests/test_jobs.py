@@ -50,9 +50,9 @@ def test_several_pictures_nobody_named_are_not_either(folder, monkeypatch, capsy
     Path("out_1.png").write_bytes(b"mine")
     code, out, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--steps", 1,
                                 "--num", 3)
-    assert code == 0 and "out_1.png is there already; the next free name is out_0.png" in err
+    assert code == 0 and "out_1.png is there already; the next free name is out_1_0.png" in err
     assert re.findall(r"^(\S+): .*seed (\d)", out, re.M) == [
-        ("out_0.png", "0"), ("out_2.png", "1"), ("out_3.png", "2")]
+        ("out_1_0.png", "0"), ("out_1_1.png", "1"), ("out_1_2.png", "2")]
     assert Path("out_1.png").read_bytes() == b"mine"
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--steps", 1, "--num", 2,
                               "--out", "out.png")

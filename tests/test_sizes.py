@@ -50,6 +50,12 @@ def test_what_a_file_names_is_changed_alone(tmp_path):
     assert chosen(tmp_path, config=theirs).lora_rank == published.lora_rank  # theirs says it all
 
 
+def test_experts_that_are_all_kept_are_told(tmp_path, capsys):
+    for number, method, told in ((4, None, True), (5, None, False), (4, "soft", False)):
+        chosen(tmp_path, experts=number, **({"method": method} if method else {}))
+        assert ("all are kept" in capsys.readouterr().err) == told
+
+
 def test_rank_and_experts(tmp_path):
     """The scale, alpha / rank, stays; of the experts at most as many are kept as there are."""
     published = AdapterConfig()

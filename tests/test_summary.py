@@ -40,13 +40,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_told_of(folder: Path, monkeypatch, capsys) -> None:
-    head, given, sizes, unread, cut = told(
+    head, given, sizes, pressed, unread, cut = told(
         monkeypatch, capsys, "--data", folder, "--batch-size", 4, "--steps", 8).splitlines()
     assert head == (f"{folder}: 14 rows; a pass over them takes about 4 steps, 3.7 in a batch; "
                     "8 steps: 2.1 passes")            # (8 * 4 + 4 * 4 + 2 * 2) / 14 in a batch
     assert given == ("  rows with 1 reference (8), 2 references and 1 condition (4), "
                      "0 references (2)")
     assert sizes == "  targets of 64x64 (14)"            # the embedded model's
+    assert pressed == "  pictures pressed into another shape: 64x32 to 64x64 (16)"
     assert unread == "  left unread, entries without a known name: note (8), url (4)"
     tokens = T5Tokenizer(MODEL / "tokenizer_2")
     assert cut.startswith(f"  the model reads {tokens.length} tokens, and not the end of 4 texts; "
@@ -111,6 +112,12 @@ def test_no_name_and_no_terminal_stops_it(tmp_path: Path, monkeypatch) -> None:
     assert "\\ud800\\x1b[2J (1), \\u6f22 (1)" in written and "\u00e4\\u6f22" in written
 
 
+def test_a_run_is_not_laid_among_its_data(folder: Path, monkeypatch) -> None:
+    for data in (str(folder), f"{folder}:2"):
+        with pytest.raises(ValueError, match="--out .*: is the folder of --data; name another"):
+            train_options(["lora"], ["coco"], ["--data", data, "--out", f"{folder}/."])
+
+
 @pytest.mark.usefixtures("short_by_default")
 def test_training_and_its_dry_run_say_it(folder: Path, monkeypatch, capsys) -> None:
     arguments = ["train.py", "--data", str(folder), "--method", "lora", "--steps", "1", "--out",
@@ -121,4 +128,4 @@ def test_training_and_its_dry_run_say_it(folder: Path, monkeypatch, capsys) -> N
         monkeypatch.setattr(train, "prepare", lambda *_: None)
         train.main()
         heads.append(capsys.readouterr().out.split("memory for")[0])
-    assert heads[0] == heads[1] and heads[0].count("\n") == 5
+    assert heads[0] == heads[1] and heads[0].count("\n") == 6
