@@ -316,7 +316,7 @@ def test_what_a_folder_of_pairs_leaves_out_is_told(tmp_path):
         (tmp_path / name).unlink()
     assert len(data.Folder(tmp_path).left_out()) == 1
     (tmp_path / "b.txt").rename(tmp_path / "b.caption")
-    with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt .*left out: .*b.caption"):
+    with pytest.raises(FileNotFoundError, match=r"b.AVIF: .*missing, b.txt .*out: .*b.caption"):
         data.Folder(tmp_path)
 
 
