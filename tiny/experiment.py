@@ -11,6 +11,8 @@ started again; several pieces run side by side, each in a process and a thread o
     interference   a task alone, with two others, with all, 750 steps; 8 pictures of each task in a
                    batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
+    regimes        a search again, of settings in which routing might pay: found afterwards
+    confirmed      the one that leads its rival by most, and that rival, with eight fresh seeds
 
 Run: python -m tiny.experiment                           # all, in many hours on two cores
      python -m tiny.experiment table --workers 1 --minutes 15
@@ -32,6 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +57,8 @@ from tiny.world import BASE_TASKS, NEW_TASKS, TinyWorld
 MODEL = Path("tiny/model")
 RESULTS = Path("tiny/results")                           # a JSON file for each piece
 WORK = Path("runs/experiment")                           # checkpoints
-STAGES = ("search", "table", "interference", "balance")
-SEARCH_SEED, SEEDS, MORE_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8)
+STAGES = ("search", "table", "interference", "balance", "regimes", "confirmed")
+SEARCH_SEED, SEEDS, MORE_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8), tuple(range(101, 109))
 STEPS, SEARCH_STEPS, BATCH = 1500, 500, 24
 TOGETHER_STEPS, OWN = 750, 8                             # interference: of each task in a batch
 NUMBER, FEW = 256, 64                                    # pictures per task that are scored
@@ -67,20 +70,42 @@ DTYPE = "bfloat16"                                       # of the frozen model
 # a smaller resampler, which else would have a third of the parameters, where the paper's has 2 %.
 SIZES = {"lora_rank": 16, "lora_alpha": 16, "resampler_width": 32, "resampler_heads": 1}
 
-# How each variant differs: --method, then what of base_config(), then other options of train.py.
-# Sizes: see sized().
-VARIANTS: dict[str, tuple] = {
-    "InstructMoLE": ("instructmole", {}),
-    "routing as drawn": ("pooled", {}, "--router-lr", "0"),  # nothing that decides it learns
-    "no orthogonality loss": ("instructmole", {"orthogonality_weight": 0.0}),
-    "no balance loss": ("instructmole", {"balance_weight": 0.0}),
-    "pooled text only": ("pooled", {}),
-    "plain LoRA": ("lora", {}),
-    "one expert": ("pooled", {"experts": 1, "top_k": 1}),    # a LoRA where the experts are
-    "token": ("token", {}),
-    "soft": ("soft", {}),
-    "Expert Race": ("race", {}),
-    "Expert Choice": ("choice", {})}
+
+
+class Variant(NamedTuple):
+    """How an adapter differs."""
+    method: str                                          # of baselines.METHODS
+    changes: dict = {}                                   # of base_config()
+    options: tuple[str, ...] = ()                        # further ones of train.py
+    sized: bool = True                                   # made as large as InstructMoLE
+
+
+VARIANTS = {
+    "InstructMoLE": Variant("instructmole"),
+    "routing as drawn": Variant("pooled", options=("--router-lr", "0")),     # nothing of it learns
+    "no orthogonality loss": Variant("instructmole", {"orthogonality_weight": 0.0}),
+    "no balance loss": Variant("instructmole", {"balance_weight": 0.0}),
+    "pooled text only": Variant("pooled"),
+    "plain LoRA": Variant("lora"),
+    "one expert": Variant("pooled", {"experts": 1, "top_k": 1}),     # a LoRA where the experts are
+    "token": Variant("token"),
+    "soft": Variant("soft"),
+    "Expert Race": Variant("race"),
+    "Expert Choice": Variant("choice")}
+FREE = {"balance_weight": 0.0}                           # nothing holds the shares even
+EVERYWHERE = {"lora_targets": (), "mole_targets":
+              AdapterConfig().lora_targets + AdapterConfig().mole_targets}
+REGIMES = {
+    "free": Variant("pooled", FREE | {"rank": 9}),       # as large as the plain LoRA
+    "free and sharp": Variant("pooled", FREE | {"experts": 16, "top_k": 2, "rank": 4}),
+    "free and alone": Variant("pooled", FREE | EVERYWHERE | {"experts": 7, "top_k": 2}),
+    "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 1, "rank": 1},
+                              sized=False),
+    "small plain LoRA": Variant("lora", {"lora_rank": 3}, sized=False),
+    "one expert, as much as is kept": Variant("pooled", {"experts": 1, "top_k": 1, "rank": 32},
+                                              sized=False)}
+RIVALS = {"free": "plain LoRA", "free and sharp": "plain LoRA", "free and alone": "plain LoRA",
+          "free and small": "small plain LoRA"}          # of regimes, each as large
 FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and is it the routing?
 
 
@@ -88,7 +113,7 @@ FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and 
 class Piece:
     """One training and its scores."""
     stage: str
-    variant: str                                         # of VARIANTS
+    variant: str                                         # of VARIANTS or REGIMES
     seed: int
     steps: int
     lr: float
@@ -102,7 +127,7 @@ class Piece:
     @property
     def name(self) -> str:
         parts = [self.stage, self.variant, f"seed {self.seed}"]
-        if self.stage == "search":
+        if self.stage in ("search", "regimes"):
             parts += [f"lr {self.lr:g}", f"scale {self.scale:g}"]
         if self.tasks != ALL:
             parts.append(" ".join(self.tasks))
@@ -160,13 +185,14 @@ def base_config() -> AdapterConfig:
 
 
 def configuration(piece: Piece) -> AdapterConfig:
-    """A piece's adapter: as large as InstructMoLE with base_config(), scaled as the piece says."""
-    base = base_config()
-    method, changes, *_ = VARIANTS[piece.variant]
-    config = sized(replace(baselines.configure(method, base), **changes), count(base))
+    """A piece's adapter, scaled as it says; but for some regimes, as large as base_config()'s."""
+    base, variant = base_config(), (VARIANTS | REGIMES)[piece.variant]
+    config = replace(baselines.configure(variant.method, base), **variant.changes)
+    if variant.sized:
+        config = sized(config, count(base))
     if piece.balance_weight is not None:
         config = replace(config, balance_weight=piece.balance_weight)
-    if method == "lora":
+    if variant.method == "lora":
         return replace(config, lora_alpha=piece.scale * config.lora_rank)
     return replace(config, alpha=piece.scale * config.rank)
 
@@ -179,7 +205,8 @@ def found(stage: str) -> list[dict]:
 def searched(variant: str, i: int, j: int) -> Piece:
     """The search's piece of a variant at a place: rate RATES[0] * 3^i, scale SCALES[0] * 8^j."""
     rate = float(f"{RATES[0] * 3.0 ** i:g}")             # 0.003, and not 0.0030000000000000005
-    return Piece("search", variant, SEARCH_SEED, SEARCH_STEPS, rate, SCALES[0] * 8.0 ** j)
+    stage = "search" if variant in VARIANTS else "regimes"
+    return Piece(stage, variant, SEARCH_SEED, SEARCH_STEPS, rate, SCALES[0] * 8.0 ** j)
 
 
 def tried(variant: str) -> list[Piece]:
@@ -207,21 +234,38 @@ def validation_loss(piece: Piece) -> float:
     return flow_loss(read_json(piece.file), ALL)
 
 
-def best(variant: str) -> dict[str, float] | None:
-    """Rate and scale of the search's best piece of a variant, once all are there."""
+def best(variant: str) -> Piece | None:
+    """The search's best piece of a variant, once all are there."""
     candidates = tried(variant)
     if not all(piece.there() for piece in candidates):
         return None
-    winner = min(candidates, key=validation_loss)
-    return {"lr": winner.lr, "scale": winner.scale}
+    return min(candidates, key=validation_loss)
+
+
+def promising() -> str | None:
+    """The regime that leads its rival by most in the search, if one leads, once all are there."""
+    losses = {name: validation_loss(piece) for name in (*REGIMES, *RIVALS.values())
+              if (piece := best(name))}
+    if not losses.keys() >= {*RIVALS, *RIVALS.values()}:
+        return None
+    leads = {name: losses[rival] - losses[name] for name, rival in RIVALS.items()}
+    name = max(leads, key=leads.get)
+    return name if leads[name] > 0 else None
 
 
 def pieces(stage: str) -> Iterator[Piece]:
     """A stage's pieces, those of one seed together. After the search: of what it has finished."""
-    if stage == "search":
-        yield from (piece for variant in VARIANTS for piece in tried(variant))
+    if stage in ("search", "regimes"):
+        names = VARIANTS if stage == "search" else REGIMES
+        yield from (piece for name in names for piece in tried(name))
         return
-    settings = {variant: how for variant in VARIANTS if (how := best(variant))}
+    if stage == "confirmed":
+        if name := promising():
+            for seed, one in product(FRESH_SEEDS, (name, RIVALS[name])):
+                yield Piece(stage, one, seed, STEPS, best(one).lr, best(one).scale)
+        return
+    settings = {variant: {"lr": piece.lr, "scale": piece.scale}
+                for variant in VARIANTS if (piece := best(variant))}
     for seed, (variant, how) in product(SEEDS + MORE_SEEDS, settings.items()):
         more = seed in MORE_SEEDS                        # for what is compared first alone
         if more and (stage != "table" or variant not in FIRST):
@@ -249,12 +293,13 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
     makes the steps of all experts orthogonal, which is what the orthogonality loss is to do.
     """
     out = WORK / piece.name
-    method, _, *others = VARIANTS[piece.variant]
+    variant = (VARIANTS | REGIMES)[piece.variant]
     args = train_options(baselines.METHODS, PUBLIC, [
-        "--data", "tiny", "--model", str(MODEL), "--method", method, "--steps", str(piece.steps),
-        "--batch-size", str(piece.batch), "--lr", str(piece.lr), "--shift", str(probe.SHIFT),
-        "--seed", str(piece.seed), "--save-every", "500", "--device", device, "--dtype", DTYPE,
-        "--out", str(out), "--resume", *others])
+        "--data", "tiny", "--model", str(MODEL), "--method", variant.method,
+        "--steps", str(piece.steps), "--batch-size", str(piece.batch), "--lr", str(piece.lr),
+        "--shift", str(probe.SHIFT), "--seed", str(piece.seed), "--save-every", "500",
+        "--device", device, "--dtype", DTYPE,
+        "--out", str(out), "--resume", *variant.options])
     train.prepare(args, configuration(piece), None, [(TinyWorld(piece.tasks), 1.0)], HeldOut(None))
     return out
 
@@ -284,7 +329,7 @@ def about(device: str = "cpu") -> dict[str, str]:
 
 def run(piece: Piece, device: str = "cpu") -> None:
     """Train and score a piece, or go on with it, and write its file."""
-    work = WORK / piece.name
+    work, searching = WORK / piece.name, piece.stage in ("search", "regimes")
     begun = work / "about.json"
     if not begun.is_file():
         work.mkdir(parents=True, exist_ok=True)
@@ -301,8 +346,8 @@ def run(piece: Piece, device: str = "cpu") -> None:
     pipe = load_pipeline(MODEL, out / "adapter.safetensors", device, DTYPE)
     result = {"piece": asdict(piece), "config": asdict(pipe.adapter.config),
               "parameters": sum(t.numel() for t in pipe.adapter.tensors().values()),
-              "flow": probe.flow_losses(pipe, piece.tasks, piece.stage == "search")}
-    if piece.stage != "search":
+              "flow": probe.flow_losses(pipe, piece.tasks, searching)}
+    if not searching:
         result["tasks"] = probe.scores(pipe, piece.tasks, piece.number, work)
     if piece.ways:
         result["routing"] = probe.decisions(pipe, FEW, work, piece.ways)
@@ -382,7 +427,8 @@ def alone(piece: Piece) -> Iterator[None]:
 def tell(stage: str) -> list[Piece]:
     """Say what of a stage is there; -> what is to do."""
     todo = [piece for piece in pieces(stage) if not piece.there()]
-    waiting = sum(best(variant) is None for variant in VARIANTS) if stage != "search" else 0
+    names = {"search": (), "regimes": (), "confirmed": REGIMES}.get(stage, VARIANTS)
+    waiting = sum(best(name) is None for name in names)
     told = [f"{len(found(stage))} pieces are there"]
     if todo or not waiting:
         told.append(f"{len(todo)} to do")

@@ -13,8 +13,8 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import probe
-from tiny.experiment import (ALL, MORE_SEEDS, RATES, RESULTS, SCALES, SEEDS, VARIANTS, flow_loss,
-                             found)
+from tiny.experiment import (ALL, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES, RESULTS, RIVALS, SCALES,
+                             SEEDS, VARIANTS, flow_loss, found)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -209,14 +209,37 @@ def balance_table() -> str:
         for weight, results in sorted(weights.items())))
 
 
-def search_table() -> str:
+def search_table(stage: str = "search", names: Iterable[str] = VARIANTS) -> str:
     """Flow loss of the search's pieces on validation scenes, a mean over all tasks."""
     values = {(r["piece"]["variant"], r["piece"]["lr"], r["piece"]["scale"]):
-              f"{flow_loss(r, ALL):.4f}" for r in found("search")}
+              f"{flow_loss(r, ALL):.4f}" for r in found(stage)}
     settings = sorted({(lr, scale) for _, lr, scale in values} | {*product(RATES, SCALES)})
     return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in settings)], (
         [name, *(values.get((name, *setting), HOLE) for setting in settings)]
-        for name in VARIANTS))
+        for name in names))
+
+
+def regimes_table() -> str:
+    """As search_table(), of settings in which routing might pay."""
+    return search_table("regimes", REGIMES)
+
+
+def confirmed_table() -> str:
+    """The regime that led its rival in the search, both with fresh seeds; see lead()."""
+    by_name: dict[str, list[dict]] = {}
+    for result in ended("confirmed", FRESH_SEEDS):
+        by_name.setdefault(result["piece"]["variant"], []).append(result)
+    name = next(name for name in by_name if name in RIVALS)
+    theirs = by_name.get(RIVALS[name], [])
+
+    def marks(result: dict) -> np.ndarray:
+        return percents(result["tasks"][task]["right"] for task in NEW_TASKS)
+    rows = [[one, f"{len(results)}", f"{results[0]['parameters']:,}",
+             over_seeds(results, lambda r: success(r, NEW_TASKS)),
+             over_seeds(results, lambda r: success(r, EDITS))]
+            for one, results in ((name, by_name[name]), (RIVALS[name], theirs)) if results]
+    less = ["the first less the second", HOLE, HOLE, lead(by_name[name], theirs, marks), HOLE]
+    return markdown(["variant", "seeds", "parameters", "new tasks, %", "edits, %"], [*rows, less])
 
 
 def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
@@ -273,7 +296,8 @@ def company_table() -> str:
          lead(plain, routed, lambda one: alone(one) - with_all(one)))])
 
 
-TABLES = {"search": (search_table,), "interference": (interference_table, company_table),
+TABLES = {"search": (search_table,), "regimes": (regimes_table,), "confirmed": (confirmed_table,),
+          "interference": (interference_table, company_table),
           "table": (variants_table, leads_table, tasks_table, wordings_table, flow_table,
                     routing_table, routers_table, cosines_table, balance_table)}
 
