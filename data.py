@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from support.commands import source_and_weight
 from support.folders import left_out, named_in, read_pairs, table_of
 from support.inspection import looked_through
 from support.names import check_unread, ours
@@ -181,14 +182,8 @@ def open_source(text: str, *known: dict[str, Callable[..., Source]],
 
     Raises: ValueError, FileNotFoundError.
     """
-    name, colon, weight = text.rpartition(":")
-    try:
-        name, value = (name, float(weight)) if colon and not Path(text).exists() else (text, 1.0)
-    except ValueError:                                   # a colon that belongs to the path
-        name, value = text, 1.0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"--data {text}: the weight must be a positive number")
-    return open_one(name, *known, **how), value
+    name, weight = source_and_weight(text)
+    return open_one(name, *known, **how), weight
 
 
 def open_one(name: str, named: dict[str, Callable[[], Source]] = {},

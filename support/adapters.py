@@ -67,8 +67,6 @@ def chosen(given: object, model: Path) -> list[tuple[Path, float]]:
     for one in several:
         if one is None or one == "none":
             continue
-        if one == "":
-            raise ValueError("--adapter is empty: name a file, or none")
         path, strength = one if isinstance(one, tuple) else file_and_strength(str(one))
         if not Path(path).exists():
             raise FileNotFoundError(f"--adapter {foreign.nothing_at(Path(path))}")

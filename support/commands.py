@@ -123,8 +123,8 @@ COUNT = checked(int, lambda n: n > 0, "must be positive")
 POSITIVE = checked(float, lambda x: 0 < x < math.inf, "must be positive")
 STRENGTH = checked(float, lambda x: 0 < x <= 100, "must be above 0, at most 100; 1 is as trained")
 NOT_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "must be a number from 0 up")
-FOLDER = checked(Path, Path.is_dir, "no such folder")
-ANSWERS = checked(Path, Path.exists, "no such file or folder")
+FOLDER = checked(path, Path.is_dir, "no such folder")
+ANSWERS = checked(path, Path.exists, "no such file or folder")
 
 
 def may_hold(folder: Path) -> bool:
@@ -148,11 +148,13 @@ def check_new(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: exists already; name another file")
 
 
-NEW_FOLDER = checked(Path, may_hold, "is a file, not a folder, or may not be written to")
+NEW_FOLDER = checked(path, may_hold, "is a file, not a folder, or may not be written to")
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:
     """FILE or FILE:STRENGTH, as in lora.safetensors:0.8. Raises: ValueError for no such number."""
+    if not text:
+        raise ValueError("--adapter is empty: name a file, or none")
     file, colon, number = text.rpartition(":")
     meant = file and (Path(file).exists() or re.match(r"[-+.\d]|nan$|inf", number, re.IGNORECASE))
     if not colon or not meant or Path(text).exists():    # the colon is the name's own
@@ -164,6 +166,18 @@ def file_and_strength(text: str) -> tuple[Path, float]:
     if not math.isfinite(strength):
         raise ValueError(f"--adapter {text}: write it as FILE:STRENGTH, for example {file}:0.8")
     return Path(file), strength
+
+
+def source_and_weight(text: str) -> tuple[str, float]:
+    """SOURCE or SOURCE:WEIGHT, as in tiny:2. Raises: ValueError for no weight."""
+    name, colon, number = text.rpartition(":")
+    try:
+        name, weight = (name, float(number)) if colon and not Path(text).exists() else (text, 1.0)
+    except ValueError:                                   # a colon that belongs to the path
+        name, weight = text, 1.0
+    if not 0 < weight < math.inf:
+        raise ValueError(f"--data {text}: the weight must be a positive number")
+    return name, weight
 
 
 def nearest_side(pixels: int) -> int:

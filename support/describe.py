@@ -78,10 +78,11 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
         told.append(f"LoRA on {counted(layers, 'layer')}: rank {span(ranks)}, alpha "
                     f"{span(alphas)}, scale {span(scales)}")
     if mixtures:
+        routed = c.routing + f", {by_token} of them by token" * (by_token > 0)
+        routed = "token" if by_token == len(mixtures) else routed
         told.append(f"{c.experts} experts on {counted(len(mixtures), 'layer')}, {c.top_k} kept: "
-                    f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, routed by "
-                    + (c.routing + f", {by_token} of them by token" * (by_token > 0)
-                       if by_token < len(mixtures) else "token"))
+                    f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
+                    f"routed by {routed}")
     return [*told, fits(tensors)]
 
 

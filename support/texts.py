@@ -24,9 +24,8 @@ def cuts(text: str, tokens: T5Tokenizer) -> bool:
 
 def knows(word: str, tokens: T5Tokenizer) -> bool:
     """Whether T5 reads a word: not by pieces it lacks, nor three letters or more one by one."""
-    encoding = tokens.model.encode(word)
-    pieces = {tokens.model.id_to_token(i) for i, read in zip(encoding.ids, encoding.attention_mask)
-              if read} - {"</s>"}
+    ids = set(tokens.model.encode(word).ids)             # most are of the padding
+    pieces = set(map(tokens.model.id_to_token, ids)) - {"</s>", "<pad>"}
     longest = max((len(piece.lstrip(START)) for piece in pieces), default=0)
     return "<unk>" not in pieces and (longest > 1 or not LONG.search(word))
 

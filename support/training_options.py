@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from support import devices, layouts, resume
-from support.commands import COUNT, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, Parser, checked
+from support.commands import (COUNT, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, Parser, checked,
+                              source_and_weight)
 from support.fp8 import check_device
 from support.options import SOURCE, add_compile, add_model, add_reading
 from support.pictures import LONGEST
@@ -127,11 +128,10 @@ def check_training(args: argparse.Namespace) -> None:
     if args.longest and size:
         raise ValueError(f"--longest {args.longest}: this model takes pictures of {size[0]}x"
                          f"{size[1]} alone; leave it out")
-    for text in args.data:
-        if any(name and args.out.is_dir() and Path(name).is_dir() and args.out.samefile(name)
-               for name in (text, text.rpartition(":")[0])):
-            raise ValueError(f"--out {args.out}: is the folder of --data; name another, or the "
-                             "run's pictures would lie among the data")
+    folders = [Path(name) for name, _ in map(source_and_weight, args.data)]
+    if args.out.is_dir() and any(map(args.out.samefile, filter(Path.is_dir, folders))):
+        raise ValueError(f"--out {args.out}: is the folder of --data; name another, or the run's "
+                         "pictures would lie among the data")
     if args.dry_run is None:
         resume.check_free(args.out, args.resume)
         if args.base_dtype == "fp8":

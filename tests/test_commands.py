@@ -60,6 +60,9 @@ def test_a_variable_that_is_not_set_names_no_folder(tmp_path, monkeypatch, capsy
     for option in ("--image", "--out", "--model", "--adapter"):
         code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", option, "")
         assert code == 2 and f"{option}" in err and "is empty; " in err.replace(":", ";"), err
+    for kind in (commands.FOLDER, commands.NEW_FOLDER, commands.ANSWERS):
+        with pytest.raises(argparse.ArgumentTypeError, match="is empty; name a file or folder"):
+            kind("")
 
 
 def test_folders_as_options(tmp_path):

@@ -71,7 +71,6 @@ DTYPE = "bfloat16"                                       # of the frozen model
 SIZES = {"lora_rank": 16, "lora_alpha": 16, "resampler_width": 32, "resampler_heads": 1}
 
 
-
 class Variant(NamedTuple):
     """How an adapter differs."""
     method: str                                          # of baselines.METHODS
@@ -106,6 +105,8 @@ REGIMES = {
                                               sized=False)}
 RIVALS = {"free": "plain LoRA", "free and sharp": "plain LoRA", "free and alone": "plain LoRA",
           "free and small": "small plain LoRA"}          # of regimes, each as large
+SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is searched
+ADAPTERS = VARIANTS | REGIMES
 FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and is it the routing?
 
 
@@ -113,7 +114,7 @@ FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and 
 class Piece:
     """One training and its scores."""
     stage: str
-    variant: str                                         # of VARIANTS or REGIMES
+    variant: str                                         # of ADAPTERS
     seed: int
     steps: int
     lr: float
@@ -127,7 +128,7 @@ class Piece:
     @property
     def name(self) -> str:
         parts = [self.stage, self.variant, f"seed {self.seed}"]
-        if self.stage in ("search", "regimes"):
+        if self.stage in SEARCHES:
             parts += [f"lr {self.lr:g}", f"scale {self.scale:g}"]
         if self.tasks != ALL:
             parts.append(" ".join(self.tasks))
@@ -186,7 +187,7 @@ def base_config() -> AdapterConfig:
 
 def configuration(piece: Piece) -> AdapterConfig:
     """A piece's adapter, scaled as it says; but for some regimes, as large as base_config()'s."""
-    base, variant = base_config(), (VARIANTS | REGIMES)[piece.variant]
+    base, variant = base_config(), ADAPTERS[piece.variant]
     config = replace(baselines.configure(variant.method, base), **variant.changes)
     if variant.sized:
         config = sized(config, count(base))
@@ -205,7 +206,7 @@ def found(stage: str) -> list[dict]:
 def searched(variant: str, i: int, j: int) -> Piece:
     """The search's piece of a variant at a place: rate RATES[0] * 3^i, scale SCALES[0] * 8^j."""
     rate = float(f"{RATES[0] * 3.0 ** i:g}")             # 0.003, and not 0.0030000000000000005
-    stage = "search" if variant in VARIANTS else "regimes"
+    stage = next(stage for stage, names in SEARCHES.items() if variant in names)
     return Piece(stage, variant, SEARCH_SEED, SEARCH_STEPS, rate, SCALES[0] * 8.0 ** j)
 
 
@@ -223,8 +224,10 @@ def tried(variant: str) -> list[Piece]:
 
 
 def flow_loss(result: dict, tasks: Iterable[str]) -> float:
-    """A mean over the tasks, infinite of a training that diverged; the search's is on validation
-    scenes."""
+    """A mean over the tasks, infinite of a training that diverged.
+
+    The search's is on validation scenes.
+    """
     losses = [result["flow"][task] for task in tasks]
     return math.inf if None in losses else sum(losses) / len(losses)
 
@@ -244,36 +247,33 @@ def best(variant: str) -> Piece | None:
 
 def promising() -> str | None:
     """The regime that leads its rival by most in the search, if one leads, once all are there."""
-    losses = {name: validation_loss(piece) for name in (*REGIMES, *RIVALS.values())
-              if (piece := best(name))}
-    if not losses.keys() >= {*RIVALS, *RIVALS.values()}:
+    found = {name: best(name) for name in (*RIVALS, *RIVALS.values())}
+    if None in found.values():
         return None
-    leads = {name: losses[rival] - losses[name] for name, rival in RIVALS.items()}
+    leads = {name: validation_loss(found[rival]) - validation_loss(found[name])
+             for name, rival in RIVALS.items()}
     name = max(leads, key=leads.get)
     return name if leads[name] > 0 else None
 
 
 def pieces(stage: str) -> Iterator[Piece]:
     """A stage's pieces, those of one seed together. After the search: of what it has finished."""
-    if stage in ("search", "regimes"):
-        names = VARIANTS if stage == "search" else REGIMES
-        yield from (piece for name in names for piece in tried(name))
+    if stage in SEARCHES:
+        yield from (piece for name in SEARCHES[stage] for piece in tried(name))
         return
+    names, seeds = VARIANTS, SEEDS + MORE_SEEDS
     if stage == "confirmed":
-        if name := promising():
-            for seed, one in product(FRESH_SEEDS, (name, RIVALS[name])):
-                yield Piece(stage, one, seed, STEPS, best(one).lr, best(one).scale)
-        return
-    settings = {variant: {"lr": piece.lr, "scale": piece.scale}
-                for variant in VARIANTS if (piece := best(variant))}
-    for seed, (variant, how) in product(SEEDS + MORE_SEEDS, settings.items()):
+        name, seeds = promising(), FRESH_SEEDS
+        names = (name, RIVALS[name]) if name else ()
+    settings = {name: {"lr": piece.lr, "scale": piece.scale}
+                for name in names if (piece := best(name))}
+    for seed, (variant, how) in product(seeds, settings.items()):
         more = seed in MORE_SEEDS                        # for what is compared first alone
         if more and (stage != "table" or variant not in FIRST):
             continue
-        routes = variant not in ("plain LoRA", "one expert")
-        whole = Piece(stage, variant, seed, STEPS, **how,
-                      ways=probe.WAYS if routes and not more else ())
-        if stage == "table":
+        routes = seed in SEEDS and variant not in ("plain LoRA", "one expert")
+        whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
+        if stage in ("table", "confirmed"):
             yield whole
         if stage == "interference" and variant in ("InstructMoLE", "plain LoRA"):
             for tasks in (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS):
@@ -293,13 +293,12 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
     makes the steps of all experts orthogonal, which is what the orthogonality loss is to do.
     """
     out = WORK / piece.name
-    variant = (VARIANTS | REGIMES)[piece.variant]
+    variant = ADAPTERS[piece.variant]
     args = train_options(baselines.METHODS, PUBLIC, [
         "--data", "tiny", "--model", str(MODEL), "--method", variant.method,
         "--steps", str(piece.steps), "--batch-size", str(piece.batch), "--lr", str(piece.lr),
         "--shift", str(probe.SHIFT), "--seed", str(piece.seed), "--save-every", "500",
-        "--device", device, "--dtype", DTYPE,
-        "--out", str(out), "--resume", *variant.options])
+        "--device", device, "--dtype", DTYPE, "--out", str(out), "--resume", *variant.options])
     train.prepare(args, configuration(piece), None, [(TinyWorld(piece.tasks), 1.0)], HeldOut(None))
     return out
 
@@ -329,7 +328,7 @@ def about(device: str = "cpu") -> dict[str, str]:
 
 def run(piece: Piece, device: str = "cpu") -> None:
     """Train and score a piece, or go on with it, and write its file."""
-    work, searching = WORK / piece.name, piece.stage in ("search", "regimes")
+    work, searching = WORK / piece.name, piece.stage in SEARCHES
     begun = work / "about.json"
     if not begun.is_file():
         work.mkdir(parents=True, exist_ok=True)
@@ -427,7 +426,7 @@ def alone(piece: Piece) -> Iterator[None]:
 def tell(stage: str) -> list[Piece]:
     """Say what of a stage is there; -> what is to do."""
     todo = [piece for piece in pieces(stage) if not piece.there()]
-    names = {"search": (), "regimes": (), "confirmed": REGIMES}.get(stage, VARIANTS)
+    names = () if stage in SEARCHES else REGIMES if stage == "confirmed" else VARIANTS
     waiting = sum(best(name) is None for name in names)
     told = [f"{len(found(stage))} pieces are there"]
     if todo or not waiting:

@@ -13,8 +13,8 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import probe
-from tiny.experiment import (ALL, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES, RESULTS, RIVALS, SCALES,
-                             SEEDS, VARIANTS, flow_loss, found)
+from tiny.experiment import (ADAPTERS, ALL, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES, RESULTS,
+                             RIVALS, SCALES, SEEDS, VARIANTS, flow_loss, found)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -29,10 +29,10 @@ def ended(stage: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
     return [r for r in found(stage) if "diverged" not in r and r["piece"]["seed"] in seeds]
 
 
-def by_variant(seeds: Iterable[int] = SEEDS) -> dict[str, list[dict]]:
-    """The table's results, the seeds of each variant together, in the order of VARIANTS."""
-    order = list(VARIANTS)
-    results = sorted(ended("table", seeds), key=lambda r: order.index(r["piece"]["variant"]))
+def by_variant(seeds: Iterable[int] = SEEDS, stage: str = "table") -> dict[str, list[dict]]:
+    """A stage's results, the seeds of each variant together, in the order of ADAPTERS."""
+    order = list(ADAPTERS)
+    results = sorted(ended(stage, seeds), key=lambda r: order.index(r["piece"]["variant"]))
     return {name: list(group) for name, group in groupby(
         results, key=lambda r: r["piece"]["variant"])}
 
@@ -77,6 +77,11 @@ def percents(marks: Iterable[str]) -> np.ndarray:
     return 100 * np.array([int(mark) for mark in "".join(marks)])
 
 
+def right(tasks: Iterable[str]) -> Callable[[dict], np.ndarray]:
+    """Of a result, percents() of its pictures of the tasks."""
+    return lambda result: percents(result["tasks"][task]["right"] for task in tasks)
+
+
 # ------------------------------------------------------------------------------------------ tables
 
 def variants_table() -> str:
@@ -103,8 +108,7 @@ def leads_table() -> str:
     ours = table.pop("InstructMoLE", [])
     own = {result["piece"]["seed"] for result in ours}
     measures: list[Callable[[dict], np.ndarray]] = [
-        lambda result: percents(result["tasks"][task]["right"] for task in NEW_TASKS),
-        lambda result: percents(result["tasks"][task]["right"] for task in EDITS),
+        right(NEW_TASKS), right(EDITS),
         lambda result: np.array([-1000 * flow_loss(result, NEW_TASKS)])]
     return markdown(["InstructMoLE's lead over", "seeds", "new tasks, points", "edits, points",
                      "flow loss of new tasks, less by 0.001 times"], (
@@ -226,19 +230,14 @@ def regimes_table() -> str:
 
 def confirmed_table() -> str:
     """The regime that led its rival in the search, both with fresh seeds; see lead()."""
-    by_name: dict[str, list[dict]] = {}
-    for result in ended("confirmed", FRESH_SEEDS):
-        by_name.setdefault(result["piece"]["variant"], []).append(result)
-    name = next(name for name in by_name if name in RIVALS)
-    theirs = by_name.get(RIVALS[name], [])
-
-    def marks(result: dict) -> np.ndarray:
-        return percents(result["tasks"][task]["right"] for task in NEW_TASKS)
+    table = by_variant(FRESH_SEEDS, "confirmed")
+    name = next(name for name in table if name in RIVALS)
+    ours, theirs = table[name], table.get(RIVALS[name], [])
     rows = [[one, f"{len(results)}", f"{results[0]['parameters']:,}",
              over_seeds(results, lambda r: success(r, NEW_TASKS)),
              over_seeds(results, lambda r: success(r, EDITS))]
-            for one, results in ((name, by_name[name]), (RIVALS[name], theirs)) if results]
-    less = ["the first less the second", HOLE, HOLE, lead(by_name[name], theirs, marks), HOLE]
+            for one, results in ((name, ours), (RIVALS[name], theirs)) if results]
+    less = ["the first less the second", HOLE, HOLE, lead(ours, theirs, right(NEW_TASKS)), HOLE]
     return markdown(["variant", "seeds", "parameters", "new tasks, %", "edits, %"], [*rows, less])
 
 
