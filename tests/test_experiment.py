@@ -89,6 +89,7 @@ def test_every_piece_has_a_name_of_its_own(folders):
     search = list(experiment.pieces("search"))           # beyond the best, which lay on an edge
     assert [(p.lr, p.scale) for p in search if p not in grid] == len(experiment.VARIANTS) * [
         (experiment.RATES[1], 64.0)]
+    assert findings.tables(finished=True)[1:] == [findings.search_table()]
     found = [piece for stage in experiment.STAGES[:4] for piece in experiment.pieces(stage)]
     assert len({piece.name for piece in found}) == len(found)
     rest = found[len(search):]
@@ -486,7 +487,11 @@ def test_tables_say_what_the_results_hold(results):
         ["0.1", spread, spread, "0.200", "0.750"]]
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
-    assert len(findings.tables()) == 11
+    assert len(findings.tables()) == 12
+    begun, *_, last = rows(findings.stages_table())
+    assert begun == ["search", "0", "66", "0.0"]
+    assert last == ["confirmed", "0", "not known yet", "0.0"]
+    assert len(findings.tables(finished=True)) == 1      # those of no stage are
 
 
 def test_a_lead_is_paired_by_seed_and_picture(results):
@@ -552,7 +557,7 @@ def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     assert rows(findings.regimes_table())[0] == ["free", "–", "–", "0.5000", "–", "–", "–"]
-    assert len(findings.tables()) == 13
+    assert len(findings.tables()) == 14
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
@@ -586,23 +591,21 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
 
 
 def test_the_readme_holds_the_tables():
-    """Each as it is made from the committed results."""
+    """Each as it is made from the committed results; of an unfinished stage, how much is there."""
     text = (ROOT / "tiny/README.md").read_text(encoding="utf-8")
-    for table in findings.tables():
+    for table in findings.tables(finished=True):
         assert table in text, table
 
 
-# A part of the search was begun at it; its training was compared with the next's, to the bit.
-TRAINS_ALIKE = "34704654b86f19dd4d198aa1752addfcb1d5944d"
-
-
-def test_the_results_that_are_committed_are_whole():
-    """Of a stage that was begun: each of its pieces, as large as InstructMoLE, at one commit."""
+def test_the_results_that_are_committed_are_of_one_design():
+    """Each is a piece, with its settings, as large as InstructMoLE, all at one commit."""
+    own = experiment.count(experiment.base_config())
+    commits = set()
     for stage in experiment.STAGES:
+        files = {piece.file for piece in experiment.pieces(stage) if piece.there()}
+        assert files == set(experiment.RESULTS.glob(f"{stage}-*.json"))
         found = experiment.found(stage)
-        if found:
-            assert all(piece.there() for piece in experiment.pieces(stage))
-            assert len({one["begun"]["commit"] for one in found} - {TRAINS_ALIKE}) <= 1
-            own = experiment.count(experiment.base_config())
-            assert stage in ("regimes", "confirmed") or all(
-                abs(one["parameters"] / own - 1) < 0.05 for one in found)
+        commits |= {one[when]["commit"] for one in found for when in ("begun", "ended")}
+        assert stage in ("regimes", "confirmed") or all(
+            abs(one["parameters"] / own - 1) < 0.05 for one in found)
+    assert len(commits) <= 1 and not any("changes" in commit for commit in commits)

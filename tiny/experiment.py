@@ -284,6 +284,13 @@ def pieces(stage: str) -> Iterator[Piece]:
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
 
 
+def left(stage: str) -> tuple[list[Piece], int]:
+    """What of a stage is to do; of how many variants that is not known before their search."""
+    names = () if stage in SEARCHES else REGIMES if stage == "confirmed" else VARIANTS
+    return ([piece for piece in pieces(stage) if not piece.there()],
+            sum(best(name) is None for name in names))
+
+
 # --------------------------------------------------------------------------------------- one piece
 
 def fit(piece: Piece, device: str = "cpu") -> Path:
@@ -425,9 +432,7 @@ def alone(piece: Piece) -> Iterator[None]:
 
 def tell(stage: str) -> list[Piece]:
     """Say what of a stage is there; -> what is to do."""
-    todo = [piece for piece in pieces(stage) if not piece.there()]
-    names = () if stage in SEARCHES else REGIMES if stage == "confirmed" else VARIANTS
-    waiting = sum(best(name) is None for name in names)
+    todo, waiting = left(stage)
     told = [f"{len(found(stage))} pieces are there"]
     if todo or not waiting:
         told.append(f"{len(todo)} to do")

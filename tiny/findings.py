@@ -14,7 +14,7 @@ from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import probe
 from tiny.experiment import (ADAPTERS, ALL, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES, RESULTS,
-                             RIVALS, SCALES, SEEDS, VARIANTS, flow_loss, found)
+                             RIVALS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss, found, left)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -83,6 +83,19 @@ def right(tasks: Iterable[str]) -> Callable[[dict], np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------ tables
+
+def stages_table() -> str:
+    """How much of the experiment is there, and what it took, two pieces side by side."""
+    def hours(results: list[dict]) -> float:
+        return sum(result.get(f"{what}_seconds", 0) for result in results
+                   for what in ("training", "scoring")) / 3600
+    rows = []
+    for stage in STAGES:
+        results, (todo, waiting) = found(stage), left(stage)
+        to_do = "not known yet" if waiting else f"{len(todo)}"
+        rows.append([stage, f"{len(results)}", to_do, f"{hours(results):.1f}"])
+    return markdown(["stage", "pieces there", "to do", "hours of one core"], rows)
+
 
 def variants_table() -> str:
     """Each variant: its size, what the search chose, success in percent, minutes of training.
@@ -301,9 +314,11 @@ TABLES = {"search": (search_table,), "regimes": (regimes_table,), "confirmed": (
                     routing_table, routers_table, cosines_table, balance_table)}
 
 
-def tables() -> list[str]:
-    """All tables of which there are results."""
-    return [make() for stage, makers in TABLES.items() if found(stage) for make in makers]
+def tables(finished: bool = False) -> list[str]:
+    """All tables of which there are results, or those of which all are there; how many first."""
+    return [stages_table()] + [make() for stage, makers in TABLES.items()
+                               if found(stage) and not (finished and any(left(stage)))
+                               for make in makers]
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -406,7 +421,7 @@ FIGURES = {"variants": ("table", draw_variants), "tasks": ("table", draw_tasks),
 
 def main() -> None:
     commands.Parser(description="Tables and figures of the experiment.").parse_args()
-    if not tables():
+    if not any(map(found, STAGES)):
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
     print("\n\n".join(tables()))
     report.tell_missing()
