@@ -90,7 +90,7 @@ def test_every_piece_has_a_name_of_its_own(folders):
     assert [(p.lr, p.scale) for p in search if p not in grid] == len(experiment.VARIANTS) * [
         (experiment.RATES[1], 64.0)]
     assert findings.tables(finished=True)[1:] == [findings.search_table()]
-    found = [piece for stage in experiment.STAGES[:4] for piece in experiment.pieces(stage)]
+    found = [piece for stage in experiment.STAGES[:5] for piece in experiment.pieces(stage)]
     assert len({piece.name for piece in found}) == len(found)
     rest = found[len(search):]
     assert {(p.lr, p.scale) for p in rest} == {(experiment.RATES[1], 8.0)}
@@ -99,6 +99,8 @@ def test_every_piece_has_a_name_of_its_own(folders):
     for variant, own in seeds.items():                   # the search's is none of them
         more = experiment.MORE_SEEDS if variant in experiment.FIRST else ()
         assert own == {*experiment.SEEDS, *more} and experiment.SEARCH_SEED not in own
+    assert {(p.variant, p.seed, p.steps) for p in rest if p.stage == "longer"} == {
+        (name, seed, 4500) for name in experiment.FIRST for seed in experiment.SEEDS}
     for p in rest:                                       # its own pictures: the same number
         assert p.stage != "interference" or (
             p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN)
@@ -487,7 +489,10 @@ def test_tables_say_what_the_results_hold(results):
         ["0.1", spread, spread, "0.200", "0.750"]]
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
-    assert len(findings.tables()) == 12
+    longer = result("token", 1, 0.25)
+    write_json(experiment.RESULTS / "longer-0.json", longer)
+    assert rows(findings.tasks_table("longer")) == [["token", *["25.0"] * 7]]
+    assert len(findings.tables()) == 15
     begun, *_, last = rows(findings.stages_table())
     assert begun == ["search", "0", "66", "0.0"]
     assert last == ["confirmed", "0", "not known yet", "0.0"]
@@ -557,7 +562,7 @@ def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     assert rows(findings.regimes_table())[0] == ["free", "–", "–", "0.5000", "–", "–", "–"]
-    assert len(findings.tables()) == 14
+    assert len(findings.tables()) == 14                  # nothing is there of longer training
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):

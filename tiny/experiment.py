@@ -11,6 +11,7 @@ started again; several pieces run side by side, each in a process and a thread o
     interference   a task alone, with two others, with all, 750 steps; 8 pictures of each task in a
                    batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
+    longer         what is compared first, 4,500 steps
     regimes        a search again, of settings in which routing might pay: found afterwards
     confirmed      the one that leads its rival by most, and that rival, with eight fresh seeds
 
@@ -57,9 +58,9 @@ from tiny.world import BASE_TASKS, NEW_TASKS, TinyWorld
 MODEL = Path("tiny/model")
 RESULTS = Path("tiny/results")                           # a JSON file for each piece
 WORK = Path("runs/experiment")                           # checkpoints
-STAGES = ("search", "table", "interference", "balance", "regimes", "confirmed")
+STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "confirmed")
 SEARCH_SEED, SEEDS, MORE_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8), tuple(range(101, 109))
-STEPS, SEARCH_STEPS, BATCH = 1500, 500, 24
+STEPS, SEARCH_STEPS, LONGER_STEPS, BATCH = 1500, 500, 4500, 24
 TOGETHER_STEPS, OWN = 750, 8                             # interference: of each task in a batch
 NUMBER, FEW = 256, 64                                    # pictures per task that are scored
 RATES, SCALES = (1e-3, 3e-3, 9e-3), (1.0, 8.0)           # what the search tries
@@ -96,6 +97,7 @@ EVERYWHERE = {"lora_targets": (), "mole_targets":
               AdapterConfig().lora_targets + AdapterConfig().mole_targets}
 REGIMES = {
     "free": Variant("pooled", FREE | {"rank": 9}),       # as large as the plain LoRA
+    "free and eager": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0.03")),
     "free and sharp": Variant("pooled", FREE | {"experts": 16, "top_k": 2, "rank": 4}),
     "free and alone": Variant("pooled", FREE | EVERYWHERE | {"experts": 7, "top_k": 2}),
     "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 1, "rank": 1},
@@ -103,8 +105,8 @@ REGIMES = {
     "small plain LoRA": Variant("lora", {"lora_rank": 3}, sized=False),
     "one expert, as much as is kept": Variant("pooled", {"experts": 1, "top_k": 1, "rank": 32},
                                               sized=False)}
-RIVALS = {"free": "plain LoRA", "free and sharp": "plain LoRA", "free and alone": "plain LoRA",
-          "free and small": "small plain LoRA"}          # of regimes, each as large
+RIVALS = dict.fromkeys(("free", "free and eager", "free and sharp", "free and alone"),
+                       "plain LoRA") | {"free and small": "small plain LoRA"}    # each as large
 SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is searched
 ADAPTERS = VARIANTS | REGIMES
 FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and is it the routing?
@@ -275,6 +277,8 @@ def pieces(stage: str) -> Iterator[Piece]:
         whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
         if stage in ("table", "confirmed"):
             yield whole
+        if stage == "longer" and variant in FIRST:
+            yield replace(whole, steps=LONGER_STEPS)
         if stage == "interference" and variant in ("InstructMoLE", "plain LoRA"):
             for tasks in (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS):
                 yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,

@@ -5,6 +5,7 @@ A test compares the tables in tiny/README.md with what this makes.
 Run: python -m tiny.findings                             # prints the tables, draws the figures
 """
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import groupby, product
 
 import numpy as np
@@ -97,7 +98,7 @@ def stages_table() -> str:
     return markdown(["stage", "pieces there", "to do", "hours of one core"], rows)
 
 
-def variants_table() -> str:
+def variants_table(stage: str = "table") -> str:
     """Each variant: its size, what the search chose, success in percent, minutes of training.
 
     All over the same seeds; where one of them diverged, fewer are counted.
@@ -109,15 +110,15 @@ def variants_table() -> str:
           over_seeds(results, lambda r: success(r, NEW_TASKS)),
           over_seeds(results, lambda r: success(r, EDITS)),
           f"{np.mean([r['training_seconds'] for r in results]) / 60:.0f}"]
-         for name, results in by_variant().items()))
+         for name, results in by_variant(stage=stage).items()))
 
 
-def leads_table() -> str:
+def leads_table(stage: str = "table") -> str:
     """InstructMoLE against each other variant, see lead(), over all seeds that both have.
 
     The flow loss is in thousandths.
     """
-    table = by_variant(SEEDS + MORE_SEEDS)
+    table = by_variant(SEEDS + MORE_SEEDS, stage)
     ours = table.pop("InstructMoLE", [])
     own = {result["piece"]["seed"] for result in ours}
     measures: list[Callable[[dict], np.ndarray]] = [
@@ -130,11 +131,11 @@ def leads_table() -> str:
         for name, results in table.items()))
 
 
-def tasks_table() -> str:
+def tasks_table(stage: str = "table") -> str:
     """Success on each new task, a mean over the seeds, in percent."""
     return markdown(["variant", *NEW_TASKS], (
         [name, *(f"{np.mean([success(r, [task]) for r in results]):.1f}" for task in NEW_TASKS)]
-        for name, results in by_variant().items()))
+        for name, results in by_variant(stage=stage).items()))
 
 
 def wordings_table() -> str:
@@ -308,10 +309,13 @@ def company_table() -> str:
          lead(plain, routed, lambda one: alone(one) - with_all(one)))])
 
 
-TABLES = {"search": (search_table,), "regimes": (regimes_table,), "confirmed": (confirmed_table,),
-          "interference": (interference_table, company_table),
+TABLES = {"search": (search_table,),
           "table": (variants_table, leads_table, tasks_table, wordings_table, flow_table,
-                    routing_table, routers_table, cosines_table, balance_table)}
+                    routing_table, routers_table, cosines_table),
+          "interference": (interference_table, company_table), "balance": (balance_table,),
+          "longer": tuple(partial(make, "longer")
+                          for make in (variants_table, leads_table, tasks_table)),
+          "regimes": (regimes_table,), "confirmed": (confirmed_table,)}
 
 
 def tables(finished: bool = False) -> list[str]:
