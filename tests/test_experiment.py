@@ -47,6 +47,7 @@ def test_variants_have_as_many_parameters(scale, folders):
     own = sizes["InstructMoLE"]
     assert all(abs(size / own - 1) < 0.05 for size in sizes.values()), sizes
     assert rates.pop("plain LoRA")[1] == scale
+    assert rates.pop("strong LoRA beside") == (scale, 8.0)
     assert set(rates.values()) == {(scale, 1.0)}         # the LoRA beside the experts stays
 
 
@@ -75,6 +76,7 @@ def test_what_leads_its_rival_is_confirmed(folders, losses, chosen):
     found = list(experiment.pieces("confirmed"))
     assert {p.variant for p in found} == ({chosen, experiment.RIVALS[chosen]} if chosen else set())
     assert len(found) == 16 * bool(chosen) and {p.lr for p in found} <= {3e-3}
+    assert all(bool(p.ways) == (p.variant == chosen) for p in found)         # what routing decides
     assert not {p.seed for p in found} & {0, *experiment.SEEDS, *experiment.MORE_SEEDS}
 
 
@@ -494,7 +496,7 @@ def test_tables_say_what_the_results_hold(results):
     assert rows(findings.tasks_table("longer")) == [["token", *["25.0"] * 7]]
     assert len(findings.tables()) == 15
     begun, *_, last = rows(findings.stages_table())
-    assert begun == ["search", "0", "66", "0.0"]
+    assert begun == ["search", "0", "72", "0.0"]
     assert last == ["confirmed", "0", "not known yet", "0.0"]
     assert len(findings.tables(finished=True)) == 1      # those of no stage are
 
@@ -517,7 +519,9 @@ def test_a_lead_is_paired_by_seed_and_picture(results):
     assert findings.lead(ours, even, marks) == (
         f"+25.0 ({25 - half:+.1f} to {25 + half:+.1f})")
     assert findings.lead(ours[:1], worse, marks) == "–"
-    assert rows(findings.leads_table())[1] == ["token", "4", *3 * ["+0.0 (+0.0 to +0.0)"]]
+    assert rows(findings.leads_table())[1:] == [
+        ["InstructMoLE over token", "4", *3 * ["+0.0 (+0.0 to +0.0)"]],
+        ["strong LoRA beside over plain LoRA", "0", *3 * ["–"]]]
     losses = [result("token", seed, loss) for seed, loss in enumerate((0.251, 0.503, 0.755), 1)]
     half = 4.30 * 2 / np.sqrt(3)                         # of differences of 1, 3, 5: by seed alone
     less = findings.lead(ours, losses, lambda one: np.array(
@@ -562,7 +566,8 @@ def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     assert rows(findings.regimes_table())[0] == ["free", "–", "–", "0.5000", "–", "–", "–"]
-    assert len(findings.tables()) == 14                  # nothing is there of longer training
+    assert rows(findings.routing_table("confirmed")) == []       # these have none
+    assert len(findings.tables()) == 16                  # nothing is there of longer training
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):

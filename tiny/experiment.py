@@ -82,6 +82,7 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "InstructMoLE": Variant("instructmole"),
+    "strong LoRA beside": Variant("instructmole", {"lora_alpha": 128}),      # at 8, as a plain one
     "routing as drawn": Variant("pooled", options=("--router-lr", "0")),     # nothing of it learns
     "no orthogonality loss": Variant("instructmole", {"orthogonality_weight": 0.0}),
     "no balance loss": Variant("instructmole", {"balance_weight": 0.0}),
@@ -109,7 +110,9 @@ RIVALS = dict.fromkeys(("free", "free and eager", "free and sharp", "free and al
                        "plain LoRA") | {"free and small": "small plain LoRA"}    # each as large
 SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is searched
 ADAPTERS = VARIANTS | REGIMES
-FIRST = ("InstructMoLE", "plain LoRA", "routing as drawn")   # does it pay, and is it the routing?
+PLAIN = ("plain LoRA", "one expert", "small plain LoRA", "one expert, as much as is kept")
+# Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
+FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,7 @@ def pieces(stage: str) -> Iterator[Piece]:
         more = seed in MORE_SEEDS                        # for what is compared first alone
         if more and (stage != "table" or variant not in FIRST):
             continue
-        routes = seed in SEEDS and variant not in ("plain LoRA", "one expert")
+        routes = seed not in MORE_SEEDS and variant not in PLAIN
         whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
         if stage in ("table", "confirmed"):
             yield whole

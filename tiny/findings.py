@@ -114,21 +114,24 @@ def variants_table(stage: str = "table") -> str:
 
 
 def leads_table(stage: str = "table") -> str:
-    """InstructMoLE against each other variant, see lead(), over all seeds that both have.
+    """InstructMoLE, published and with a strong LoRA beside, against others; see lead().
 
-    The flow loss is in thousandths.
+    Over all seeds that both have. The flow loss is in thousandths.
     """
     table = by_variant(SEEDS + MORE_SEEDS, stage)
-    ours = table.pop("InstructMoLE", [])
-    own = {result["piece"]["seed"] for result in ours}
+    pairs = [("InstructMoLE", name) for name in table if name != "InstructMoLE"] + [
+        ("strong LoRA beside", "plain LoRA")]
     measures: list[Callable[[dict], np.ndarray]] = [
         right(NEW_TASKS), right(EDITS),
         lambda result: np.array([-1000 * flow_loss(result, NEW_TASKS)])]
-    return markdown(["InstructMoLE's lead over", "seeds", "new tasks, points", "edits, points",
-                     "flow loss of new tasks, less by 0.001 times"], (
-        [name, f"{sum(r['piece']['seed'] in own for r in results)}",
-         *(lead(ours, results, cases) for cases in measures)]
-        for name, results in table.items()))
+    rows = []
+    for ours, theirs in pairs:
+        two = [table.get(name, []) for name in (ours, theirs)]
+        seeds = [{result["piece"]["seed"] for result in results} for results in two]
+        rows.append([f"{ours} over {theirs}", f"{len(set.intersection(*seeds))}",
+                     *(lead(*two, cases) for cases in measures)])
+    return markdown(["lead", "seeds", "new tasks, points", "edits, points",
+                     "flow loss of new tasks, less by 0.001 times"], rows)
 
 
 def tasks_table(stage: str = "table") -> str:
@@ -151,12 +154,13 @@ def wordings_table() -> str:
         for name, results in by_variant().items()))
 
 
-def with_routing() -> dict[str, list[dict]]:
+def with_routing(stage: str = "table") -> dict[str, list[dict]]:
     """by_variant(), of the variants that route."""
-    return {name: results for name, results in by_variant().items() if "routing" in results[0]}
+    return {name: results for name, results in by_variant(SEEDS + FRESH_SEEDS, stage).items()
+            if "routing" in results[0]}
 
 
-def routing_table() -> str:
+def routing_table(stage: str = "table") -> str:
     """What becomes of success on the new tasks when the routing is changed at test time.
 
     The last column: what routing by its own task gives a picture, beside routing by another's.
@@ -170,7 +174,7 @@ def routing_table() -> str:
         [name,
          *(over_seeds(results, lambda r, way=way: by_way(way)(r).mean()) for way in probe.WAYS),
          lead(results, results, by_way("its task's"), by_way("another's"))]
-        for name, results in with_routing().items()))
+        for name, results in with_routing(stage).items()))
 
 
 def over_layers(results: list[dict], key: str) -> float:
@@ -178,7 +182,7 @@ def over_layers(results: list[dict], key: str) -> float:
     return float(np.mean([list(result["routing"][key].values()) for result in results]))
 
 
-def routers_table() -> str:
+def routers_table(stage: str = "table") -> str:
     """What the routers have learned, means over layers and seeds; see probe.by_task().
 
     Bits are of a picture, or where tokens route of a token; those of routing as drawn are what no
@@ -186,7 +190,7 @@ def routers_table() -> str:
     says how decided a routing is, not what it has learned.
     """
     rows = []
-    for name, results in with_routing().items():
+    for name, results in with_routing(stage).items():
         even, spread, lost, told, chance = (over_layers(results, key) for key in (
             "from even", "spread", "lost", "information", "information of shuffled tasks"))
         noise = "none" if name in ("soft", "Expert Race", "Expert Choice") else f"{lost:.1%}"
@@ -315,7 +319,9 @@ TABLES = {"search": (search_table,),
           "interference": (interference_table, company_table), "balance": (balance_table,),
           "longer": tuple(partial(make, "longer")
                           for make in (variants_table, leads_table, tasks_table)),
-          "regimes": (regimes_table,), "confirmed": (confirmed_table,)}
+          "regimes": (regimes_table,),
+          "confirmed": (confirmed_table, partial(routing_table, "confirmed"),
+                        partial(routers_table, "confirmed"))}
 
 
 def tables(finished: bool = False) -> list[str]:
