@@ -93,7 +93,7 @@ VARIANTS = {
     "soft": Variant("soft"),
     "Expert Race": Variant("race"),
     "Expert Choice": Variant("choice")}
-FREE = {"balance_weight": 0.0}                           # nothing holds the shares even
+FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
 EVERYWHERE = {"lora_targets": (), "mole_targets":
               AdapterConfig().lora_targets + AdapterConfig().mole_targets}
 REGIMES = {
@@ -101,7 +101,7 @@ REGIMES = {
     "free and eager": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0.03")),
     "free and sharp": Variant("pooled", FREE | {"experts": 16, "top_k": 2, "rank": 4}),
     "free and alone": Variant("pooled", FREE | EVERYWHERE | {"experts": 7, "top_k": 2}),
-    "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 1, "rank": 1},
+    "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 8, "rank": 1},
                               sized=False),
     "small plain LoRA": Variant("lora", {"lora_rank": 3}, sized=False),
     "one expert, as much as is kept": Variant("pooled", {"experts": 1, "top_k": 1, "rank": 32},
