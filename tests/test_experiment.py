@@ -565,7 +565,7 @@ def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):
     searched = result("free", 0, 0.5)
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "regimes-0.json", searched)
-    assert rows(findings.regimes_table())[0] == ["free", "–", "–", "0.5000", "–", "–", "–"]
+    assert rows(findings.regimes_table())[0] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("confirmed")) == []       # these have none
     assert len(findings.tables()) == 16                  # nothing is there of longer training
 
@@ -581,7 +581,13 @@ def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "search-0.json", searched)
     token = rows(findings.search_table())[list(experiment.VARIANTS).index("token")]
-    assert token == ["token", "–", "–", "0.5000", "–", "–", "–"]
+    assert token == ["token", "–", "–", "0.5000", *4 * ["–"]]
+    for lr, scale, loss in ((3e-3, 64.0, 0.375), (1 / 3e3, 1.0, 0.25)):      # around the grid
+        searched = result("token", 0, loss)
+        searched["piece"] |= {"lr": lr, "scale": scale}
+        write_json(experiment.RESULTS / f"search-{scale}.json", searched)
+    token = rows(findings.search_table())[list(experiment.VARIANTS).index("token")]
+    assert token[3:] == ["0.5000", *3 * ["–"], "0.2500 at 0.00033, 1"]
     findings.main()                                      # draws what there is
 
 

@@ -232,13 +232,22 @@ def balance_table() -> str:
 
 
 def search_table(stage: str = "search", names: Iterable[str] = VARIANTS) -> str:
-    """Flow loss of the search's pieces on validation scenes, a mean over all tasks."""
-    values = {(r["piece"]["variant"], r["piece"]["lr"], r["piece"]["scale"]):
-              f"{flow_loss(r, ALL):.4f}" for r in found(stage)}
-    settings = sorted({(lr, scale) for _, lr, scale in values} | {*product(RATES, SCALES)})
-    return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in settings)], (
-        [name, *(values.get((name, *setting), HOLE) for setting in settings)]
-        for name in names))
+    """Flow loss of the search's pieces on validation scenes, a mean over all tasks.
+
+    Those of the grid, and the least of those tried around its best.
+    """
+    losses: dict[str, dict[tuple[float, float], float]] = {name: {} for name in names}
+    for result in found(stage):
+        piece = result["piece"]
+        losses[piece["variant"]][piece["lr"], piece["scale"]] = flow_loss(result, ALL)
+    grid, rows = list(product(RATES, SCALES)), []
+    for name, values in losses.items():
+        around = {setting: values[setting] for setting in values if setting not in grid}
+        least = min(around, key=around.get, default=None)
+        rows.append([name, *(f"{values[at]:.4f}" if at in values else HOLE for at in grid),
+                     f"{around[least]:.4f} at {least[0]:.2g}, {least[1]:.2g}" if least else HOLE])
+    return markdown(["variant", *(f"rate {lr:g}, scale {scale:g}" for lr, scale in grid),
+                     "the least around them"], rows)
 
 
 def regimes_table() -> str:
