@@ -562,6 +562,9 @@ def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):
     assert ours == ["free", "2", "1,234", *2 * ["75.0 (75.0 to 75.0)"]]
     assert theirs == ["plain LoRA", "2", "1,234", *2 * ["50.0 (50.0 to 50.0)"]]
     assert less[0] == "the first less the second" and less[3].startswith("+25.0 (")
+    for file in experiment.RESULTS.glob("confirmed-free-*"):
+        file.unlink()                                    # the rival's was ready first
+    assert rows(findings.confirmed_table()) == [theirs, [less[0], *4 * ["–"]]]
     searched = result("free", 0, 0.5)
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "regimes-0.json", searched)

@@ -79,6 +79,11 @@ class Variant(NamedTuple):
     options: tuple[str, ...] = ()                        # further ones of train.py
     sized: bool = True                                   # made as large as InstructMoLE
 
+    @property
+    def routes(self) -> bool:
+        """Whether it has a choice of experts."""
+        return self.method != "lora" and self.changes.get("experts") != 1
+
 
 VARIANTS = {
     "InstructMoLE": Variant("instructmole"),
@@ -110,7 +115,6 @@ RIVALS = dict.fromkeys(("free", "free and eager", "free and sharp", "free and al
                        "plain LoRA") | {"free and small": "small plain LoRA"}    # each as large
 SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is searched
 ADAPTERS = VARIANTS | REGIMES
-PLAIN = ("plain LoRA", "one expert", "small plain LoRA", "one expert, as much as is kept")
 # Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
 FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
 
@@ -276,7 +280,7 @@ def pieces(stage: str) -> Iterator[Piece]:
         more = seed in MORE_SEEDS                        # for what is compared first alone
         if more and (stage != "table" or variant not in FIRST):
             continue
-        routes = seed not in MORE_SEEDS and variant not in PLAIN
+        routes = seed not in MORE_SEEDS and ADAPTERS[variant].routes
         whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
         if stage in ("table", "confirmed"):
             yield whole

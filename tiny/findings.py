@@ -258,13 +258,12 @@ def regimes_table() -> str:
 def confirmed_table() -> str:
     """The regime that led its rival in the search, both with fresh seeds; see lead()."""
     table = by_variant(FRESH_SEEDS, "confirmed")
-    name = next(name for name in table if name in RIVALS)
-    ours, theirs = table[name], table.get(RIVALS[name], [])
-    rows = [[one, f"{len(results)}", f"{results[0]['parameters']:,}",
-             over_seeds(results, lambda r: success(r, NEW_TASKS)),
-             over_seeds(results, lambda r: success(r, EDITS))]
-            for one, results in ((name, ours), (RIVALS[name], theirs)) if results]
-    less = ["the first less the second", HOLE, HOLE, lead(ours, theirs, right(NEW_TASKS)), HOLE]
+    names = sorted(table, key=lambda name: name not in RIVALS)               # the regime first
+    rows = [[name, f"{len(table[name])}", f"{table[name][0]['parameters']:,}",
+             over_seeds(table[name], lambda r: success(r, NEW_TASKS)),
+             over_seeds(table[name], lambda r: success(r, EDITS))] for name in names]
+    more = lead(*map(table.get, names), right(NEW_TASKS)) if len(names) == 2 else HOLE
+    less = ["the first less the second", HOLE, HOLE, more, HOLE]
     return markdown(["variant", "seeds", "parameters", "new tasks, %", "edits, %"], [*rows, less])
 
 
