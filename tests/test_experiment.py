@@ -18,7 +18,7 @@ from helpers import MODEL, ROOT
 from support import adapters, routing_maps
 from support.files import read_json, write_json
 from support.pictures import load_image
-from tiny import experiment, findings, probe, world
+from tiny import conflict, experiment, findings, probe, world
 from tiny.experiment import Piece
 
 PIECE = Piece("table", "token", 0, 2, 1e-3, 1.0, 2, 4, tasks=("canny", "pose"))
@@ -78,6 +78,40 @@ def test_what_leads_its_rival_is_confirmed(folders, losses, chosen):
     assert len(found) == 16 * bool(chosen) and {p.lr for p in found} <= {3e-3}
     assert all(bool(p.ways) == (p.variant == chosen) for p in found)         # what routing decides
     assert not {p.seed for p in found} & {0, *experiment.SEEDS, *experiment.MORE_SEEDS}
+
+
+def test_tasks_in_conflict_are_trained_alone_and_together(folders):
+    for stage in ("search", "regimes"):
+        while todo := [piece for piece in experiment.pieces(stage) if not piece.there()]:
+            for piece in todo:
+                write_json(piece.file, {"piece": vars(piece), "flow": dict.fromkeys(
+                    experiment.ALL, 0.5 + 0.1 * (piece.lr != 3e-3))})
+    stage = list(experiment.pieces("conflict"))
+    together = [p for p in stage if p.tasks == conflict.TASKS]
+    assert {p.variant for p in together} == {
+        *experiment.FIRST, "free", "free and eager", "free and sharp", "free and alone"}
+    assert {(p.variant, p.tasks) for p in stage if p not in together} == {
+        (variant, (task,)) for variant in ("InstructMoLE", "plain LoRA") for task in conflict.TASKS}
+    assert {p.seed for p in stage} == set(experiment.SEEDS) and len(stage) == 3 * (8 + 10)
+    assert {p.variant for p in stage if not p.ways} == {"InstructMoLE", "plain LoRA"}
+    for p in stage:                                      # of its own pictures as many
+        assert p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN
+
+
+def test_a_piece_in_conflict_is_trained_on_such_tasks(folders, monkeypatch):
+    monkeypatch.setattr(probe, "TIMES", [0.9])
+    monkeypatch.setattr(probe, "make_pictures", lambda pipe, samples, *_: [
+        s.target for s in samples])
+    piece = replace(PIECE, stage="conflict", variant="routing as drawn", tasks=conflict.TASKS,
+                    ways=probe.WAYS[:1])
+    monkeypatch.setattr(experiment, "FEW", 2)
+    experiment.run(piece)
+    found = read_json(piece.file)
+    assert found["tasks"].keys() == found["routing"]["right"]["as trained"].keys() == set(
+        conflict.TASKS)
+    assert found["tasks"]["grown"]["success"] == 1 and found["tasks"]["grown"]["unseen"] == 0
+    log = (experiment.WORK / piece.name / "log.jsonl").read_text()
+    assert any(task in log for task in conflict.TASKS)
 
 
 def test_every_piece_has_a_name_of_its_own(folders):
@@ -497,7 +531,7 @@ def test_tables_say_what_the_results_hold(results):
     assert len(findings.tables()) == 15
     begun, *_, last = rows(findings.stages_table())
     assert begun == ["search", "0", "72", "0.0"]
-    assert last == ["confirmed", "0", "not known yet", "0.0"]
+    assert last == ["conflict", "0", "not known yet", "0.0"]
     assert len(findings.tables(finished=True)) == 1      # those of no stage are
 
 
@@ -551,6 +585,24 @@ def test_what_company_costs_is_paired_by_seed_and_picture(results):
     assert plain == ["plain LoRA", interval(50, [25, 75], [0, 50, 50, 100])]
     assert routed == ["InstructMoLE", interval(25, [25, 25], [0, 0, 0, 100])]
     assert less == ["the first less the second", interval(25, [0, 50], [0, 50, 50, 0])]
+
+
+def test_success_in_conflict_is_of_what_was_trained_together(results):
+    for variant, right in (("plain LoRA", 0.5), ("free", 0.75)):
+        for seed in (1, 2):
+            for tasks in (("grown",), conflict.TASKS):
+                one = result(variant, seed, right / len(tasks) * 5)
+                one["piece"]["tasks"] = tasks
+                one["tasks"] = {task: one["tasks"]["pose"] | {
+                    "success": right, "right": probe.marks([i < 4 * right for i in range(4)])}
+                    for task in tasks}
+                write_json(experiment.RESULTS / f"conflict-{variant}-{seed}-{len(tasks)}.json", one)
+    plain, free = rows(findings.conflict_table())
+    assert plain == ["plain LoRA", "2", *5 * ["50.0"], "50.0 (50.0 to 50.0)", "–"]
+    assert free[:8] == ["free", "2", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
+    assert free[8].startswith("+25.0 (")
+    grown = rows(findings.interference_table("conflict"))[conflict.TASKS.index("grown")]
+    assert grown == ["grown", "50.0", "50.0"]
 
 
 def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from data import Sample
+from evaluate import success
 from helpers import MODEL
 from sample import condition, encode_text, generate, load_pipeline, seeded_noise
 from support.texts import cuts
 from text_encoder import T5Tokenizer
-from tiny import pretrain, world
+from tiny import conflict, pretrain, world
 from tiny.world import BASE_TASKS, BIG, EDITS, NEW_TASKS, SMALL, Scene, Thing
 
 ALL = BASE_TASKS + NEW_TASKS
@@ -108,6 +109,58 @@ def test_a_base_sees_big_things_that_its_tests_do_not_hold(task):
         assert all(len(sample.scene.things) == 1 for sample in big)
     assert all(thing.radius == SMALL for sample in world.tiny_test(task, 50)
                for thing in sample.scene.things)
+
+
+# --------------------------------------------------------------------------------- tiny/conflict.py
+
+def conflicts(task: str, number: int, held_out: bool) -> list[Sample]:
+    rng = np.random.default_rng(3)
+    return [conflict.conflict_sample(rng, task, held_out) for _ in range(number)]
+
+
+@pytest.mark.parametrize("task", conflict.TASKS)
+def test_what_is_done_with_a_map_is_said_by_the_words_alone(task):
+    tokens = T5Tokenizer(MODEL / "tokenizer_2")
+    for held_out in (False, True):
+        for s in conflicts(task, 30, held_out):
+            assert np.array_equal(s.target, world.draw(s.scene)) and success(s.target, s)
+            assert (s.task, s.images, len(s.conds)) == (task, [], 1)
+            assert s.scene.held_out() == held_out and not cuts(s.instruction, tokens)
+            more = [words for words in conflict.MORE_WORDS[task] if s.instruction.endswith(words)]
+            assert more
+            said = s.instruction.removesuffix(max(more, key=len))
+            assert not any(words and words in said for all_words in conflict.MORE_WORDS.values()
+                           for words in all_words)
+
+
+def test_the_answer_of_one_way_is_wrong_in_every_other():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scene = world.random_scene(rng, 2, new_shapes=True)
+        one, two = scene.things
+        if one.colour == two.colour or world.near(one.cell, two.cell):
+            continue
+        answers = {task: Scene(scene.background, change(one, two))
+                   for task, change in conflict.CHANGES.items()}
+        for task, right in answers.items():
+            s = Sample("", world.draw(right), [], [world.edge_map(scene)], task, right)
+            assert [other for other, answer in answers.items()
+                    if success(world.draw(answer), s)] == [task]
+
+
+def test_the_map_is_of_the_things_named_and_only_the_tasks_asked_for_are_drawn():
+    one, two = Thing("circle", "red", 0), Thing("star", "blue", 8)
+    changed = {task: change(one, two) for task, change in conflict.CHANGES.items()}
+    assert changed == {
+        "as it is": (one, two), "one alone": (one,),
+        "colours exchanged": (Thing("circle", "blue", 0), Thing("star", "red", 8)),
+        "places exchanged": (Thing("circle", "red", 8), Thing("star", "blue", 0)),
+        "grown": (Thing("circle", "red", 0, BIG), Thing("star", "blue", 8, BIG))}
+    for s in conflicts("one alone", 20, False):
+        assert str(s.scene.things[0]) in s.instruction
+        assert not np.array_equal(s.conds[0], world.edge_map(s.scene))       # the other shows too
+    batch = conflict.ConflictWorld(("grown", "one alone")).draw(np.random.default_rng(0), 40)
+    assert {s.task for s in batch} == {"grown", "one alone"} and len(batch) == 40
 
 
 # --------------------------------------------------------------------------------- tiny/pretrain.py

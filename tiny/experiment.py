@@ -14,6 +14,8 @@ started again; several pieces run side by side, each in a process and a thread o
     longer         what is compared first, 4,500 steps
     regimes        a search again, of settings in which routing might pay: found afterwards
     confirmed      the one that leads its rival by most, and that rival, with eight fresh seeds
+    conflict       as interference, on the tasks of tiny/conflict.py: what is compared first, and
+                   the regimes that are as large
 
 Run: python -m tiny.experiment                           # all, in many hours on two cores
      python -m tiny.experiment table --workers 1 --minutes 15
@@ -52,13 +54,14 @@ from support.files import config_from, read_json, write_json
 from support.public_sets import PUBLIC
 from support.training_options import train_options
 from support.validation import HeldOut
-from tiny import probe
+from tiny import conflict, probe
 from tiny.world import BASE_TASKS, NEW_TASKS, TinyWorld
 
 MODEL = Path("tiny/model")
 RESULTS = Path("tiny/results")                           # a JSON file for each piece
 WORK = Path("runs/experiment")                           # checkpoints
-STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "confirmed")
+STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "confirmed",
+          "conflict")
 SEARCH_SEED, SEEDS, MORE_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8), tuple(range(101, 109))
 STEPS, SEARCH_STEPS, LONGER_STEPS, BATCH = 1500, 500, 4500, 24
 TOGETHER_STEPS, OWN = 750, 8                             # interference: of each task in a batch
@@ -117,6 +120,12 @@ SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is sea
 ADAPTERS = VARIANTS | REGIMES
 # Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
 FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
+IN_COMPANY = ("InstructMoLE", "plain LoRA")              # trained on tasks alone and together
+AS_LARGE = tuple(name for name, rival in RIVALS.items() if rival == "plain LoRA")
+COMPARED = {"interference": IN_COMPANY, "balance": ("InstructMoLE",), "longer": FIRST,
+            "confirmed": tuple(REGIMES), "conflict": (*FIRST, *AS_LARGE)}    # else all VARIANTS
+COMPANIES = {"interference": (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS),
+             "conflict": (*((task,) for task in conflict.TASKS), conflict.TASKS)}
 
 
 @dataclass(frozen=True)
@@ -270,34 +279,36 @@ def pieces(stage: str) -> Iterator[Piece]:
     if stage in SEARCHES:
         yield from (piece for name in SEARCHES[stage] for piece in tried(name))
         return
-    names, seeds = VARIANTS, SEEDS + MORE_SEEDS
+    names, seeds = COMPARED.get(stage, VARIANTS), SEEDS
+    if stage == "table":
+        seeds += MORE_SEEDS                              # for what is compared first alone
     if stage == "confirmed":
         name, seeds = promising(), FRESH_SEEDS
         names = (name, RIVALS[name]) if name else ()
     settings = {name: {"lr": piece.lr, "scale": piece.scale}
                 for name in names if (piece := best(name))}
     for seed, (variant, how) in product(seeds, settings.items()):
-        more = seed in MORE_SEEDS                        # for what is compared first alone
-        if more and (stage != "table" or variant not in FIRST):
+        if seed in MORE_SEEDS and variant not in FIRST:
             continue
         routes = seed not in MORE_SEEDS and ADAPTERS[variant].routes
         whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
         if stage in ("table", "confirmed"):
             yield whole
-        if stage == "longer" and variant in FIRST:
+        if stage == "longer":
             yield replace(whole, steps=LONGER_STEPS)
-        if stage == "interference" and variant in ("InstructMoLE", "plain LoRA"):
-            for tasks in (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS):
-                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
-                              ways=())
-        if stage == "balance" and variant == "InstructMoLE":
+        if stage == "balance":
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
+        for tasks in COMPANIES.get(stage, ()):
+            asked = stage == "conflict" and tasks == conflict.TASKS          # for its routing
+            if asked or variant in IN_COMPANY:
+                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
+                              ways=whole.ways if asked else ())
 
 
 def left(stage: str) -> tuple[list[Piece], int]:
     """What of a stage is to do; of how many variants that is not known before their search."""
-    names = () if stage in SEARCHES else REGIMES if stage == "confirmed" else VARIANTS
+    names = () if stage in SEARCHES else COMPARED.get(stage, VARIANTS)
     return ([piece for piece in pieces(stage) if not piece.there()],
             sum(best(name) is None for name in names))
 
@@ -317,7 +328,8 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
         "--steps", str(piece.steps), "--batch-size", str(piece.batch), "--lr", str(piece.lr),
         "--shift", str(probe.SHIFT), "--seed", str(piece.seed), "--save-every", "500",
         "--device", device, "--dtype", DTYPE, "--out", str(out), "--resume", *variant.options])
-    train.prepare(args, configuration(piece), None, [(TinyWorld(piece.tasks), 1.0)], HeldOut(None))
+    drawn = conflict.ConflictWorld if set(piece.tasks) <= set(conflict.TASKS) else TinyWorld
+    train.prepare(args, configuration(piece), None, [(drawn(piece.tasks), 1.0)], HeldOut(None))
     return out
 
 
@@ -367,8 +379,9 @@ def run(piece: Piece, device: str = "cpu") -> None:
     if not searching:
         result["tasks"] = probe.scores(pipe, piece.tasks, piece.number, work)
     if piece.ways:
-        result["routing"] = probe.decisions(pipe, FEW, work, piece.ways)
-        result["cosine"] = probe.cosine(pipe)
+        new = tuple(task for task in piece.tasks if task not in BASE_TASKS)
+        result["routing"] = probe.decisions(pipe, FEW, work, piece.ways, new)
+        result["cosine"] = probe.cosine(pipe, tasks=new)
     write_json(piece.file, result | progress(out) | {
         "scoring_seconds": round(time.time() - began),
         "command": f"python -m tiny.experiment --piece {piece.name}",

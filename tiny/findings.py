@@ -13,9 +13,10 @@ import numpy as np
 from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
-from tiny import probe
-from tiny.experiment import (ADAPTERS, ALL, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES, RESULTS,
-                             RIVALS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss, found, left)
+from tiny import conflict, probe
+from tiny.experiment import (ADAPTERS, ALL, COMPANIES, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES,
+                             RESULTS, RIVALS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss, found,
+                             left)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -156,8 +157,8 @@ def wordings_table() -> str:
 
 def with_routing(stage: str = "table") -> dict[str, list[dict]]:
     """by_variant(), of the variants that route."""
-    return {name: results for name, results in by_variant(SEEDS + FRESH_SEEDS, stage).items()
-            if "routing" in results[0]}
+    return {name: routed for name, results in by_variant(SEEDS + FRESH_SEEDS, stage).items()
+            if (routed := [result for result in results if "routing" in result])}
 
 
 def routing_table(stage: str = "table") -> str:
@@ -267,10 +268,10 @@ def confirmed_table() -> str:
     return markdown(["variant", "seeds", "parameters", "new tasks, %", "edits, %"], [*rows, less])
 
 
-def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
+def interference(stage: str = "interference") -> dict[str, dict[int, dict[str, list[float]]]]:
     """Success in percent, by variant, by how many tasks were trained together, by task."""
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for result in ended("interference"):
+    for result in ended(stage):
         variant, together = result["piece"]["variant"], result["piece"]["tasks"]
         for task in together:
             values.setdefault(variant, {}).setdefault(len(together), {}).setdefault(
@@ -278,47 +279,62 @@ def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
     return values
 
 
-def interference_table() -> str:
-    """Success of a task trained alone, with two others, with all seven, by variant.
+def interference_table(stage: str = "interference") -> str:
+    """Success of a task trained alone, with two others, with all, by variant.
 
     More company is also larger batches and fewer steps for each task: what compares is how much
     more one variant loses by it than the other.
     """
-    values = interference()
+    values, together = interference(stage), COMPANIES[stage][-1]
     columns = [(variant, number) for variant in ("plain LoRA", "InstructMoLE")
                for number in sorted(values.get(variant, {}))]
-    words = {1: "alone", 3: "with two", len(NEW_TASKS): "with all"}
+    words = {1: "alone", 3: "with two", len(together): "with all"}
 
     def cell(by_task: dict[str, list[float]], tasks: Iterable[str]) -> str:
         means = [float(np.mean(by_task[task])) for task in tasks if task in by_task]
         return f"{np.mean(means):.1f}" if len(means) == len(tasks) else HOLE
     return markdown(["task", *(f"{variant}, {words[number]}, %" for variant, number in columns)], (
         [name, *(cell(values[variant][number], tasks) for variant, number in columns)]
-        for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
+        for name, tasks in [*((task, [task]) for task in together), ("mean", together)]))
 
 
-def company_table() -> str:
+def company_table(stage: str = "interference") -> str:
     """What training with all tasks instead of alone costs, on the same pictures; see lead()."""
+    together = COMPANIES[stage][-1]
+
     def by_seed(variant: str) -> list[dict]:
         seeds: dict[int, dict] = {}
-        for result in ended("interference"):
+        for result in ended(stage):
             piece, tasks = result["piece"], result["tasks"]
-            if piece["variant"] == variant and len(tasks) in (1, len(NEW_TASKS)):
-                one = seeds.setdefault(piece["seed"], {"piece": piece, 1: {}, len(NEW_TASKS): {}})
+            if piece["variant"] == variant and len(tasks) in (1, len(together)):
+                one = seeds.setdefault(piece["seed"], {"piece": piece, 1: {}, len(together): {}})
                 one[len(tasks)] |= {task: scores["right"] for task, scores in tasks.items()}
-        return [one for one in seeds.values() if len(one[1]) == len(one[len(NEW_TASKS)])]
+        return [one for one in seeds.values() if len(one[1]) == len(one[len(together)])]
 
     def alone(one: dict) -> np.ndarray:
-        return percents(one[1][task] for task in NEW_TASKS)
+        return percents(one[1][task] for task in together)
 
     def with_all(one: dict) -> np.ndarray:
-        return percents(one[len(NEW_TASKS)][task] for task in NEW_TASKS)
+        return percents(one[len(together)][task] for task in together)
     plain, routed = by_seed("plain LoRA"), by_seed("InstructMoLE")
     return markdown(["variant", "lost by company, points"], [
         ("plain LoRA", lead(plain, plain, alone, with_all)),
         ("InstructMoLE", lead(routed, routed, alone, with_all)),
         ("the first less the second",
          lead(plain, routed, lambda one: alone(one) - with_all(one)))])
+
+
+def conflict_table() -> str:
+    """Success on the tasks in conflict, trained together, in percent; see lead()."""
+    together = {name: [one for one in results if len(one["piece"]["tasks"]) > 1]
+                for name, results in by_variant(stage="conflict").items()}
+    cases, plain = right(conflict.TASKS), together.get("plain LoRA", [])
+    return markdown(["variant", "seeds", *conflict.TASKS, "mean", "over the plain LoRA, points"], (
+        [name, f"{len(results)}",
+         *(f"{np.mean([success(one, [task]) for one in results]):.1f}" for task in conflict.TASKS),
+         over_seeds(results, lambda one: success(one, conflict.TASKS)),
+         HOLE if results is plain else lead(results, plain, cases)]
+        for name, results in together.items() if results))
 
 
 TABLES = {"search": (search_table,),
@@ -329,7 +345,9 @@ TABLES = {"search": (search_table,),
                           for make in (variants_table, leads_table, tasks_table)),
           "regimes": (regimes_table,),
           "confirmed": (confirmed_table, partial(routing_table, "confirmed"),
-                        partial(routers_table, "confirmed"))}
+                        partial(routers_table, "confirmed")),
+          "conflict": (conflict_table, *(partial(make, "conflict") for make in (
+              interference_table, company_table, routing_table, routers_table)))}
 
 
 def tables(finished: bool = False) -> list[str]:

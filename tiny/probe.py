@@ -26,13 +26,13 @@ from support import routing_maps
 from support.files import read_json, write_json
 from support.pictures import to_tensor
 from support.scores import psnr
-from tiny import world
+from tiny import conflict, world
 from train import matching_loss
 
 STEPS, GUIDANCE = 12, 2.5
 SHIFT = 6.0                                              # of the times t in training
 TIMES = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (0.1, 0.3, 0.5, 0.7, 0.9)]   # 0.4 to 0.98
-TOGETHER = (("canny", "depth", "pose", "fill", "subject"), ("multi", "mixed"))   # as many pictures
+TOGETHER = (("canny", "depth", "pose", "fill", "subject"), ("multi", "mixed"), conflict.TASKS)
 SLOT = {"a": r"[a-z]+ [a-z]+", "colour": "[a-z]+", "shape": "[a-z]+", "place": "[a-z ]+",
         "place2": "[a-z ]+", "scene": ".+", "things": ".+", "first": "first|second",
         "second": "first|second", "map": "edges|depth map", "rest": ".*"}
@@ -45,9 +45,11 @@ def scenes(task: str, number: int, validation: bool) -> list:
 
     An edit belongs where the scene after it does.
     """
-    rng, chosen = np.random.default_rng([int(validation), list(world.WORDINGS).index(task)]), []
+    own, number_of = task in world.WORDINGS, [*world.WORDINGS, *conflict.TASKS].index(task)
+    draw = world.tiny_sample if own else conflict.conflict_sample
+    rng, chosen = np.random.default_rng([int(validation), number_of]), []
     while len(chosen) < number:
-        sample = world.tiny_sample(rng, task, held_out=True)
+        sample = draw(rng, task, held_out=True)
         if (sample.scene.digest() // 10 % 4 == 0) == validation:
             chosen.append(sample)
     return chosen
@@ -56,7 +58,7 @@ def scenes(task: str, number: int, validation: bool) -> list:
 def unseen(task: str, text: str) -> bool:
     """Whether an instruction has one of the two wordings that training never uses."""
     text = text[0].lower() + text[1:].rstrip(".").replace("an orange", "a orange")
-    for wording in world.WORDINGS[task][-2:]:
+    for wording in world.WORDINGS.get(task, ())[-2:]:    # those in conflict have no such
         parts = re.split(r"\{(\w+)\}", wording)          # text, slot, text, slot, ...
         pattern = "".join(f"({SLOT[part]})" if i % 2 else re.escape(part)
                           for i, part in enumerate(parts))
@@ -223,13 +225,13 @@ def information(kept: Tensor) -> float:
     return (entropy(kept.mean(0)) - entropy(kept).mean(0)).mean().item()
 
 
-def mixed_batches(number: int) -> list[list]:
-    """The test scenes of the new tasks, in batches in which neighbours differ in task.
+def mixed_batches(number: int, tasks: tuple[str, ...] = world.NEW_TASKS) -> list[list]:
+    """The test scenes of the tasks, in batches in which neighbours differ in task.
 
     A batch's first differs from its last, too.
     """
     batches = []
-    for group in TOGETHER:
+    for group in filter(None, ([t for t in tasks if t in group] for group in TOGETHER)):
         each = zip(*(scenes(task, number, False) for task in group))
         size, every = 10 * len(group), list(chain.from_iterable(each))
         batches += [every[start:start + size] for start in range(0, len(every), size)]
@@ -251,14 +253,14 @@ def routed(pipe: Pipeline, watch: Watch, batches: list[list]) -> tuple[dict[str,
     return {task: marks(ok) for task, ok in right.items()}, round(float(np.mean(losses)), 5)
 
 
-def decisions(pipe: Pipeline, number: int, work: Path, ways: Iterable[str] = WAYS
-              ) -> dict[str, dict]:
-    """What becomes of the new tasks in each way, and measures of the routing by layer.
+def decisions(pipe: Pipeline, number: int, work: Path, ways: Iterable[str] = WAYS,
+              tasks: tuple[str, ...] = world.NEW_TASKS) -> dict[str, dict]:
+    """What becomes of the tasks in each way, and measures of the routing by layer.
 
     right: marks(), by way and task, of so many pictures a task; flow: by way; the rest: by_task().
     What was found before is in `work`. ways: of WAYS, the first one first.
     """
-    file, batches = work / f"decisions-{number}.json", mixed_batches(number)
+    file, batches = work / f"decisions-{number}.json", mixed_batches(number, tasks)
     found = read_json(file) if file.is_file() else {"right": {}, "flow": {}}
     watch = Watch(sum(map(len, batches)),
                   {name: torch.tensor(w) for name, w in found.get("mean weights", {}).items()})
@@ -298,10 +300,10 @@ def by_task(layers: dict[str, Seen], tasks: list[str]) -> dict[str, dict]:
             for what, measure in measures.items()}
 
 
-def cosine(pipe: Pipeline, number: int = 4) -> float:
-    """Mean |cosine| of the outputs of two different experts, on so many scenes of each new task."""
+def cosine(pipe: Pipeline, number: int = 4, tasks: tuple[str, ...] = world.NEW_TASKS) -> float:
+    """Mean |cosine| of the outputs of two different experts, on so many scenes of each task."""
     each = []
-    for task in world.NEW_TASKS:
+    for task in tasks:
         alike = routing_maps.expert_similarity(
             pipe.adapter, lambda: flow(pipe, scenes(task, number, True)))
         each.append(alike.fill_diagonal_(torch.nan).nanmean().item())
