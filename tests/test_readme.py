@@ -356,14 +356,16 @@ def arrows() -> dict[str, set[str]]:
 def allowed(name: str) -> set[str]:
     """Where a module's arrows may go."""
     models, commands = {"mole", "dit", "vae", "text_encoder"}, {"train", "evaluate"}
-    studies = {f"tiny.{name}" for name in ("experiment", "findings", "pages", "pretrain", "probe")}
+    studies = {f"tiny.{name}" for name in (
+        "conflict", "experiment", "findings", "pages", "pretrain", "probe")}
     below = {module for module in MODULES if module.startswith("support.")} | models
     own = {"mole": set(), "dit": set(), "vae": set(), "text_encoder": {"support.files"},
            "baselines": {"mole"}, "weights": below | {"baselines"}, "data": below - models,
            "sample": below | {"weights"}, "support.public_sets": below | {"data"},
            "tiny.world": below | {"data"}, "tiny.pretrain": MODULES - commands,
            "tiny.pages": below | {"sample", "tiny.world"},
-           "tiny.probe": MODULES - studies,
+           "tiny.conflict": below | {"data", "tiny.world"},
+           "tiny.probe": MODULES - studies | {"tiny.conflict"},
            "tiny.experiment": MODULES, "tiny.findings": MODULES}
     if name in commands:
         return MODULES - commands - studies
