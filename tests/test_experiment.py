@@ -51,49 +51,58 @@ def test_variants_have_as_many_parameters(scale, folders):
     assert set(rates.values()) == {(scale, 1.0)}         # the LoRA beside the experts stays
 
 
-def test_a_regime_is_as_large_as_its_rival(folders):
-    for name, rival in experiment.RIVALS.items():
-        two = [experiment.count(experiment.configuration(replace(PIECE, variant=one)))
-               for one in (name, rival)]
-        assert max(two) < 1.05 * min(two), (name, two)
+def test_regimes_are_as_large_as_a_plain_lora(folders):
+    def size(variant: str) -> int:
+        return experiment.count(experiment.configuration(replace(PIECE, variant=variant)))
+    plain = size("plain LoRA")
+    for name in (*experiment.AS_LARGE, *experiment.CONTROLS):
+        assert abs(size(name) / plain - 1) < 0.05, name
+    assert abs(5 * size(experiment.FIFTH) / plain - 1) < 0.05    # one for each task in conflict
+    assert max(size(name) for name in ("free and small", "small plain LoRA")) < 1.05 * min(
+        size(name) for name in ("free and small", "small plain LoRA"))
     assert not experiment.VARIANTS.keys() & experiment.REGIMES.keys()
 
 
-@pytest.mark.parametrize("losses, chosen", [
-    ({"free": 0.4, "free and small": 0.2, "small plain LoRA": 0.25}, "free"),
-    ({"free": 0.4, "free and small": 0.2, "small plain LoRA": 0.35}, "free and small"),
-    ({"plain LoRA": 0.3, "small plain LoRA": 0.1}, None)])
-def test_what_leads_its_rival_is_confirmed(folders, losses, chosen):
-    """With fresh seeds, beside that rival; where nothing leads, nothing is."""
-    for stage in ("search", "regimes"):
-        while todo := [piece for piece in experiment.pieces(stage) if not piece.there()]:
-            assert not list(experiment.pieces("confirmed"))
-            for piece in todo:
-                loss = losses.get(piece.variant, 0.5) + 0.1 * (piece.lr != 3e-3)
-                write_json(piece.file, {"piece": vars(piece),
-                                        "flow": dict.fromkeys(experiment.ALL, loss)})
-    assert experiment.promising() == chosen
-    found = list(experiment.pieces("confirmed"))
-    assert {p.variant for p in found} == ({chosen, experiment.RIVALS[chosen]} if chosen else set())
-    assert len(found) == 16 * bool(chosen) and {p.lr for p in found} <= {3e-3}
-    assert all(bool(p.ways) == (p.variant == chosen) for p in found)         # what routing decides
-    assert not {p.seed for p in found} & {0, *experiment.SEEDS, *experiment.MORE_SEEDS}
-
-
-def test_tasks_in_conflict_are_trained_alone_and_together(folders):
+def search_all() -> None:
+    """Every variant and regime is best at the rate 3e-3."""
     for stage in ("search", "regimes"):
         while todo := [piece for piece in experiment.pieces(stage) if not piece.there()]:
             for piece in todo:
                 write_json(piece.file, {"piece": vars(piece), "flow": dict.fromkeys(
                     experiment.ALL, 0.5 + 0.1 * (piece.lr != 3e-3))})
+
+
+@pytest.mark.parametrize("best", ["free", "free and alone", None])
+def test_what_is_best_in_conflict_is_confirmed(folders, best):
+    """With fresh seeds, beside its controls; a control that is better still is not."""
+    search_all()
+    assert experiment.left("confirmed") == ([], 1)       # not known yet
+    successes = {"plain LoRA": 0.9, "free as drawn": 0.8, best: 0.5}
+    for piece in experiment.pieces("conflict"):
+        right = {task: {"success": successes.get(piece.variant, 0.1)} for task in piece.tasks}
+        write_json(piece.file, {"piece": vars(piece), "tasks": right} | (
+            {} if best else {"diverged": "step 7"}))
+    assert experiment.promising() == (best or "free")
+    found = list(experiment.pieces("confirmed"))
+    assert {p.variant for p in found} == {best or "free", "plain LoRA", "free as drawn"}
+    assert len(found) == 24 and {p.lr for p in found} == {3e-3}
+    assert {(p.tasks, p.batch) for p in found} == {(conflict.TASKS, 40)}
+    assert all(bool(p.ways) == (p.variant != "plain LoRA") for p in found)   # what routing decides
+    assert not {p.seed for p in found} & {0, *experiment.SEEDS, *experiment.MORE_SEEDS}
+    assert experiment.left("confirmed") == (found, 0)
+
+
+def test_tasks_in_conflict_are_trained_alone_and_together(folders):
+    search_all()
     stage = list(experiment.pieces("conflict"))
     together = [p for p in stage if p.tasks == conflict.TASKS]
     assert {p.variant for p in together} == {
-        *experiment.FIRST, "free", "free and eager", "free and sharp", "free and alone"}
+        *experiment.FIRST, *experiment.AS_LARGE, "free as drawn"}
     assert {(p.variant, p.tasks) for p in stage if p not in together} == {
-        (variant, (task,)) for variant in ("InstructMoLE", "plain LoRA") for task in conflict.TASKS}
-    assert {p.seed for p in stage} == set(experiment.SEEDS) and len(stage) == 3 * (8 + 10)
-    assert {p.variant for p in stage if not p.ways} == {"InstructMoLE", "plain LoRA"}
+        (variant, (task,)) for variant in ("InstructMoLE", "plain LoRA", experiment.FIFTH)
+        for task in conflict.TASKS}
+    assert {p.seed for p in stage} == set(experiment.SEEDS) and len(stage) == 3 * (9 + 15)
+    assert all(bool(p.ways) == (p in together and p.variant != "plain LoRA") for p in stage)
     for p in stage:                                      # of its own pictures as many
         assert p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN
 
@@ -531,7 +540,7 @@ def test_tables_say_what_the_results_hold(results):
     assert len(findings.tables()) == 15
     begun, *_, last = rows(findings.stages_table())
     assert begun == ["search", "0", "72", "0.0"]
-    assert last == ["conflict", "0", "not known yet", "0.0"]
+    assert last == ["confirmed", "0", "not known yet", "0.0"]
     assert len(findings.tables(finished=True)) == 1      # those of no stage are
 
 
@@ -597,32 +606,29 @@ def test_success_in_conflict_is_of_what_was_trained_together(results):
                     "success": right, "right": probe.marks([i < 4 * right for i in range(4)])}
                     for task in tasks}
                 write_json(experiment.RESULTS / f"conflict-{variant}-{seed}-{len(tasks)}.json", one)
+    fifth = result(experiment.FIFTH, 1, 1.0)
+    fifth["piece"]["tasks"], fifth["tasks"] = ("grown",), {"grown": fifth["tasks"]["pose"]}
+    write_json(experiment.RESULTS / "conflict-fifth.json", fifth)
     plain, free = rows(findings.conflict_table())
-    assert plain == ["plain LoRA", "2", *5 * ["50.0"], "50.0 (50.0 to 50.0)", "–"]
+    assert plain == ["plain LoRA", "2", *5 * ["50.0"], "50.0 (50.0 to 50.0)", *2 * ["–"]]
     assert free[:8] == ["free", "2", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
-    assert free[8].startswith("+25.0 (")
+    assert free[8].startswith("+25.0 (") and free[9] == "–"
     grown = rows(findings.interference_table("conflict"))[conflict.TASKS.index("grown")]
-    assert grown == ["grown", "50.0", "50.0"]
+    assert grown == ["grown", "50.0", "50.0", "100.0"]
+    for file in experiment.RESULTS.glob("conflict-*"):   # so, too, with fresh seeds
+        one = read_json(file)
+        one["piece"]["seed"] += 100
+        write_json(experiment.RESULTS / file.name.replace("conflict", "confirmed"), one)
+    assert rows(findings.conflict_table("confirmed")) == [plain, free]
 
 
-def test_a_regime_that_was_confirmed_is_told_beside_its_rival(results):
-    for name, right in (("free", 0.75), ("plain LoRA", 0.5)):
-        for seed in (101, 102):
-            write_json(experiment.RESULTS / f"confirmed-{name}-{seed}.json",
-                       result(name, seed, right))
-    ours, theirs, less = rows(findings.confirmed_table())
-    assert ours == ["free", "2", "1,234", *2 * ["75.0 (75.0 to 75.0)"]]
-    assert theirs == ["plain LoRA", "2", "1,234", *2 * ["50.0 (50.0 to 50.0)"]]
-    assert less[0] == "the first less the second" and less[3].startswith("+25.0 (")
-    for file in experiment.RESULTS.glob("confirmed-free-*"):
-        file.unlink()                                    # the rival's was ready first
-    assert rows(findings.confirmed_table()) == [theirs, [less[0], *4 * ["–"]]]
+def test_regimes_are_told_as_the_search_is(results):
     searched = result("free", 0, 0.5)
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     assert rows(findings.regimes_table())[0] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("confirmed")) == []       # these have none
-    assert len(findings.tables()) == 16                  # nothing is there of longer training
+    assert len(findings.tables()) == 13                  # nothing is there of longer training
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):

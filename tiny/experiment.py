@@ -13,9 +13,10 @@ started again; several pieces run side by side, each in a process and a thread o
     balance        the weight of the balance loss
     longer         what is compared first, 4,500 steps
     regimes        a search again, of settings in which routing might pay: found afterwards
-    confirmed      the one that leads its rival by most, and that rival, with eight fresh seeds
     conflict       as interference, on the tasks of tiny/conflict.py: what is compared first, and
                    the regimes that are as large
+    confirmed      the regime that is best in conflict, with eight fresh seeds, beside a plain LoRA
+                   and the same without a routing that learns
 
 Run: python -m tiny.experiment                           # all, in many hours on two cores
      python -m tiny.experiment table --workers 1 --minutes 15
@@ -60,8 +61,8 @@ from tiny.world import BASE_TASKS, NEW_TASKS, TinyWorld
 MODEL = Path("tiny/model")
 RESULTS = Path("tiny/results")                           # a JSON file for each piece
 WORK = Path("runs/experiment")                           # checkpoints
-STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "confirmed",
-          "conflict")
+STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "conflict",
+          "confirmed")
 SEARCH_SEED, SEEDS, MORE_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8), tuple(range(101, 109))
 STEPS, SEARCH_STEPS, LONGER_STEPS, BATCH = 1500, 500, 4500, 24
 TOGETHER_STEPS, OWN = 750, 8                             # interference: of each task in a batch
@@ -109,23 +110,26 @@ REGIMES = {
     "free and eager": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0.03")),
     "free and sharp": Variant("pooled", FREE | {"experts": 16, "top_k": 2, "rank": 4}),
     "free and alone": Variant("pooled", FREE | EVERYWHERE | {"experts": 7, "top_k": 2}),
+    "free as drawn": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0")),
     "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 8, "rank": 1},
                               sized=False),
     "small plain LoRA": Variant("lora", {"lora_rank": 3}, sized=False),
+    "a fifth of the plain LoRA": Variant("lora", {"lora_rank": 6}, sized=False),
     "one expert, as much as is kept": Variant("pooled", {"experts": 1, "top_k": 1, "rank": 32},
                                               sized=False)}
-RIVALS = dict.fromkeys(("free", "free and eager", "free and sharp", "free and alone"),
-                       "plain LoRA") | {"free and small": "small plain LoRA"}    # each as large
+CONTROLS = ("plain LoRA", "free as drawn")               # of the regimes that are as large
+AS_LARGE = ("free", "free and eager", "free and sharp", "free and alone")
 SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is searched
 ADAPTERS = VARIANTS | REGIMES
 # Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
 FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
 IN_COMPANY = ("InstructMoLE", "plain LoRA")              # trained on tasks alone and together
-AS_LARGE = tuple(name for name, rival in RIVALS.items() if rival == "plain LoRA")
+FIFTH = "a fifth of the plain LoRA"                      # one for each task: as if well routed
 COMPARED = {"interference": IN_COMPANY, "balance": ("InstructMoLE",), "longer": FIRST,
-            "confirmed": tuple(REGIMES), "conflict": (*FIRST, *AS_LARGE)}    # else all VARIANTS
+            "conflict": (*FIRST, *AS_LARGE, "free as drawn", FIFTH)}         # else all VARIANTS
 COMPANIES = {"interference": (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS),
-             "conflict": (*((task,) for task in conflict.TASKS), conflict.TASKS)}
+             "conflict": (*((task,) for task in conflict.TASKS), conflict.TASKS),
+             "confirmed": (conflict.TASKS,)}
 
 
 @dataclass(frozen=True)
@@ -264,14 +268,13 @@ def best(variant: str) -> Piece | None:
 
 
 def promising() -> str | None:
-    """The regime that leads its rival by most in the search, if one leads, once all are there."""
-    found = {name: best(name) for name in (*RIVALS, *RIVALS.values())}
-    if None in found.values():
+    """The regime of AS_LARGE with the most success in conflict, once that stage is there."""
+    if any(left("conflict")):
         return None
-    leads = {name: validation_loss(found[rival]) - validation_loss(found[name])
-             for name, rival in RIVALS.items()}
-    name = max(leads, key=leads.get)
-    return name if leads[name] > 0 else None
+    successes = {name: [np.mean([task["success"] for task in result["tasks"].values()])
+                        for result in found("conflict") if result["piece"]["variant"] == name
+                        and "diverged" not in result] for name in AS_LARGE}
+    return max(AS_LARGE, key=lambda name: np.mean(successes[name] or [0]))
 
 
 def pieces(stage: str) -> Iterator[Piece]:
@@ -284,7 +287,7 @@ def pieces(stage: str) -> Iterator[Piece]:
         seeds += MORE_SEEDS                              # for what is compared first alone
     if stage == "confirmed":
         name, seeds = promising(), FRESH_SEEDS
-        names = (name, RIVALS[name]) if name else ()
+        names = (name, *CONTROLS) if name else ()
     settings = {name: {"lr": piece.lr, "scale": piece.scale}
                 for name in names if (piece := best(name))}
     for seed, (variant, how) in product(seeds, settings.items()):
@@ -292,7 +295,7 @@ def pieces(stage: str) -> Iterator[Piece]:
             continue
         routes = seed not in MORE_SEEDS and ADAPTERS[variant].routes
         whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
-        if stage in ("table", "confirmed"):
+        if stage == "table":
             yield whole
         if stage == "longer":
             yield replace(whole, steps=LONGER_STEPS)
@@ -300,17 +303,20 @@ def pieces(stage: str) -> Iterator[Piece]:
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
         for tasks in COMPANIES.get(stage, ()):
-            asked = stage == "conflict" and tasks == conflict.TASKS          # for its routing
-            if asked or variant in IN_COMPANY:
+            if tasks == conflict.TASKS and variant != FIFTH:
+                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks)
+            elif tasks != conflict.TASKS and variant in (*IN_COMPANY, FIFTH):
                 yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
-                              ways=whole.ways if asked else ())
+                              ways=())
 
 
 def left(stage: str) -> tuple[list[Piece], int]:
-    """What of a stage is to do; of how many variants that is not known before their search."""
+    """What of a stage is to do; of how many variants that is not known before others are there."""
+    todo = [piece for piece in pieces(stage) if not piece.there()]
+    if stage == "confirmed":
+        return todo, int(promising() is None)
     names = () if stage in SEARCHES else COMPARED.get(stage, VARIANTS)
-    return ([piece for piece in pieces(stage) if not piece.there()],
-            sum(best(name) is None for name in names))
+    return todo, sum(best(name) is None for name in names)
 
 
 # --------------------------------------------------------------------------------------- one piece
@@ -461,7 +467,7 @@ def tell(stage: str) -> list[Piece]:
     if todo or not waiting:
         told.append(f"{len(todo)} to do")
     if waiting:
-        told.append(f"{waiting} variants wait for their search")
+        told.append(f"{waiting} variants wait for a stage before")
     print(f"{stage}: {', '.join(told)}", flush=True)
     return todo
 

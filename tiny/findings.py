@@ -14,9 +14,9 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import conflict, probe
-from tiny.experiment import (ADAPTERS, ALL, COMPANIES, FRESH_SEEDS, MORE_SEEDS, RATES, REGIMES,
-                             RESULTS, RIVALS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss, found,
-                             left)
+from tiny.experiment import (ADAPTERS, ALL, COMPANIES, CONTROLS, FIFTH, FRESH_SEEDS, MORE_SEEDS,
+                             RATES, REGIMES, RESULTS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss,
+                             found, left)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -256,18 +256,6 @@ def regimes_table() -> str:
     return search_table("regimes", REGIMES)
 
 
-def confirmed_table() -> str:
-    """The regime that led its rival in the search, both with fresh seeds; see lead()."""
-    table = by_variant(FRESH_SEEDS, "confirmed")
-    names = sorted(table, key=lambda name: name not in RIVALS)               # the regime first
-    rows = [[name, f"{len(table[name])}", f"{table[name][0]['parameters']:,}",
-             over_seeds(table[name], lambda r: success(r, NEW_TASKS)),
-             over_seeds(table[name], lambda r: success(r, EDITS))] for name in names]
-    more = lead(*map(table.get, names), right(NEW_TASKS)) if len(names) == 2 else HOLE
-    less = ["the first less the second", HOLE, HOLE, more, HOLE]
-    return markdown(["variant", "seeds", "parameters", "new tasks, %", "edits, %"], [*rows, less])
-
-
 def interference(stage: str = "interference") -> dict[str, dict[int, dict[str, list[float]]]]:
     """Success in percent, by variant, by how many tasks were trained together, by task."""
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -286,7 +274,7 @@ def interference_table(stage: str = "interference") -> str:
     more one variant loses by it than the other.
     """
     values, together = interference(stage), COMPANIES[stage][-1]
-    columns = [(variant, number) for variant in ("plain LoRA", "InstructMoLE")
+    columns = [(variant, number) for variant in ("plain LoRA", "InstructMoLE", FIFTH)
                for number in sorted(values.get(variant, {}))]
     words = {1: "alone", 3: "with two", len(together): "with all"}
 
@@ -324,17 +312,25 @@ def company_table(stage: str = "interference") -> str:
          lead(plain, routed, lambda one: alone(one) - with_all(one)))])
 
 
-def conflict_table() -> str:
-    """Success on the tasks in conflict, trained together, in percent; see lead()."""
+def conflict_table(stage: str = "conflict") -> str:
+    """Success on the tasks in conflict, trained together, in percent; see lead().
+
+    The last columns, in points: over a plain LoRA, and over what differs from "free" in that its
+    routing does not learn.
+    """
     together = {name: [one for one in results if len(one["piece"]["tasks"]) > 1]
-                for name, results in by_variant(stage="conflict").items()}
-    cases, plain = right(conflict.TASKS), together.get("plain LoRA", [])
-    return markdown(["variant", "seeds", *conflict.TASKS, "mean", "over the plain LoRA, points"], (
-        [name, f"{len(results)}",
-         *(f"{np.mean([success(one, [task]) for one in results]):.1f}" for task in conflict.TASKS),
-         over_seeds(results, lambda one: success(one, conflict.TASKS)),
-         HOLE if results is plain else lead(results, plain, cases)]
-        for name, results in together.items() if results))
+                for name, results in by_variant(SEEDS + FRESH_SEEDS, stage).items()}
+    rows = []
+    for name, results in together.items():
+        if not results:                                  # trained alone only
+            continue
+        over = [lead(results, together.get(control, []), right(conflict.TASKS))
+                if name != control else HOLE for control in CONTROLS]
+        by_task = (np.mean([success(one, [task]) for one in results]) for task in conflict.TASKS)
+        rows.append([name, f"{len(results)}", *(f"{mean:.1f}" for mean in by_task),
+                     over_seeds(results, lambda one: success(one, conflict.TASKS)), *over])
+    return markdown(["variant", "seeds", *conflict.TASKS, "mean",
+                     *(f"over {control}" for control in CONTROLS)], rows)
 
 
 TABLES = {"search": (search_table,),
@@ -344,10 +340,10 @@ TABLES = {"search": (search_table,),
           "longer": tuple(partial(make, "longer")
                           for make in (variants_table, leads_table, tasks_table)),
           "regimes": (regimes_table,),
-          "confirmed": (confirmed_table, partial(routing_table, "confirmed"),
-                        partial(routers_table, "confirmed")),
-          "conflict": (conflict_table, *(partial(make, "conflict") for make in (
-              interference_table, company_table, routing_table, routers_table)))}
+          "conflict": tuple(partial(make, "conflict") for make in (
+              conflict_table, interference_table, company_table, routing_table, routers_table)),
+          "confirmed": tuple(partial(make, "confirmed") for make in (
+              conflict_table, routing_table, routers_table))}
 
 
 def tables(finished: bool = False) -> list[str]:
