@@ -86,7 +86,7 @@ def test_what_is_best_in_conflict_is_confirmed(folders, best):
     found = list(experiment.pieces("confirmed"))
     assert {p.variant for p in found} == {best or "free", "plain LoRA", "free as drawn"}
     assert len(found) == 24 and {p.lr for p in found} == {3e-3}
-    assert {(p.tasks, p.batch) for p in found} == {(conflict.TASKS, 40)}
+    assert {(p.tasks, p.steps, p.batch) for p in found} == {(conflict.TASKS, 5 * 750, 8)}
     assert all(bool(p.ways) == (p.variant != "plain LoRA") for p in found)   # what routing decides
     assert not {p.seed for p in found} & {0, *experiment.SEEDS, *experiment.MORE_SEEDS}
     assert experiment.left("confirmed") == (found, 0)
@@ -103,8 +103,7 @@ def test_tasks_in_conflict_are_trained_alone_and_together(folders):
         for task in conflict.TASKS}
     assert {p.seed for p in stage} == set(experiment.SEEDS) and len(stage) == 3 * (9 + 15)
     assert all(bool(p.ways) == (p in together and p.variant != "plain LoRA") for p in stage)
-    for p in stage:                                      # of its own pictures as many
-        assert p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN
+    assert {(len(p.tasks), p.steps, p.batch) for p in stage} == {(1, 750, 8), (5, 3750, 8)}
 
 
 def test_a_piece_in_conflict_is_trained_on_such_tasks(folders, monkeypatch):

@@ -13,8 +13,8 @@ started again; several pieces run side by side, each in a process and a thread o
     balance        the weight of the balance loss
     longer         what is compared first, 4,500 steps
     regimes        a search again, of settings in which routing might pay: found afterwards
-    conflict       as interference, on the tasks of tiny/conflict.py: what is compared first, and
-                   the regimes that are as large
+    conflict       each of tiny/conflict.py's tasks alone, 750 steps of 8; all together, as many
+                   steps as all of those: what is compared first, and the regimes that are as large
     confirmed      the regime that is best in conflict, with eight fresh seeds, beside a plain LoRA
                    and the same without a routing that learns
 
@@ -303,11 +303,12 @@ def pieces(stage: str) -> Iterator[Piece]:
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
         for tasks in COMPANIES.get(stage, ()):
-            if tasks == conflict.TASKS and variant != FIFTH:
-                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks)
-            elif tasks != conflict.TASKS and variant in (*IN_COMPANY, FIFTH):
-                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
-                              ways=())
+            together, own = tasks == conflict.TASKS, replace(
+                whole, steps=TOGETHER_STEPS, batch=OWN, tasks=tasks, ways=())
+            if together and variant != FIFTH:            # as many steps as all have that are alone
+                yield replace(own, steps=TOGETHER_STEPS * len(tasks), ways=whole.ways)
+            elif not together and variant in (*IN_COMPANY, FIFTH):
+                yield replace(own, batch=OWN * len(tasks))
 
 
 def left(stage: str) -> tuple[list[Piece], int]:

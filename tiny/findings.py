@@ -270,8 +270,9 @@ def interference(stage: str = "interference") -> dict[str, dict[int, dict[str, l
 def interference_table(stage: str = "interference") -> str:
     """Success of a task trained alone, with two others, with all, by variant.
 
-    More company is also larger batches and fewer steps for each task: what compares is how much
-    more one variant loses by it than the other.
+    In `interference` more company is also larger batches and fewer steps for each task: what
+    compares is how much more one variant loses by it than the other. In `conflict` one adapter has
+    as many steps for all tasks as one for each of them have together.
     """
     values, together = interference(stage), COMPANIES[stage][-1]
     columns = [(variant, number) for variant in ("plain LoRA", "InstructMoLE", FIFTH)
