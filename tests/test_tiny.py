@@ -18,9 +18,9 @@ from tiny.world import BASE_TASKS, BIG, EDITS, NEW_TASKS, SMALL, Scene, Thing
 ALL = BASE_TASKS + NEW_TASKS
 
 
-def draws(task: str, number: int, held_out: bool) -> list[Sample]:
+def draws(task: str, number: int, held_out: bool, sample=world.tiny_sample) -> list[Sample]:
     rng = np.random.default_rng(5)
-    return [world.tiny_sample(rng, task, held_out) for _ in range(number)]
+    return [sample(rng, task, held_out) for _ in range(number)]
 
 
 @pytest.mark.parametrize("task", ALL)
@@ -113,16 +113,11 @@ def test_a_base_sees_big_things_that_its_tests_do_not_hold(task):
 
 # --------------------------------------------------------------------------------- tiny/conflict.py
 
-def conflicts(task: str, number: int, held_out: bool) -> list[Sample]:
-    rng = np.random.default_rng(3)
-    return [conflict.conflict_sample(rng, task, held_out) for _ in range(number)]
-
-
 @pytest.mark.parametrize("task", conflict.TASKS)
 def test_what_is_done_with_a_map_is_said_by_the_words_alone(task):
     tokens = T5Tokenizer(MODEL / "tokenizer_2")
     for held_out in (False, True):
-        for s in conflicts(task, 30, held_out):
+        for s in draws(task, 30, held_out, conflict.conflict_sample):
             assert np.array_equal(s.target, world.draw(s.scene)) and success(s.target, s)
             assert (s.task, s.images, len(s.conds)) == (task, [], 1)
             assert s.scene.held_out() == held_out and not cuts(s.instruction, tokens)
@@ -156,7 +151,7 @@ def test_the_map_is_of_the_things_named_and_only_the_tasks_asked_for_are_drawn()
         "colours exchanged": (Thing("circle", "blue", 0), Thing("star", "red", 8)),
         "places exchanged": (Thing("circle", "red", 8), Thing("star", "blue", 0)),
         "grown": (Thing("circle", "red", 0, BIG), Thing("star", "blue", 8, BIG))}
-    for s in conflicts("one alone", 20, False):
+    for s in draws("one alone", 20, False, conflict.conflict_sample):
         assert str(s.scene.things[0]) in s.instruction
         assert not np.array_equal(s.conds[0], world.edge_map(s.scene))       # the other shows too
     batch = conflict.ConflictWorld(("grown", "one alone")).draw(np.random.default_rng(0), 40)

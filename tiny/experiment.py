@@ -105,6 +105,7 @@ VARIANTS = {
 FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
 EVERYWHERE = {"lora_targets": (), "mole_targets":
               AdapterConfig().lora_targets + AdapterConfig().mole_targets}
+FIFTH = "a fifth of the plain LoRA"                      # one for each task: as if well routed
 REGIMES = {
     "free": Variant("pooled", FREE | {"rank": 9}),       # as large as the plain LoRA
     "free and eager": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0.03")),
@@ -114,7 +115,7 @@ REGIMES = {
     "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 8, "rank": 1},
                               sized=False),
     "small plain LoRA": Variant("lora", {"lora_rank": 3}, sized=False),
-    "a fifth of the plain LoRA": Variant("lora", {"lora_rank": 6}, sized=False),
+    FIFTH: Variant("lora", {"lora_rank": 6}, sized=False),
     "one expert, as much as is kept": Variant("pooled", {"experts": 1, "top_k": 1, "rank": 32},
                                               sized=False)}
 CONTROLS = ("plain LoRA", "free as drawn")               # of the regimes that are as large
@@ -123,8 +124,8 @@ SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is sea
 ADAPTERS = VARIANTS | REGIMES
 # Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
 FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
-IN_COMPANY = ("InstructMoLE", "plain LoRA")              # trained on tasks alone and together
-FIFTH = "a fifth of the plain LoRA"                      # one for each task: as if well routed
+IN_COMPANY = ("plain LoRA", "InstructMoLE")              # trained on tasks alone and together
+ALONE = (*IN_COMPANY, FIFTH)                             # of these one for each task, too
 COMPARED = {"interference": IN_COMPANY, "balance": ("InstructMoLE",), "longer": FIRST,
             "conflict": (*FIRST, *AS_LARGE, "free as drawn", FIFTH)}         # else all VARIANTS
 COMPANIES = {"interference": (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS),
@@ -303,19 +304,19 @@ def pieces(stage: str) -> Iterator[Piece]:
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
         for tasks in COMPANIES.get(stage, ()):
-            together, own = tasks == conflict.TASKS, replace(
-                whole, steps=TOGETHER_STEPS, batch=OWN, tasks=tasks, ways=())
-            if together and variant != FIFTH:            # as many steps as all have that are alone
-                yield replace(own, steps=TOGETHER_STEPS * len(tasks), ways=whole.ways)
-            elif not together and variant in (*IN_COMPANY, FIFTH):
-                yield replace(own, batch=OWN * len(tasks))
+            if tasks != conflict.TASKS and variant in ALONE:
+                yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
+                              ways=())
+            if tasks == conflict.TASKS and variant != FIFTH:     # as many steps as all alone have
+                yield replace(whole, steps=TOGETHER_STEPS * len(tasks), batch=OWN, tasks=tasks)
 
 
 def left(stage: str) -> tuple[list[Piece], int]:
     """What of a stage is to do; of how many variants that is not known before others are there."""
-    todo = [piece for piece in pieces(stage) if not piece.there()]
+    all_pieces = list(pieces(stage))
+    todo = [piece for piece in all_pieces if not piece.there()]
     if stage == "confirmed":
-        return todo, int(promising() is None)
+        return todo, int(not all_pieces)
     names = () if stage in SEARCHES else COMPARED.get(stage, VARIANTS)
     return todo, sum(best(name) is None for name in names)
 

@@ -14,7 +14,7 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import conflict, probe
-from tiny.experiment import (ADAPTERS, ALL, COMPANIES, CONTROLS, FIFTH, FRESH_SEEDS, MORE_SEEDS,
+from tiny.experiment import (ADAPTERS, ALL, ALONE, COMPANIES, CONTROLS, FRESH_SEEDS, MORE_SEEDS,
                              RATES, REGIMES, RESULTS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss,
                              found, left)
 from tiny.world import EDITS, NEW_TASKS
@@ -275,7 +275,7 @@ def interference_table(stage: str = "interference") -> str:
     as many steps for all tasks as one for each of them have together.
     """
     values, together = interference(stage), COMPANIES[stage][-1]
-    columns = [(variant, number) for variant in ("plain LoRA", "InstructMoLE", FIFTH)
+    columns = [(variant, number) for variant in ALONE
                for number in sorted(values.get(variant, {}))]
     words = {1: "alone", 3: "with two", len(together): "with all"}
 

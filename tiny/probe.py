@@ -32,6 +32,7 @@ from train import matching_loss
 STEPS, GUIDANCE = 12, 2.5
 SHIFT = 6.0                                              # of the times t in training
 TIMES = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (0.1, 0.3, 0.5, 0.7, 0.9)]   # 0.4 to 0.98
+# Tasks that are given as many pictures, and so can share a batch.
 TOGETHER = (("canny", "depth", "pose", "fill", "subject"), ("multi", "mixed"), conflict.TASKS)
 SLOT = {"a": r"[a-z]+ [a-z]+", "colour": "[a-z]+", "shape": "[a-z]+", "place": "[a-z ]+",
         "place2": "[a-z ]+", "scene": ".+", "things": ".+", "first": "first|second",
