@@ -24,7 +24,7 @@ CHANGES: dict[str, Callable[[Thing, Thing], tuple[Thing, ...]]] = {
     "grown": lambda one, two: (replace(one, radius=BIG), replace(two, radius=BIG))}
 TASKS = tuple(CHANGES)
 MORE_WORDS = {
-    "as it is": ["", ""],
+    "as it is": [""],
     "one alone": [", remove the second", ", take away the second"],
     "colours exchanged": [", change the colour of the first and the second",
                           ", give the first the colour of the second"],

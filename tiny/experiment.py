@@ -12,9 +12,9 @@ started again; several pieces run side by side, each in a process and a thread o
                    batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
     longer         what is compared first, 4,500 steps
-    regimes        a search again, of settings in which routing might pay: found afterwards
-    conflict       each of tiny/conflict.py's tasks alone, 750 steps of 8; all together, as many
-                   steps as all of those: what is compared first, and the regimes that are as large
+    regimes        a search again, on the tasks of tiny/conflict.py: of what is compared first, and
+                   of settings in which routing might pay, found afterwards
+    conflict       the same on all those tasks, 1,500 steps; and on each alone, a fifth of the steps
     confirmed      the regime that is best in conflict, with eight fresh seeds, beside a plain LoRA
                    and the same without a routing that learns
 
@@ -112,22 +112,17 @@ REGIMES = {
     "free and sharp": Variant("pooled", FREE | {"experts": 16, "top_k": 2, "rank": 4}),
     "free and alone": Variant("pooled", FREE | EVERYWHERE | {"experts": 7, "top_k": 2}),
     "free as drawn": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0")),
-    "free and small": Variant("pooled", FREE | {"lora_rank": 1, "lora_alpha": 8, "rank": 1},
-                              sized=False),
-    "small plain LoRA": Variant("lora", {"lora_rank": 3}, sized=False),
-    FIFTH: Variant("lora", {"lora_rank": 6}, sized=False),
-    "one expert, as much as is kept": Variant("pooled", {"experts": 1, "top_k": 1, "rank": 32},
-                                              sized=False)}
+    FIFTH: Variant("lora", {"lora_rank": 6}, sized=False)}
 CONTROLS = ("plain LoRA", "free as drawn")               # of the regimes that are as large
 AS_LARGE = ("free", "free and eager", "free and sharp", "free and alone")
-SEARCHES = {"search": VARIANTS, "regimes": REGIMES}      # by stage, what is searched
 ADAPTERS = VARIANTS | REGIMES
 # Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
 FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
 IN_COMPANY = ("plain LoRA", "InstructMoLE")              # trained on tasks alone and together
 ALONE = (*IN_COMPANY, FIFTH)                             # of these one for each task, too
+SEARCHES = {"search": (*VARIANTS,), "regimes": (*FIRST, *REGIMES)}           # what they are of
 COMPARED = {"interference": IN_COMPANY, "balance": ("InstructMoLE",), "longer": FIRST,
-            "conflict": (*FIRST, *AS_LARGE, "free as drawn", FIFTH)}         # else all VARIANTS
+            "conflict": SEARCHES["regimes"]}             # else all VARIANTS
 COMPANIES = {"interference": (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS),
              "conflict": (*((task,) for task in conflict.TASKS), conflict.TASKS),
              "confirmed": (conflict.TASKS,)}
@@ -226,24 +221,24 @@ def found(stage: str) -> list[dict]:
     return [read_json(file) for file in sorted(RESULTS.glob(f"{stage}-*.json"))]
 
 
-def searched(variant: str, i: int, j: int) -> Piece:
-    """The search's piece of a variant at a place: rate RATES[0] * 3^i, scale SCALES[0] * 8^j."""
+def searched(search: str, variant: str, i: int, j: int) -> Piece:
+    """A search's piece of a variant at a place: rate RATES[0] * 3^i, scale SCALES[0] * 8^j."""
     rate = float(f"{RATES[0] * 3.0 ** i:g}")             # 0.003, and not 0.0030000000000000005
-    stage = next(stage for stage, names in SEARCHES.items() if variant in names)
-    return Piece(stage, variant, SEARCH_SEED, SEARCH_STEPS, rate, SCALES[0] * 8.0 ** j)
+    return Piece(search, variant, SEARCH_SEED, SEARCH_STEPS, rate, SCALES[0] * 8.0 ** j,
+                 tasks=conflict.TASKS if search == "regimes" else ALL)
 
 
-def tried(variant: str) -> list[Piece]:
-    """The search's pieces of a variant: the grid, and once that is there, around its best."""
+def tried(search: str, variant: str) -> list[Piece]:
+    """A search's pieces of a variant: the grid, and once that is there, around its best."""
     places = list(product(range(len(RATES)), range(len(SCALES))))
-    while all(searched(variant, *place).there() for place in places):
-        i, j = min(places, key=lambda place: validation_loss(searched(variant, *place)))
+    while all(searched(search, variant, *place).there() for place in places):
+        i, j = min(places, key=lambda place: validation_loss(searched(search, variant, *place)))
         around = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
         new = [place for place in around if place not in places]
         if not new:
             break
         places += new
-    return [searched(variant, *place) for place in places]
+    return [searched(search, variant, *place) for place in places]
 
 
 def flow_loss(result: dict, tasks: Iterable[str]) -> float:
@@ -256,13 +251,13 @@ def flow_loss(result: dict, tasks: Iterable[str]) -> float:
 
 
 def validation_loss(piece: Piece) -> float:
-    """Of a piece of the search, a mean over all tasks: what it was trained for."""
-    return flow_loss(read_json(piece.file), ALL)
+    """Of a piece of a search, a mean over all its tasks: what it was trained for."""
+    return flow_loss(read_json(piece.file), piece.tasks)
 
 
-def best(variant: str) -> Piece | None:
-    """The search's best piece of a variant, once all are there."""
-    candidates = tried(variant)
+def best(variant: str, stage: str) -> Piece | None:
+    """A variant's best piece of the search that a stage's settings are from, once all are there."""
+    candidates = tried("regimes" if stage in ("conflict", "confirmed") else "search", variant)
     if not all(piece.there() for piece in candidates):
         return None
     return min(candidates, key=validation_loss)
@@ -281,7 +276,7 @@ def promising() -> str | None:
 def pieces(stage: str) -> Iterator[Piece]:
     """A stage's pieces, those of one seed together. After the search: of what it has finished."""
     if stage in SEARCHES:
-        yield from (piece for name in SEARCHES[stage] for piece in tried(name))
+        yield from (piece for name in SEARCHES[stage] for piece in tried(stage, name))
         return
     names, seeds = COMPARED.get(stage, VARIANTS), SEEDS
     if stage == "table":
@@ -290,7 +285,7 @@ def pieces(stage: str) -> Iterator[Piece]:
         name, seeds = promising(), FRESH_SEEDS
         names = (name, *CONTROLS) if name else ()
     settings = {name: {"lr": piece.lr, "scale": piece.scale}
-                for name in names if (piece := best(name))}
+                for name in names if (piece := best(name, stage))}
     for seed, (variant, how) in product(seeds, settings.items()):
         if seed in MORE_SEEDS and variant not in FIRST:
             continue
@@ -304,11 +299,13 @@ def pieces(stage: str) -> Iterator[Piece]:
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
         for tasks in COMPANIES.get(stage, ()):
-            if tasks != conflict.TASKS and variant in ALONE:
+            if stage == "interference":
                 yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
                               ways=())
-            if tasks == conflict.TASKS and variant != FIFTH:     # as many steps as all alone have
-                yield replace(whole, steps=TOGETHER_STEPS * len(tasks), batch=OWN, tasks=tasks)
+            elif tasks == conflict.TASKS and variant != FIFTH:
+                yield replace(whole, tasks=tasks)
+            elif tasks != conflict.TASKS and variant in ALONE:   # all of them: as many steps
+                yield replace(whole, steps=STEPS // len(conflict.TASKS), tasks=tasks, ways=())
 
 
 def left(stage: str) -> tuple[list[Piece], int]:
@@ -318,7 +315,7 @@ def left(stage: str) -> tuple[list[Piece], int]:
     if stage == "confirmed":
         return todo, int(not all_pieces)
     names = () if stage in SEARCHES else COMPARED.get(stage, VARIANTS)
-    return todo, sum(best(name) is None for name in names)
+    return todo, sum(best(name, stage) is None for name in names)
 
 
 # --------------------------------------------------------------------------------------- one piece
@@ -328,16 +325,19 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
 
     As the paper trains: AdamW, a constant rate. Muon, by which the embedded adapter learns faster,
     makes the steps of all experts orthogonal, which is what the orthogonality loss is to do.
+    On tasks in conflict the rate falls, lest the noise of a high one decides more than the variant.
     """
-    out = WORK / piece.name
-    variant = ADAPTERS[piece.variant]
+    out, variant = WORK / piece.name, ADAPTERS[piece.variant]
+    world, schedule = TinyWorld, "constant"
+    if set(piece.tasks) <= set(conflict.TASKS):
+        world, schedule = conflict.ConflictWorld, "cosine"
     args = train_options(baselines.METHODS, PUBLIC, [
         "--data", "tiny", "--model", str(MODEL), "--method", variant.method,
         "--steps", str(piece.steps), "--batch-size", str(piece.batch), "--lr", str(piece.lr),
+        "--schedule", schedule,
         "--shift", str(probe.SHIFT), "--seed", str(piece.seed), "--save-every", "500",
         "--device", device, "--dtype", DTYPE, "--out", str(out), "--resume", *variant.options])
-    drawn = conflict.ConflictWorld if set(piece.tasks) <= set(conflict.TASKS) else TinyWorld
-    train.prepare(args, configuration(piece), None, [(drawn(piece.tasks), 1.0)], HeldOut(None))
+    train.prepare(args, configuration(piece), None, [(world(piece.tasks), 1.0)], HeldOut(None))
     return out
 
 

@@ -14,9 +14,8 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import conflict, probe
-from tiny.experiment import (ADAPTERS, ALL, ALONE, COMPANIES, CONTROLS, FRESH_SEEDS, MORE_SEEDS,
-                             RATES, REGIMES, RESULTS, SCALES, SEEDS, STAGES, VARIANTS, flow_loss,
-                             found, left)
+from tiny.experiment import (ADAPTERS, ALONE, COMPANIES, CONTROLS, FRESH_SEEDS, MORE_SEEDS, RATES,
+                             RESULTS, SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -232,15 +231,15 @@ def balance_table() -> str:
         for weight, results in sorted(weights.items())))
 
 
-def search_table(stage: str = "search", names: Iterable[str] = VARIANTS) -> str:
-    """Flow loss of the search's pieces on validation scenes, a mean over all tasks.
+def search_table(stage: str = "search") -> str:
+    """Flow loss of a search's pieces on validation scenes, a mean over all its tasks.
 
     Those of the grid, and the least of those tried around its best.
     """
-    losses: dict[str, dict[tuple[float, float], float]] = {name: {} for name in names}
+    losses: dict[str, dict[tuple[float, float], float]] = {name: {} for name in SEARCHES[stage]}
     for result in found(stage):
         piece = result["piece"]
-        losses[piece["variant"]][piece["lr"], piece["scale"]] = flow_loss(result, ALL)
+        losses[piece["variant"]][piece["lr"], piece["scale"]] = flow_loss(result, piece["tasks"])
     grid, rows = list(product(RATES, SCALES)), []
     for name, values in losses.items():
         around = {setting: values[setting] for setting in values if setting not in grid}
@@ -252,8 +251,8 @@ def search_table(stage: str = "search", names: Iterable[str] = VARIANTS) -> str:
 
 
 def regimes_table() -> str:
-    """As search_table(), of settings in which routing might pay."""
-    return search_table("regimes", REGIMES)
+    """As search_table(), of the tasks in conflict."""
+    return search_table("regimes")
 
 
 def interference(stage: str = "interference") -> dict[str, dict[int, dict[str, list[float]]]]:
