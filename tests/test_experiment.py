@@ -623,6 +623,8 @@ def test_success_in_conflict_is_of_what_was_trained_together(results):
         one["piece"]["seed"] += 100
         write_json(experiment.RESULTS / file.name.replace("conflict", "confirmed"), one)
     assert rows(findings.conflict_table("confirmed")) == [plain, free]
+    for name in ("conflict", "confirmed"):
+        assert len(np.unique(findings.FIGURES[name][1]())) > 10
 
 
 def test_regimes_are_told_as_the_search_is(results):
@@ -682,7 +684,8 @@ def test_the_readme_holds_the_tables():
 
 # All pieces were made at these; between them what is compared and told changed, not the training.
 COMMITS = {"1a937d44df18c01c51b27ea7537c22ec0d508768",
-           "15240fd8a12829735369e3980053322796fc4387"}
+           "15240fd8a12829735369e3980053322796fc4387",
+           "8b1c9f9c2fa81f4e7c5cb7d239292adb3c88b2f1"}
 
 
 def test_the_results_that_are_committed_are_of_one_design():

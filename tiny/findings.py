@@ -21,19 +21,25 @@ from tiny.world import EDITS, NEW_TASKS
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
        7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
+COMMON_SEEDS = SEEDS + FRESH_SEEDS                       # those that all variants of a stage have
 
 
 # ----------------------------------------------------------------------------------------- numbers
 
-def ended(stage: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
+def ended(stage: str, seeds: Iterable[int] = COMMON_SEEDS) -> list[dict]:
     """A stage's results of these seeds, but for those whose training diverged."""
     return [r for r in found(stage) if "diverged" not in r and r["piece"]["seed"] in seeds]
 
 
-def by_variant(seeds: Iterable[int] = SEEDS, stage: str = "table") -> dict[str, list[dict]]:
-    """A stage's results, the seeds of each variant together, in the order of ADAPTERS."""
+def by_variant(stage: str = "table",
+               seeds: Iterable[int] = COMMON_SEEDS) -> dict[str, list[dict]]:
+    """A stage's results, the seeds of each variant together, in the order of ADAPTERS.
+
+    What was trained on one task alone is left out.
+    """
     order = list(ADAPTERS)
-    results = sorted(ended(stage, seeds), key=lambda r: order.index(r["piece"]["variant"]))
+    results = sorted((r for r in ended(stage, seeds) if len(r["piece"]["tasks"]) > 1),
+                     key=lambda r: order.index(r["piece"]["variant"]))
     return {name: list(group) for name, group in groupby(
         results, key=lambda r: r["piece"]["variant"])}
 
@@ -110,7 +116,7 @@ def variants_table(stage: str = "table") -> str:
           over_seeds(results, lambda r: success(r, NEW_TASKS)),
           over_seeds(results, lambda r: success(r, EDITS)),
           f"{np.mean([r['training_seconds'] for r in results]) / 60:.0f}"]
-         for name, results in by_variant(stage=stage).items()))
+         for name, results in by_variant(stage).items()))
 
 
 def leads_table(stage: str = "table") -> str:
@@ -118,7 +124,7 @@ def leads_table(stage: str = "table") -> str:
 
     Over all seeds that both have. The flow loss is in thousandths.
     """
-    table = by_variant(SEEDS + MORE_SEEDS, stage)
+    table = by_variant(stage, SEEDS + MORE_SEEDS)
     pairs = [("InstructMoLE", name) for name in table if name != "InstructMoLE"] + [
         ("strong LoRA beside", "plain LoRA")]
     measures: list[Callable[[dict], np.ndarray]] = [
@@ -138,7 +144,7 @@ def tasks_table(stage: str = "table") -> str:
     """Success on each new task, a mean over the seeds, in percent."""
     return markdown(["variant", *NEW_TASKS], (
         [name, *(f"{np.mean([success(r, [task]) for r in results]):.1f}" for task in NEW_TASKS)]
-        for name, results in by_variant(stage=stage).items()))
+        for name, results in by_variant(stage).items()))
 
 
 def wordings_table() -> str:
@@ -156,7 +162,7 @@ def wordings_table() -> str:
 
 def with_routing(stage: str = "table") -> dict[str, list[dict]]:
     """by_variant(), of the variants that route."""
-    return {name: routed for name, results in by_variant(SEEDS + FRESH_SEEDS, stage).items()
+    return {name: routed for name, results in by_variant(stage).items()
             if (routed := [result for result in results if "routing" in result])}
 
 
@@ -318,12 +324,8 @@ def conflict_table(stage: str = "conflict") -> str:
     The last columns, in points: over a plain LoRA, and over what differs from "free" in that its
     routing does not learn.
     """
-    together = {name: [one for one in results if len(one["piece"]["tasks"]) > 1]
-                for name, results in by_variant(SEEDS + FRESH_SEEDS, stage).items()}
-    rows = []
+    together, rows = by_variant(stage), []
     for name, results in together.items():
-        if not results:                                  # trained alone only
-            continue
         over = [lead(results, together.get(control, []), right(conflict.TASKS))
                 if name != control else HOLE for control in CONTROLS]
         by_task = (np.mean([success(one, [task]) for one in results]) for task in conflict.TASKS)
@@ -382,14 +384,14 @@ def draw_interference() -> np.ndarray:
             panel.plot([str(number) for number in there],
                        [np.mean(numbers[number][task]) for number in there], "o-", label=task)
         panel.set(title=variant, xlabel="tasks trained together", ylabel="success, %")
-        panel.legend(fontsize=7)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center")
     return report.pixels(figure)
 
 
-def draw_tasks() -> np.ndarray:
+def draw_tasks(stage: str = "table", tasks: tuple[str, ...] = EDITS + NEW_TASKS) -> np.ndarray:
     """Success by variant and task, a mean over the seeds, in percent."""
     from matplotlib.figure import Figure
-    table, tasks = by_variant(), [*EDITS, *NEW_TASKS]
+    table = by_variant(stage)
     values = [[np.mean([success(result, [task]) for result in results]) for task in tasks]
               for results in table.values()]
     figure = Figure((9, 4), layout="constrained")
@@ -404,27 +406,33 @@ def draw_tasks() -> np.ndarray:
     return report.pixels(figure)
 
 
-def draw_routing() -> np.ndarray:
+def choosing(stage: str = "table") -> dict[str, list[dict]]:
+    """with_routing(), of the variants that keep some experts and others not."""
+    return {name: results for name, results in with_routing(stage).items() if name not in ALL_KEPT}
+
+
+def draw_routing(stage: str = "table") -> np.ndarray:
     """What an expert's being kept tells of the task, by layer; which are kept, where it tells most.
 
-    Left: each variant in its first seed, and its shuffled tasks, dotted. Right: InstructMoLE.
+    Left: each variant in its first seed, and its shuffled tasks, dotted. Right: the first variant,
+    in the table InstructMoLE.
     """
     from matplotlib.figure import Figure
-    routed = {name: results[0]["routing"] for name, results in with_routing().items()
-              if name not in ALL_KEPT}
+    routed = {name: results[0]["routing"] for name, results in choosing(stage).items()}
     figure = Figure((9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, routing in routed.items():
         line, = left.plot(list(routing["information"].values()), label=name)
         left.plot(list(routing["information of shuffled tasks"].values()), ":",
                   color=line.get_color())
-    left.set(title="bits that an expert's being kept tells of the task", xlabel="layer", ylim=0)
-    left.legend(fontsize=7)
-    name = "InstructMoLE" if "InstructMoLE" in routed else next(iter(routed))
-    told = routed[name]["information"]
+    left.set(xlabel="layer", ylim=0)
+    left.set_title("bits that an expert's being kept tells of the task", fontsize=9)
+    figure.legend(loc="outside left center", fontsize=8)
+    name, routing = next(iter(routed.items()))
+    told, tasks = routing["information"], list(routing["right"]["as trained"])
     layer = max(told, key=told.get)
-    image = right.imshow(routed[name]["kept"][layer], vmin=0, vmax=1, cmap="viridis")
-    right.set_yticks(range(len(NEW_TASKS)), NEW_TASKS)
+    image = right.imshow(routing["kept"][layer], vmin=0, vmax=1, cmap="viridis")
+    right.set_yticks(range(len(tasks)), tasks)
     right.set(xlabel="expert")
     right.set_title(f"{name}: share of pictures that keep it\nin {layer}", fontsize=9)
     figure.colorbar(image)
@@ -446,9 +454,16 @@ def draw_cosines() -> np.ndarray:
     return report.pixels(figure)
 
 
-FIGURES = {"variants": ("table", draw_variants), "tasks": ("table", draw_tasks),
-           "routing": ("table", draw_routing), "cosines": ("table", draw_cosines),
-           "interference": ("interference", draw_interference)}       # name: stage, by what
+FIGURES = {                                              # name: of what, and what draws it
+    "variants": (by_variant, draw_variants),
+    "tasks": (by_variant, draw_tasks),
+    "routing": (choosing, draw_routing),
+    "cosines": (with_routing, draw_cosines),
+    "interference": (interference, draw_interference),
+    "conflict": (partial(by_variant, "conflict"), partial(draw_tasks, "conflict", conflict.TASKS)),
+    "confirmed": (partial(by_variant, "confirmed"),
+                  partial(draw_tasks, "confirmed", conflict.TASKS)),
+    "confirmed_routing": (partial(choosing, "confirmed"), partial(draw_routing, "confirmed"))}
 
 
 def main() -> None:
@@ -457,8 +472,8 @@ def main() -> None:
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
     print("\n\n".join(tables()))
     report.tell_missing()
-    for name, (stage, draw) in FIGURES.items():
-        if found(stage) and report.can_draw():
+    for name, (of_what, draw) in FIGURES.items():
+        if of_what() and report.can_draw():
             save_picture(draw(), RESULTS / f"{name}.png")
             print(f"{RESULTS / name}.png")
 
