@@ -55,9 +55,11 @@ def test_regimes_are_as_large_as_a_plain_lora(folders):
     def size(variant: str) -> int:
         return experiment.count(experiment.configuration(replace(PIECE, variant=variant)))
     plain = size("plain LoRA")
-    for name in (*experiment.AS_LARGE, *experiment.CONTROLS):
+    for name in ("free", "free as drawn"):               # compared with it first
         assert abs(size(name) / plain - 1) < 0.05, name
-    assert abs(5 * size(experiment.FIFTH) / plain - 1) < 0.05    # one for each task in conflict
+    assert abs(5 * size(experiment.FOR_EACH) / plain - 1) < 0.05
+    for name in experiment.SEARCHES["regimes"]:
+        assert name == experiment.FOR_EACH or abs(size(name) / size("InstructMoLE") - 1) < 0.05
     assert not experiment.VARIANTS.keys() & experiment.REGIMES.keys()
 
 
@@ -70,41 +72,22 @@ def search_all() -> None:
                     piece.tasks, 0.5 + 0.1 * (piece.lr != lr))})
 
 
-@pytest.mark.parametrize("best", ["free", "free and alone", None])
-def test_what_is_best_in_conflict_is_confirmed(folders, best):
-    """With fresh seeds, beside its controls; a control that is better still is not."""
-    search_all()
-    assert experiment.left("confirmed") == ([], 1)       # not known yet
-    successes = {"plain LoRA": 0.9, "free as drawn": 0.8, best: 0.5}
-    for piece in experiment.pieces("conflict"):
-        right = {task: {"success": successes.get(piece.variant, 0.1)} for task in piece.tasks}
-        write_json(piece.file, {"piece": vars(piece), "tasks": right} | (
-            {} if best else {"diverged": "step 7"}))
-    assert experiment.promising() == (best or "free")
-    found = list(experiment.pieces("confirmed"))
-    assert {p.variant for p in found} == {best or "free", "plain LoRA", "free as drawn"}
-    assert len(found) == 24 and {p.lr for p in found} == {1e-3}
-    assert {(p.tasks, p.steps, p.batch) for p in found} == {(conflict.TASKS, 1500, 24)}
-    assert all(bool(p.ways) == (p.variant != "plain LoRA") for p in found)   # what routing decides
-    assert not {p.seed for p in found} & {0, *experiment.SEEDS, *experiment.MORE_SEEDS}
-    assert experiment.left("confirmed") == (found, 0)
-
-
 def test_tasks_in_conflict_are_trained_alone_and_together(folders):
     search_all()
-    assert {(p.variant, p.tasks) for p in experiment.pieces("regimes")} == {
-        (name, conflict.TASKS) for name in (*experiment.FIRST, *experiment.REGIMES)}
+    assert {p.tasks for p in experiment.pieces("regimes")} == {conflict.TASKS}
     stage = list(experiment.pieces("conflict"))
+    together = [p for p in stage if p.variant != experiment.FOR_EACH]
+    assert {(p.tasks, p.steps, p.batch) for p in together} == {(conflict.TASKS, 1500, 24)}
+    for name in experiment.SEARCHES["regimes"]:
+        seeds = 8 if name in ("plain LoRA", "free", "free as drawn") else 3
+        assert sum(p.variant == name for p in together) == seeds * (name != experiment.FOR_EACH)
+    alone = [p for p in stage if p not in together]      # as many steps, 5 of 24 pictures
+    assert {(p.tasks, p.steps, p.batch) for p in alone} == {
+        ((task,), 1500, 5) for task in conflict.TASKS} and len(alone) == 15
     assert {p.lr for p in stage} == {1e-3}               # what the search on such tasks has found
-    together = [p for p in stage if p.tasks == conflict.TASKS]
-    assert {p.variant for p in together} == {
-        *experiment.FIRST, *experiment.AS_LARGE, "free as drawn"}
-    assert {(p.variant, p.tasks) for p in stage if p not in together} == {
-        (variant, (task,)) for variant in ("InstructMoLE", "plain LoRA", experiment.FIFTH)
-        for task in conflict.TASKS}
-    assert {p.seed for p in stage} == set(experiment.SEEDS) and len(stage) == 3 * (9 + 15)
-    assert all(bool(p.ways) == (p in together and p.variant != "plain LoRA") for p in stage)
-    assert {(len(p.tasks), p.steps, p.batch) for p in stage} == {(1, 300, 24), (5, 1500, 24)}
+    assert all(bool(p.ways) == (p in together and p.seed < 4 and p.variant not in (
+        "plain LoRA", "free as one")) for p in stage)    # what routing decides
+    assert experiment.left("conflict") == (stage, 0)
 
 
 def test_a_piece_in_conflict_is_trained_on_such_tasks(folders, monkeypatch):
@@ -144,10 +127,10 @@ def test_every_piece_has_a_name_of_its_own(folders):
     seeds = {variant: {p.seed for p in rest if p.variant == variant}
              for variant in experiment.VARIANTS}
     for variant, own in seeds.items():                   # the search's is none of them
-        more = experiment.MORE_SEEDS if variant in experiment.FIRST else ()
+        more = experiment.MORE_SEEDS if variant in experiment.FIRST["table"] else ()
         assert own == {*experiment.SEEDS, *more} and experiment.SEARCH_SEED not in own
     assert {(p.variant, p.seed, p.steps) for p in rest if p.stage == "longer"} == {
-        (name, seed, 4500) for name in experiment.FIRST for seed in experiment.SEEDS}
+        (name, seed, 4500) for name in experiment.FIRST["table"] for seed in experiment.SEEDS}
     for p in rest:                                       # its own pictures: the same number
         assert p.stage != "interference" or (
             p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN)
@@ -543,7 +526,7 @@ def test_tables_say_what_the_results_hold(results):
     assert len(findings.tables()) == 15
     begun, *_, last = rows(findings.stages_table())
     assert begun == ["search", "0", "72", "0.0"]
-    assert last == ["confirmed", "0", "not known yet", "0.0"]
+    assert last == ["conflict", "0", "not known yet", "0.0"]
     assert len(findings.tables(finished=True)) == 1      # those of no stage are
 
 
@@ -599,32 +582,28 @@ def test_what_company_costs_is_paired_by_seed_and_picture(results):
     assert less == ["the first less the second", interval(25, [0, 50], [0, 50, 50, 0])]
 
 
-def test_success_in_conflict_is_of_what_was_trained_together(results):
-    for variant, right in (("plain LoRA", 0.5), ("free", 0.75)):
-        for seed in (1, 2):
-            for tasks in (("grown",), conflict.TASKS):
-                one = result(variant, seed, right / len(tasks) * 5)
-                one["piece"]["tasks"] = tasks
-                one["tasks"] = {task: one["tasks"]["pose"] | {
-                    "success": right, "right": probe.marks([i < 4 * right for i in range(4)])}
-                    for task in tasks}
-                write_json(experiment.RESULTS / f"conflict-{variant}-{seed}-{len(tasks)}.json", one)
-    fifth = result(experiment.FIFTH, 1, 1.0)
-    fifth["piece"]["tasks"], fifth["tasks"] = ("grown",), {"grown": fifth["tasks"]["pose"]}
-    write_json(experiment.RESULTS / "conflict-fifth.json", fifth)
-    plain, free = rows(findings.conflict_table())
-    assert plain == ["plain LoRA", "2", *5 * ["50.0"], "50.0 (50.0 to 50.0)", *2 * ["–"]]
-    assert free[:8] == ["free", "2", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
-    assert free[8].startswith("+25.0 (") and free[9] == "–"
-    grown = rows(findings.interference_table("conflict"))[conflict.TASKS.index("grown")]
-    assert grown == ["grown", "50.0", "50.0", "100.0"]
-    for file in experiment.RESULTS.glob("conflict-*"):   # so, too, with fresh seeds
-        one = read_json(file)
-        one["piece"]["seed"] += 100
-        write_json(experiment.RESULTS / file.name.replace("conflict", "confirmed"), one)
-    assert rows(findings.conflict_table("confirmed")) == [plain, free]
-    for name in ("conflict", "confirmed"):
-        assert len(np.unique(findings.FIGURES[name][1]())) > 10
+def test_in_conflict_a_lora_for_each_task_counts_as_one(results):
+    """Of a seed, and only where all its tasks are there."""
+    def write(variant: str, seed: int, tasks: tuple[str, ...], right: float) -> None:
+        one = result(variant, seed, right)
+        one["piece"]["tasks"] = tasks
+        one["tasks"] = dict.fromkeys(tasks, one["tasks"]["pose"])
+        one["flow"] = dict.fromkeys(tasks, right)
+        write_json(experiment.RESULTS / f"conflict-{variant}-{seed}-{'+'.join(tasks)}.json", one)
+    for seed in (1, 2):
+        write("plain LoRA", seed, conflict.TASKS, 0.5)
+        write("free", seed, conflict.TASKS, 0.75)
+        for task in conflict.TASKS[seed - 1:]:           # of the second one is not there yet
+            write(experiment.FOR_EACH, seed, (task,), float(task == "grown"))
+    plain, free, each = rows(findings.conflict_table())
+    assert plain == ["plain LoRA", *5 * ["50.0"], "50.0 (50.0 to 50.0)"]
+    assert free == ["free", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
+    assert each == [experiment.FOR_EACH, *4 * ["0.0"], "100.0", "20.0 (20.0 to 20.0)"]
+    first, *_, last = rows(findings.leads_table("conflict"))
+    assert first[:2] == ["free over plain LoRA", "2"] and first[2].startswith("+25.0 (")
+    assert first[3] == "-250.0 (-250.0 to -250.0)"       # the flow loss is called as success here
+    assert last == [f"{experiment.FOR_EACH} over plain LoRA", "1", "–", "–"]
+    assert len(np.unique(findings.FIGURES["conflict"][1]())) > 10
 
 
 def test_regimes_are_told_as_the_search_is(results):
@@ -633,9 +612,9 @@ def test_regimes_are_told_as_the_search_is(results):
     searched["flow"] = dict.fromkeys(conflict.TASKS, 0.5)
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     compared = rows(findings.regimes_table())
-    assert [row[0] for row in compared] == [*experiment.FIRST, *experiment.REGIMES]
-    assert compared[4] == ["free", "–", "–", "0.5000", *4 * ["–"]]
-    assert rows(findings.routing_table("confirmed")) == []       # these have none
+    assert [row[0] for row in compared] == [*experiment.SEARCHES["regimes"]]
+    assert compared[3] == ["free", "–", "–", "0.5000", *4 * ["–"]]
+    assert rows(findings.routing_table("conflict")) == []        # these have none
     assert len(findings.tables()) == 13                  # nothing is there of longer training
 
 

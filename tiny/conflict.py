@@ -39,7 +39,7 @@ def conflict_sample(rng: np.random.Generator, task: str, held_out: bool = False)
         given = random_scene(rng, 2, new_shapes=True)
         one, two = given.things
         scene = Scene(given.background, CHANGES[task](one, two))
-        if (one.colour != two.colour and not near(one.cell, two.cell)        # no big ones overlap
+        if (one.colour != two.colour and not near(one.cell, two.cell)    # big ones hardly overlap
                 and given.held_out() == scene.held_out() == held_out):
             break
     text = words(rng, "canny", False, things=describe(given, places=False),

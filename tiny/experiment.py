@@ -12,11 +12,9 @@ started again; several pieces run side by side, each in a process and a thread o
                    batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
     longer         what is compared first, 4,500 steps
-    regimes        a search again, on the tasks of tiny/conflict.py: of what is compared first, and
-                   of settings in which routing might pay, found afterwards
-    conflict       the same on all those tasks, 1,500 steps; and on each alone, a fifth of the steps
-    confirmed      the regime that is best in conflict, with eight fresh seeds, beside a plain LoRA
-                   and the same without a routing that learns
+    regimes        a search again, on the tasks of tiny/conflict.py, with what lies between a plain
+                   LoRA, InstructMoLE, and a setting in which routing might pay: found afterwards
+    conflict       the same as in the table, on those tasks
 
 Run: python -m tiny.experiment                           # all, in many hours on two cores
      python -m tiny.experiment table --workers 1 --minutes 15
@@ -61,11 +59,11 @@ from tiny.world import BASE_TASKS, NEW_TASKS, TinyWorld
 MODEL = Path("tiny/model")
 RESULTS = Path("tiny/results")                           # a JSON file for each piece
 WORK = Path("runs/experiment")                           # checkpoints
-STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "conflict",
-          "confirmed")
-SEARCH_SEED, SEEDS, MORE_SEEDS, FRESH_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8), tuple(range(101, 109))
+STAGES = ("search", "table", "interference", "balance", "longer", "regimes", "conflict")
+SEARCH_SEED, SEEDS, MORE_SEEDS = 0, (1, 2, 3), (4, 5, 6, 7, 8)
 STEPS, SEARCH_STEPS, LONGER_STEPS, BATCH = 1500, 500, 4500, 24
 TOGETHER_STEPS, OWN = 750, 8                             # interference: of each task in a batch
+OWN_IN_CONFLICT = 5                                      # in a batch of BATCH 4.8, on average
 NUMBER, FEW = 256, 64                                    # pictures per task that are scored
 RATES, SCALES = (1e-3, 3e-3, 9e-3), (1.0, 8.0)           # what the search tries
 TRIPLES = (("canny", "depth", "pose"), ("fill", "subject", "multi"), ("mixed", "canny", "subject"))
@@ -103,29 +101,22 @@ VARIANTS = {
     "Expert Race": Variant("race"),
     "Expert Choice": Variant("choice")}
 FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
-EVERYWHERE = {"lora_targets": (), "mole_targets":
-              AdapterConfig().lora_targets + AdapterConfig().mole_targets}
-FIFTH = "a fifth of the plain LoRA"                      # one for each task: as if well routed
+FOR_EACH = "a LoRA for each task"                        # of a fifth of the size: as if well routed
 REGIMES = {
     "free": Variant("pooled", FREE | {"rank": 9}),       # as large as the plain LoRA
-    "free and eager": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0.03")),
-    "free and sharp": Variant("pooled", FREE | {"experts": 16, "top_k": 2, "rank": 4}),
-    "free and alone": Variant("pooled", FREE | EVERYWHERE | {"experts": 7, "top_k": 2}),
+    "free with resampler": Variant("instructmole", FREE),
     "free as drawn": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0")),
-    FIFTH: Variant("lora", {"lora_rank": 6}, sized=False)}
-CONTROLS = ("plain LoRA", "free as drawn")               # of the regimes that are as large
-AS_LARGE = ("free", "free and eager", "free and sharp", "free and alone")
+    "free as one": Variant("pooled", FREE | {"experts": 1, "top_k": 1}),
+    FOR_EACH: Variant("lora", {"lora_rank": 6}, sized=False)}
 ADAPTERS = VARIANTS | REGIMES
 # Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
-FIRST = ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn")
-IN_COMPANY = ("plain LoRA", "InstructMoLE")              # trained on tasks alone and together
-ALONE = (*IN_COMPANY, FIFTH)                             # of these one for each task, too
-SEARCHES = {"search": (*VARIANTS,), "regimes": (*FIRST, *REGIMES)}           # what they are of
-COMPARED = {"interference": IN_COMPANY, "balance": ("InstructMoLE",), "longer": FIRST,
-            "conflict": SEARCHES["regimes"]}             # else all VARIANTS
-COMPANIES = {"interference": (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS),
-             "conflict": (*((task,) for task in conflict.TASKS), conflict.TASKS),
-             "confirmed": (conflict.TASKS,)}
+FIRST = {"table": ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn"),
+         "conflict": ("plain LoRA", "free", "free as drawn")}    # what is compared with more seeds
+SEARCHES = {"search": (*VARIANTS,),                      # what they are of
+            "regimes": ("InstructMoLE", "strong LoRA beside", "plain LoRA", *REGIMES)}
+COMPARED = {"interference": ("plain LoRA", "InstructMoLE"), "balance": ("InstructMoLE",),
+            "longer": FIRST["table"], "conflict": SEARCHES["regimes"]}       # else all VARIANTS
+COMPANIES = (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS)          # of interference
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ class Piece:
         parts = [self.stage, self.variant, f"seed {self.seed}"]
         if self.stage in SEARCHES:
             parts += [f"lr {self.lr:g}", f"scale {self.scale:g}"]
-        if self.tasks != ALL:
+        if self.tasks not in (ALL, conflict.TASKS):
             parts.append(" ".join(self.tasks))
         if self.balance_weight is not None:
             parts.append(f"weight {self.balance_weight:g}")
@@ -257,20 +248,10 @@ def validation_loss(piece: Piece) -> float:
 
 def best(variant: str, stage: str) -> Piece | None:
     """A variant's best piece of the search that a stage's settings are from, once all are there."""
-    candidates = tried("regimes" if stage in ("conflict", "confirmed") else "search", variant)
+    candidates = tried("regimes" if stage == "conflict" else "search", variant)
     if not all(piece.there() for piece in candidates):
         return None
     return min(candidates, key=validation_loss)
-
-
-def promising() -> str | None:
-    """The regime of AS_LARGE with the most success in conflict, once that stage is there."""
-    if any(left("conflict")):
-        return None
-    successes = {name: [np.mean([task["success"] for task in result["tasks"].values()])
-                        for result in found("conflict") if result["piece"]["variant"] == name
-                        and "diverged" not in result] for name in AS_LARGE}
-    return max(AS_LARGE, key=lambda name: np.mean(successes[name] or [0]))
 
 
 def pieces(stage: str) -> Iterator[Piece]:
@@ -279,15 +260,12 @@ def pieces(stage: str) -> Iterator[Piece]:
         yield from (piece for name in SEARCHES[stage] for piece in tried(stage, name))
         return
     names, seeds = COMPARED.get(stage, VARIANTS), SEEDS
-    if stage == "table":
+    if stage in FIRST:
         seeds += MORE_SEEDS                              # for what is compared first alone
-    if stage == "confirmed":
-        name, seeds = promising(), FRESH_SEEDS
-        names = (name, *CONTROLS) if name else ()
     settings = {name: {"lr": piece.lr, "scale": piece.scale}
                 for name in names if (piece := best(name, stage))}
     for seed, (variant, how) in product(seeds, settings.items()):
-        if seed in MORE_SEEDS and variant not in FIRST:
+        if seed in MORE_SEEDS and variant not in FIRST[stage]:
             continue
         routes = seed not in MORE_SEEDS and ADAPTERS[variant].routes
         whole = Piece(stage, variant, seed, STEPS, **how, ways=probe.WAYS if routes else ())
@@ -298,22 +276,20 @@ def pieces(stage: str) -> Iterator[Piece]:
         if stage == "balance":
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
                 yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
-        for tasks in COMPANIES.get(stage, ()):
-            if stage == "interference":
+        if stage == "interference":
+            for tasks in COMPANIES:
                 yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
                               ways=())
-            elif tasks == conflict.TASKS and variant != FIFTH:
-                yield replace(whole, tasks=tasks)
-            elif tasks != conflict.TASKS and variant in ALONE:   # all of them: as many steps
-                yield replace(whole, steps=STEPS // len(conflict.TASKS), tasks=tasks, ways=())
+        if stage == "conflict" and variant != FOR_EACH:
+            yield replace(whole, tasks=conflict.TASKS)
+        if stage == "conflict" and variant == FOR_EACH:
+            for task in conflict.TASKS:
+                yield replace(whole, batch=OWN_IN_CONFLICT, tasks=(task,))
 
 
 def left(stage: str) -> tuple[list[Piece], int]:
     """What of a stage is to do; of how many variants that is not known before others are there."""
-    all_pieces = list(pieces(stage))
-    todo = [piece for piece in all_pieces if not piece.there()]
-    if stage == "confirmed":
-        return todo, int(not all_pieces)
+    todo = [piece for piece in pieces(stage) if not piece.there()]
     names = () if stage in SEARCHES else COMPARED.get(stage, VARIANTS)
     return todo, sum(best(name, stage) is None for name in names)
 

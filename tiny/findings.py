@@ -6,7 +6,7 @@ Run: python -m tiny.findings                             # prints the tables, dr
 """
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 
 import numpy as np
 
@@ -14,34 +14,47 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import conflict, probe
-from tiny.experiment import (ADAPTERS, ALONE, COMPANIES, CONTROLS, FRESH_SEEDS, MORE_SEEDS, RATES,
-                             RESULTS, SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left)
+from tiny.experiment import (ADAPTERS, COMPARED, FOR_EACH, MORE_SEEDS, RATES, RESULTS,
+                             SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
        7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
-COMMON_SEEDS = SEEDS + FRESH_SEEDS                       # those that all variants of a stage have
+# What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
+# there is to win.
+LADDER = (("free", "plain LoRA"), ("free", "free as drawn"), ("free", "free as one"),
+          ("free", "free with resampler"), ("free with resampler", "strong LoRA beside"),
+          ("strong LoRA beside", "InstructMoLE"), (FOR_EACH, "plain LoRA"))
 
 
 # ----------------------------------------------------------------------------------------- numbers
 
-def ended(stage: str, seeds: Iterable[int] = COMMON_SEEDS) -> list[dict]:
+def ended(stage: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
     """A stage's results of these seeds, but for those whose training diverged."""
     return [r for r in found(stage) if "diverged" not in r and r["piece"]["seed"] in seeds]
 
 
-def by_variant(stage: str = "table",
-               seeds: Iterable[int] = COMMON_SEEDS) -> dict[str, list[dict]]:
+def joined(results: Iterable[dict], tasks: tuple[str, ...]) -> list[dict]:
+    """The results of a seed as if they were of one adapter; of seeds that have all the tasks."""
+    by_seed: dict[int, dict] = {}
+    for result in results:
+        one = by_seed.setdefault(result["piece"]["seed"], result | {"tasks": {}, "flow": {}})
+        for what in ("tasks", "flow"):
+            one[what] |= result[what]
+    return [one for one in by_seed.values() if one["tasks"].keys() >= set(tasks)]
+
+
+def by_variant(stage: str = "table", seeds: Iterable[int] = SEEDS) -> dict[str, list[dict]]:
     """A stage's results, the seeds of each variant together, in the order of ADAPTERS.
 
-    What was trained on one task alone is left out.
+    In conflict, five adapters for a task each count as one.
     """
-    order = list(ADAPTERS)
-    results = sorted((r for r in ended(stage, seeds) if len(r["piece"]["tasks"]) > 1),
-                     key=lambda r: order.index(r["piece"]["variant"]))
-    return {name: list(group) for name, group in groupby(
-        results, key=lambda r: r["piece"]["variant"])}
+    results = ended(stage, seeds)
+    each = {name: [r for r in results if r["piece"]["variant"] == name] for name in ADAPTERS}
+    if stage == "conflict":
+        each = {name: joined(own, conflict.TASKS) for name, own in each.items()}
+    return {name: own for name, own in each.items() if own}
 
 
 def success(result: dict, tasks: Iterable[str], key: str = "success") -> float:
@@ -122,22 +135,25 @@ def variants_table(stage: str = "table") -> str:
 def leads_table(stage: str = "table") -> str:
     """InstructMoLE, published and with a strong LoRA beside, against others; see lead().
 
-    Over all seeds that both have. The flow loss is in thousandths.
+    Over all seeds that both have. The flow loss is in thousandths. In conflict: LADDER.
     """
     table = by_variant(stage, SEEDS + MORE_SEEDS)
-    pairs = [("InstructMoLE", name) for name in table if name != "InstructMoLE"] + [
-        ("strong LoRA beside", "plain LoRA")]
+    pairs = [*(("InstructMoLE", name) for name in table if name != "InstructMoLE"),
+             ("strong LoRA beside", "plain LoRA")]
+    groups = {"new tasks": NEW_TASKS, "edits": EDITS}
+    if stage == "conflict":
+        pairs, groups = [*LADDER], {"tasks in conflict": conflict.TASKS}
+    tasks = next(iter(groups.values()))
     measures: list[Callable[[dict], np.ndarray]] = [
-        right(NEW_TASKS), right(EDITS),
-        lambda result: np.array([-1000 * flow_loss(result, NEW_TASKS)])]
+        *map(right, groups.values()), lambda r: np.array([-1000 * flow_loss(r, tasks)])]
     rows = []
     for ours, theirs in pairs:
         two = [table.get(name, []) for name in (ours, theirs)]
         seeds = [{result["piece"]["seed"] for result in results} for results in two]
         rows.append([f"{ours} over {theirs}", f"{len(set.intersection(*seeds))}",
                      *(lead(*two, cases) for cases in measures)])
-    return markdown(["lead", "seeds", "new tasks, points", "edits, points",
-                     "flow loss of new tasks, less by 0.001 times"], rows)
+    return markdown(["lead", "seeds", *(f"{name}, points" for name in groups),
+                     f"flow loss of {next(iter(groups))}, less by 0.001 times"], rows)
 
 
 def tasks_table(stage: str = "table") -> str:
@@ -167,7 +183,7 @@ def with_routing(stage: str = "table") -> dict[str, list[dict]]:
 
 
 def routing_table(stage: str = "table") -> str:
-    """What becomes of success on the new tasks when the routing is changed at test time.
+    """What becomes of success on the tasks when the routing is changed at test time.
 
     The last column: what routing by its own task gives a picture, beside routing by another's.
     Experts suffer where they are used otherwise than trained: a loss here does not say that
@@ -261,10 +277,10 @@ def regimes_table() -> str:
     return search_table("regimes")
 
 
-def interference(stage: str = "interference") -> dict[str, dict[int, dict[str, list[float]]]]:
+def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
     """Success in percent, by variant, by how many tasks were trained together, by task."""
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for result in ended(stage):
+    for result in ended("interference"):
         variant, together = result["piece"]["variant"], result["piece"]["tasks"]
         for task in together:
             values.setdefault(variant, {}).setdefault(len(together), {}).setdefault(
@@ -272,67 +288,52 @@ def interference(stage: str = "interference") -> dict[str, dict[int, dict[str, l
     return values
 
 
-def interference_table(stage: str = "interference") -> str:
+def interference_table() -> str:
     """Success of a task trained alone, with two others, with all, by variant.
 
-    In `interference` more company is also larger batches and fewer steps for each task: what
-    compares is how much more one variant loses by it than the other. In `conflict` one adapter has
-    as many steps for all tasks as one for each of them have together.
+    More company is also larger batches and fewer steps for each task: what compares is how much
+    more one variant loses by it than the other.
     """
-    values, together = interference(stage), COMPANIES[stage][-1]
-    columns = [(variant, number) for variant in ALONE
+    values = interference()
+    columns = [(variant, number) for variant in COMPARED["interference"]
                for number in sorted(values.get(variant, {}))]
-    words = {1: "alone", 3: "with two", len(together): "with all"}
+    words = {1: "alone", 3: "with two", len(NEW_TASKS): "with all"}
 
     def cell(by_task: dict[str, list[float]], tasks: Iterable[str]) -> str:
         means = [float(np.mean(by_task[task])) for task in tasks if task in by_task]
         return f"{np.mean(means):.1f}" if len(means) == len(tasks) else HOLE
     return markdown(["task", *(f"{variant}, {words[number]}, %" for variant, number in columns)], (
         [name, *(cell(values[variant][number], tasks) for variant, number in columns)]
-        for name, tasks in [*((task, [task]) for task in together), ("mean", together)]))
+        for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
 
 
-def company_table(stage: str = "interference") -> str:
+def company_table() -> str:
     """What training with all tasks instead of alone costs, on the same pictures; see lead()."""
-    together = COMPANIES[stage][-1]
+    def lost(variant: str) -> list[dict]:
+        """Of each seed, of each picture: 100 where it is right alone and not with all, or -100."""
+        alone, with_all = ({one["piece"]["seed"]: right(NEW_TASKS)(one) for one in joined(
+            (r for r in ended("interference") if r["piece"]["variant"] == variant
+             and len(r["piece"]["tasks"]) == number), NEW_TASKS)}
+            for number in (1, len(NEW_TASKS)))
+        return [{"piece": {"seed": seed}, "lost": alone[seed] - with_all[seed]}
+                for seed in alone if seed in with_all]
 
-    def by_seed(variant: str) -> list[dict]:
-        seeds: dict[int, dict] = {}
-        for result in ended(stage):
-            piece, tasks = result["piece"], result["tasks"]
-            if piece["variant"] == variant and len(tasks) in (1, len(together)):
-                one = seeds.setdefault(piece["seed"], {"piece": piece, 1: {}, len(together): {}})
-                one[len(tasks)] |= {task: scores["right"] for task, scores in tasks.items()}
-        return [one for one in seeds.values() if len(one[1]) == len(one[len(together)])]
-
-    def alone(one: dict) -> np.ndarray:
-        return percents(one[1][task] for task in together)
-
-    def with_all(one: dict) -> np.ndarray:
-        return percents(one[len(together)][task] for task in together)
-    plain, routed = by_seed("plain LoRA"), by_seed("InstructMoLE")
+    def each(one: dict) -> np.ndarray:
+        return one["lost"]
+    plain, routed = map(lost, COMPARED["interference"])
     return markdown(["variant", "lost by company, points"], [
-        ("plain LoRA", lead(plain, plain, alone, with_all)),
-        ("InstructMoLE", lead(routed, routed, alone, with_all)),
-        ("the first less the second",
-         lead(plain, routed, lambda one: alone(one) - with_all(one)))])
+        ("plain LoRA", lead(plain, plain, each, lambda one: 0 * each(one))),
+        ("InstructMoLE", lead(routed, routed, each, lambda one: 0 * each(one))),
+        ("the first less the second", lead(plain, routed, each))])
 
 
-def conflict_table(stage: str = "conflict") -> str:
-    """Success on the tasks in conflict, trained together, in percent; see lead().
-
-    The last columns, in points: over a plain LoRA, and over what differs from "free" in that its
-    routing does not learn.
-    """
-    together, rows = by_variant(stage), []
-    for name, results in together.items():
-        over = [lead(results, together.get(control, []), right(conflict.TASKS))
-                if name != control else HOLE for control in CONTROLS]
-        by_task = (np.mean([success(one, [task]) for one in results]) for task in conflict.TASKS)
-        rows.append([name, f"{len(results)}", *(f"{mean:.1f}" for mean in by_task),
-                     over_seeds(results, lambda one: success(one, conflict.TASKS)), *over])
-    return markdown(["variant", "seeds", *conflict.TASKS, "mean",
-                     *(f"over {control}" for control in CONTROLS)], rows)
+def conflict_table() -> str:
+    """Success on each task in conflict, a mean over the seeds, in percent, and on all of them."""
+    return markdown(["variant", *conflict.TASKS, "mean"], (
+        [name, *(f"{np.mean([success(one, [task]) for one in results]):.1f}"
+                 for task in conflict.TASKS),
+         over_seeds(results, lambda one: success(one, conflict.TASKS))]
+        for name, results in by_variant("conflict").items()))
 
 
 TABLES = {"search": (search_table,),
@@ -342,10 +343,8 @@ TABLES = {"search": (search_table,),
           "longer": tuple(partial(make, "longer")
                           for make in (variants_table, leads_table, tasks_table)),
           "regimes": (regimes_table,),
-          "conflict": tuple(partial(make, "conflict") for make in (
-              conflict_table, interference_table, company_table, routing_table, routers_table)),
-          "confirmed": tuple(partial(make, "confirmed") for make in (
-              conflict_table, routing_table, routers_table))}
+          "conflict": (conflict_table, *(partial(make, "conflict") for make in (
+              leads_table, routing_table, routers_table)))}
 
 
 def tables(finished: bool = False) -> list[str]:
@@ -461,9 +460,7 @@ FIGURES = {                                              # name: of what, and wh
     "cosines": (with_routing, draw_cosines),
     "interference": (interference, draw_interference),
     "conflict": (partial(by_variant, "conflict"), partial(draw_tasks, "conflict", conflict.TASKS)),
-    "confirmed": (partial(by_variant, "confirmed"),
-                  partial(draw_tasks, "confirmed", conflict.TASKS)),
-    "confirmed_routing": (partial(choosing, "confirmed"), partial(draw_routing, "confirmed"))}
+    "conflict_routing": (partial(choosing, "conflict"), partial(draw_routing, "conflict"))}
 
 
 def main() -> None:
