@@ -310,9 +310,9 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
     args = train_options(baselines.METHODS, PUBLIC, [
         "--data", "tiny", "--model", str(MODEL), "--method", variant.method,
         "--steps", str(piece.steps), "--batch-size", str(piece.batch), "--lr", str(piece.lr),
-        "--schedule", schedule,
-        "--shift", str(probe.SHIFT), "--seed", str(piece.seed), "--save-every", "500",
-        "--device", device, "--dtype", DTYPE, "--out", str(out), "--resume", *variant.options])
+        "--schedule", schedule, "--shift", str(probe.SHIFT), "--seed", str(piece.seed),
+        "--save-every", "500", "--device", device, "--dtype", DTYPE, "--out", str(out),
+        "--resume", *variant.options])
     train.prepare(args, configuration(piece), None, [(world(piece.tasks), 1.0)], HeldOut(None))
     return out
 

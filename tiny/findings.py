@@ -62,6 +62,11 @@ def success(result: dict, tasks: Iterable[str], key: str = "success") -> float:
     return 100 * float(np.mean([result["tasks"][task][key] for task in tasks]))
 
 
+def means(results: list[dict], tasks: Iterable[str]) -> list[float]:
+    """Success on each of the tasks, a mean over the seeds, in percent."""
+    return [float(np.mean([success(result, [task]) for result in results])) for task in tasks]
+
+
 def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int = 1) -> str:
     """The mean of the seeds' values and the least and greatest of them."""
     values = [value(result) for result in results]
@@ -159,7 +164,7 @@ def leads_table(stage: str = "table") -> str:
 def tasks_table(stage: str = "table") -> str:
     """Success on each new task, a mean over the seeds, in percent."""
     return markdown(["variant", *NEW_TASKS], (
-        [name, *(f"{np.mean([success(r, [task]) for r in results]):.1f}" for task in NEW_TASKS)]
+        [name, *(f"{mean:.1f}" for mean in means(results, NEW_TASKS))]
         for name, results in by_variant(stage).items()))
 
 
@@ -320,18 +325,19 @@ def company_table() -> str:
 
     def each(one: dict) -> np.ndarray:
         return one["lost"]
-    plain, routed = map(lost, COMPARED["interference"])
+
+    def none(one: dict) -> np.ndarray:
+        return np.zeros_like(one["lost"])
+    losses = {variant: lost(variant) for variant in COMPARED["interference"]}
     return markdown(["variant", "lost by company, points"], [
-        ("plain LoRA", lead(plain, plain, each, lambda one: 0 * each(one))),
-        ("InstructMoLE", lead(routed, routed, each, lambda one: 0 * each(one))),
-        ("the first less the second", lead(plain, routed, each))])
+        *((variant, lead(own, own, each, none)) for variant, own in losses.items()),
+        ("the first less the second", lead(*losses.values(), each))])
 
 
 def conflict_table() -> str:
     """Success on each task in conflict, a mean over the seeds, in percent, and on all of them."""
     return markdown(["variant", *conflict.TASKS, "mean"], (
-        [name, *(f"{np.mean([success(one, [task]) for one in results]):.1f}"
-                 for task in conflict.TASKS),
+        [name, *(f"{mean:.1f}" for mean in means(results, conflict.TASKS)),
          over_seeds(results, lambda one: success(one, conflict.TASKS))]
         for name, results in by_variant("conflict").items()))
 
@@ -391,8 +397,7 @@ def draw_tasks(stage: str = "table", tasks: tuple[str, ...] = EDITS + NEW_TASKS)
     """Success by variant and task, a mean over the seeds, in percent."""
     from matplotlib.figure import Figure
     table = by_variant(stage)
-    values = [[np.mean([success(result, [task]) for result in results]) for task in tasks]
-              for results in table.values()]
+    values = [means(results, tasks) for results in table.values()]
     figure = Figure((9, 4), layout="constrained")
     panel = figure.subplots()
     panel.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
