@@ -4,6 +4,7 @@
     soft      w = softmax(G z / temperature): all experts, by the instruction; no auxiliary loss
     race      w = G x_n where it is among the B N k largest of a call: all samples, tokens, experts
     choice    w = softmax(G x_n) where x_n is among the N k / E best tokens of that expert
+    standardised  w = softmax(G (z - mean) / deviation + noise) on its k largest entries; ours
 
 Plain LoRA, and instruction routing by the pooled text alone, need no class: mole.py has them.
 
@@ -44,6 +45,33 @@ class SoftLinear(MoLELinear):
     def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         w = self.logits(routing.z).softmax(dim=-1)                           # (B, E)
         return w, w.new_zeros(())
+
+
+class StandardisedLinear(MoLELinear):
+    """InstructMoLE's router, fed with each entry of z less its mean, over its standard deviation.
+
+    Both are of the instructions of the last fifty or so training calls. Where a text encoder's
+    vectors are all alike, what they share drowns what tells them apart, and the noise decides.
+    """
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        device, width = self.router.weight.device, self.router.in_features
+        self.calls = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
+        moments = torch.stack([torch.zeros(width), torch.ones(width)]).to(device)    # of z, of z^2
+        self.moments = nn.Parameter(moments, requires_grad=False)
+
+    def logits(self, seen: Tensor) -> Tensor:            # (B, width) -> (B, E)
+        mean, square = self.moments
+        deviation = (square - mean ** 2).clamp(min=1e-6).sqrt()
+        return super().logits((seen - mean) / deviation)
+
+    def routing_weights(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        if self.training and not routing.recomputing:
+            z = routing.z.detach()
+            self.calls += 1
+            self.moments.lerp_(torch.stack([z, z ** 2]).mean(1), (1 / self.calls).clamp(min=0.02))
+        return super().routing_weights(x, routing)
 
 
 def similarity_loss(p: Tensor, kept: Tensor) -> Tensor:
@@ -99,10 +127,11 @@ class ChoiceLinear(MoLELinear):
 
 KINDS: dict[str, type[MoLELinear]] = {
     "instruction": MoLELinear, "token": TokenLinear, "soft": SoftLinear, "race": RaceLinear,
-    "choice": ChoiceLinear}
+    "choice": ChoiceLinear, "standardised": StandardisedLinear}
 
 
-METHODS = ["instructmole", "pooled", "lora", "token", "soft", "race", "choice"]  # for train.py
+METHODS = ["instructmole", "pooled", "lora", "token", "soft", "race", "choice",  # for train.py
+           "standardised"]
 
 
 def configure(method: str, c: AdapterConfig) -> AdapterConfig:

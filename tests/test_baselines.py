@@ -14,7 +14,8 @@ from helpers import dense_cosines, DIT, inputs, SMALL, step
 from support import adapters
 from weights import load_adapter
 
-MIXTURES = ["token", "soft", "race", "choice"]
+MIXTURES = ["token", "soft", "race", "choice", "standardised"]
+BY_INSTRUCTION = ("instructmole", "soft", "standardised")        # by more than the pooled text
 
 
 def layer_of(kind: str, E: int = 4, k: int = 2) -> mole.MoLELinear:
@@ -130,6 +131,35 @@ def test_expert_choice_of_a_vector_is_each_samples_own():
     assert torch.allclose(together, alone, atol=1e-12, rtol=0)
 
 
+def test_standardised_routing():
+    """By z less its mean, over its standard deviation, of all calls in training so far."""
+    layer, seen = layer_of("standardised"), []
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    for shift in (0.0, 2.0, 5.0):
+        z = shift + torch.randn(3, 6, dtype=torch.float64)
+        seen.append(z)
+        layer.routing_weights(x, mole.Routing(z, losses=True))
+    layer.eval()
+    z, every = torch.randn(3, 6, dtype=torch.float64), torch.cat(seen)
+    wanted = (z - every.mean(0)) / every.std(0, correction=0)
+    for _ in range(2):                                   # outside training nothing moves
+        w, _ = layer.routing_weights(x, mole.Routing(z, losses=True))
+        p = (wanted @ layer.router.weight.T).softmax(-1)
+        assert torch.allclose(w, torch.where(w > 0, p, 0.0), atol=1e-10, rtol=0)
+        assert torch.equal((w > 0).sum(-1), torch.full((3,), 2))
+    assert not layer.moments.requires_grad and not layer.calls.requires_grad
+
+
+def test_standardised_routing_forgets():
+    """Of calls long ago little is left, and one alone, of one picture, is no division by zero."""
+    layer, x = layer_of("standardised"), torch.randn(1, 6, 5, dtype=torch.float64)
+    for value, calls in ((100.0, 60), (1.0, 500)):
+        for _ in range(calls):
+            routing = mole.Routing(torch.full((1, 6), value, dtype=torch.float64), losses=True)
+            assert layer.routing_weights(x, routing)[0].isfinite().all()
+    assert (layer.moments[0] - 1).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_everything_that_is_trained_gets_a_gradient(x, kind):
     layer = layer_of(kind)
@@ -162,7 +192,7 @@ def test_each_kind_is_saved_and_loaded(tmp_path, kind):
     assert loaded.config == adapter.config
     kinds = {type(layer) for layer in loaded.layers.values()} - {mole.LoRALinear}
     assert kinds == ({baselines.KINDS.get(kind, mole.MoLELinear)} if kind != "lora" else set())
-    assert (loaded.instruction is not None) == (kind in ("instructmole", "soft"))
+    assert (loaded.instruction is not None) == (kind in BY_INSTRUCTION)
     x = inputs()
     adapter.requires_grad_(False).eval()
     with adapter.serve(x["txt"], x["pooled"]), loaded.serve(x["txt"], x["pooled"]):
@@ -171,7 +201,7 @@ def test_each_kind_is_saved_and_loaded(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_checkpointing_changes_nothing(kind):
-    """The race's threshold too must move once, not twice."""
+    """The race's threshold, and the moments of z, must move once, not twice."""
     found = []
     for checkpointed in (False, True):
         model, adapter = adapted(kind)
@@ -179,7 +209,7 @@ def test_checkpointing_changes_nothing(kind):
         out, routing, gradients = step(model, adapter, inputs(), checkpointed=checkpointed)
         found.append([out, routing.balance, routing.orthogonality,
                       *(g for g in gradients.values() if g is not None),
-                      *(p for name, p in adapter.tensors().items() if name.endswith("threshold"))])
+                      *(p for p in adapter.tensors().values() if not p.requires_grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -191,7 +221,7 @@ def test_kinds_differ_in_routing_only():
     assert lora.mole_targets == lora.token_targets == ()
     assert set(lora.lora_targets) == {*c.lora_targets, *c.mole_targets, *c.token_targets}
     for kind in MIXTURES:
-        wanted = dataclasses.replace(c, routing=kind, resampler=kind == "soft")
+        wanted = dataclasses.replace(c, routing=kind, resampler=kind in BY_INSTRUCTION)
         assert baselines.configure(kind, c) == wanted
 
 

@@ -55,7 +55,7 @@ def test_regimes_are_as_large_as_a_plain_lora(folders):
     def size(variant: str) -> int:
         return experiment.count(experiment.configuration(replace(PIECE, variant=variant)))
     plain = size("plain LoRA")
-    for name in ("free", "free as drawn"):               # compared with it first
+    for name in (*experiment.FIRST["conflict"], "free", "free as drawn"):    # compared with it
         assert abs(size(name) / plain - 1) < 0.05, name
     assert abs(5 * size(experiment.FOR_EACH) / plain - 1) < 0.05
     for name in experiment.SEARCHES["regimes"]:
@@ -79,7 +79,7 @@ def test_tasks_in_conflict_are_trained_alone_and_together(folders):
     together = [p for p in stage if p.variant != experiment.FOR_EACH]
     assert {(p.tasks, p.steps, p.batch) for p in together} == {(conflict.TASKS, 1500, 24)}
     for name in experiment.SEARCHES["regimes"]:
-        seeds = 8 if name in ("plain LoRA", "free", "free as drawn") else 3
+        seeds = 8 if name in experiment.FIRST["conflict"] else 3
         assert sum(p.variant == name for p in together) == seeds * (name != experiment.FOR_EACH)
     alone = [p for p in stage if p not in together]      # as many steps, 5 of 24 pictures
     assert {(p.tasks, p.steps, p.batch) for p in alone} == {
@@ -592,15 +592,15 @@ def test_in_conflict_a_lora_for_each_task_counts_as_one(results):
         write_json(experiment.RESULTS / f"conflict-{variant}-{seed}-{'+'.join(tasks)}.json", one)
     for seed in (1, 2):
         write("plain LoRA", seed, conflict.TASKS, 0.5)
-        write("free", seed, conflict.TASKS, 0.75)
+        write("standardised", seed, conflict.TASKS, 0.75)
         for task in conflict.TASKS[seed - 1:]:           # of the second one is not there yet
             write(experiment.FOR_EACH, seed, (task,), float(task == "grown"))
-    plain, free, each = rows(findings.conflict_table())
+    plain, other, each = rows(findings.conflict_table())
     assert plain == ["plain LoRA", *5 * ["50.0"], "50.0 (50.0 to 50.0)"]
-    assert free == ["free", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
+    assert other == ["standardised", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
     assert each == [experiment.FOR_EACH, *4 * ["0.0"], "100.0", "20.0 (20.0 to 20.0)"]
     first, *_, last = rows(findings.leads_table("conflict"))
-    assert first[:2] == ["free over plain LoRA", "2"] and first[2].startswith("+25.0 (")
+    assert first[:2] == ["standardised over plain LoRA", "2"] and first[2].startswith("+25.0 (")
     assert first[3] == "-250.0 (-250.0 to -250.0)"       # the flow loss is called as success here
     assert last == [f"{experiment.FOR_EACH} over plain LoRA", "1", "–", "–"]
     assert len(np.unique(findings.FIGURES["conflict"][1]())) > 10
@@ -613,7 +613,7 @@ def test_regimes_are_told_as_the_search_is(results):
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     compared = rows(findings.regimes_table())
     assert [row[0] for row in compared] == [*experiment.SEARCHES["regimes"]]
-    assert compared[3] == ["free", "–", "–", "0.5000", *4 * ["–"]]
+    assert compared[5] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("conflict")) == []        # these have none
     assert len(findings.tables()) == 13                  # nothing is there of longer training
 

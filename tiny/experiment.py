@@ -102,16 +102,20 @@ VARIANTS = {
     "Expert Choice": Variant("choice")}
 FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
 FOR_EACH = "a LoRA for each task"                        # of a fifth of the size: as if well routed
+STANDARDISED = FREE | {"rank": 9, "resampler": False}
 REGIMES = {
+    "standardised": Variant("standardised", STANDARDISED),           # `free`, by another z
+    "standardised as drawn": Variant("standardised", STANDARDISED, ("--router-lr", "0")),
     "free": Variant("pooled", FREE | {"rank": 9}),       # as large as the plain LoRA
     "free with resampler": Variant("instructmole", FREE),
     "free as drawn": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0")),
     "free as one": Variant("pooled", FREE | {"experts": 1, "top_k": 1}),
     FOR_EACH: Variant("lora", {"lora_rank": 6}, sized=False)}
 ADAPTERS = VARIANTS | REGIMES
-# Does it pay, as published or with its LoRA as strong as the plain one, and is it the routing?
+# What is compared first, with more seeds. Does it pay, as published or with its LoRA as strong as
+# the plain one, and is it the routing?
 FIRST = {"table": ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn"),
-         "conflict": ("plain LoRA", "free", "free as drawn")}    # what is compared with more seeds
+         "conflict": ("plain LoRA", "standardised", "standardised as drawn")}    # with more seeds
 SEARCHES = {"search": (*VARIANTS,),                      # what they are of
             "regimes": ("InstructMoLE", "strong LoRA beside", "plain LoRA", *REGIMES)}
 COMPARED = {"interference": ("plain LoRA", "InstructMoLE"), "balance": ("InstructMoLE",),

@@ -23,7 +23,8 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t
 ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
 # there is to win.
-LADDER = (("free", "plain LoRA"), ("free", "free as drawn"), ("free", "free as one"),
+LADDER = (("standardised", "plain LoRA"), ("standardised", "standardised as drawn"),
+          ("standardised", "free"), ("free", "free as drawn"), ("free", "free as one"),
           ("free", "free with resampler"), ("free with resampler", "strong LoRA beside"),
           ("strong LoRA beside", "InstructMoLE"), (FOR_EACH, "plain LoRA"))
 
