@@ -56,10 +56,10 @@ class StandardisedLinear(MoLELinear):
 
     def __init__(self, *args: object):
         super().__init__(*args)
-        device, width = self.router.weight.device, self.router.in_features
-        self.calls = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
-        moments = torch.stack([torch.zeros(width), torch.ones(width)]).to(device)    # of z, of z^2
+        zero = self.router.weight.new_zeros(self.router.in_features)
+        moments = torch.stack([zero, zero + 1])          # the means of z and of z^2
         self.moments = nn.Parameter(moments, requires_grad=False)
+        self.calls = nn.Parameter(zero[0].clone(), requires_grad=False)
 
     def logits(self, seen: Tensor) -> Tensor:            # (B, width) -> (B, E)
         mean, square = self.moments
@@ -128,10 +128,7 @@ class ChoiceLinear(MoLELinear):
 KINDS: dict[str, type[MoLELinear]] = {
     "instruction": MoLELinear, "token": TokenLinear, "soft": SoftLinear, "race": RaceLinear,
     "choice": ChoiceLinear, "standardised": StandardisedLinear}
-
-
-METHODS = ["instructmole", "pooled", "lora", "token", "soft", "race", "choice",  # for train.py
-           "standardised"]
+METHODS = ["instructmole", "pooled", "lora", *list(KINDS)[1:]]               # for train.py
 
 
 def configure(method: str, c: AdapterConfig) -> AdapterConfig:
