@@ -146,9 +146,9 @@ def model_paths(model: Path, tokenizers: str | Path | None = None, vae: str | Pa
     """
     tokenizers = Path(tokenizers) if tokenizers else None
     given = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    for path in filter(None, (model, tokenizers)):
-        if not path.exists():
-            raise foreign.nothing_at(path)
+    for option, path in (("--model", model), ("--tokenizers", tokenizers)):
+        if path and not path.exists():
+            raise FileNotFoundError(f"{option} {foreign.nothing_at(path)}")
     model = foreign.snapshot(model)
     others = {part: Path(path) for part, path in given.items() if path}
     found = parts_in(model) | others

@@ -208,6 +208,8 @@ def test_of_several_processes_the_first_says_that_it_compiles(monkeypatch, capsy
 @pytest.mark.parametrize("option, given, words", [
     ("--adapter", "nope", "--adapter nope: no such file or folder"),
     ("--vae", "nope", "--vae nope: no such file or folder"),
+    ("--model", "nope", "--model nope: no such file or folder"),
+    ("--tokenizers", "nope", "--tokenizers nope: no such file or folder"),
     ("--vae", MODEL / "transformer", "--vae .*: holds a transformer, not an autoencoder"),
     ("--t5", MODEL / "text_encoder", "--t5 .*: holds a CLIP text encoder, not a T5 text encoder"),
     ("--clip", ROOT / "tiny/adapter.safetensors", "--clip .*: holds no part of a FLUX model")])

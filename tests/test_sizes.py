@@ -123,7 +123,7 @@ def test_training_begins_with_another_s_adapter(tmp_path, monkeypatch, capsys, s
             (["--method", "lora"], "is an adapter of --method pooled, not lora"),
             (["--rank", 8], "rank is 4, not 8"), (["--experts", 4], "experts is 8, not 4"),
             (["--config", ROOT / "tiny/adapter.json"], "rank is 4, not 8"),
-            (["--init", tmp_path / "gone"], "gone")):
+            (["--init", tmp_path / "gone"], f"--init {tmp_path}/gone: no such file or folder")):
         code, _, err = run_train(monkeypatch, capsys, *common, *([] if "--init" in more else init),
                                  *more, "--out", tmp_path / "three")
         assert code == 2 and words in err.splitlines()[-1], err
