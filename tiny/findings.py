@@ -14,7 +14,7 @@ from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from tiny import conflict, probe
-from tiny.experiment import (ADAPTERS, COMPARED, FOR_EACH, MORE_SEEDS, RATES, RESULTS,
+from tiny.experiment import (ADAPTERS, COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS,
                              SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left)
 from tiny.world import EDITS, NEW_TASKS
 
@@ -419,8 +419,8 @@ def choosing(stage: str = "table") -> dict[str, list[dict]]:
 def draw_routing(stage: str = "table") -> np.ndarray:
     """What an expert's being kept tells of the task, by layer; which are kept, where it tells most.
 
-    Left: each variant in its first seed, and its shuffled tasks, dotted. Right: the first variant,
-    in the table InstructMoLE.
+    Left: each variant in its first seed, and its shuffled tasks, dotted. Right: that of FIRST, in
+    the table InstructMoLE.
     """
     from matplotlib.figure import Figure
     routed = {name: results[0]["routing"] for name, results in choosing(stage).items()}
@@ -433,7 +433,8 @@ def draw_routing(stage: str = "table") -> np.ndarray:
     left.set(xlabel="layer", ylim=0)
     left.set_title("bits that an expert's being kept tells of the task", fontsize=9)
     figure.legend(loc="outside left center", fontsize=8)
-    name, routing = next(iter(routed.items()))
+    name = next((name for name in FIRST[stage] if name in routed), next(iter(routed)))
+    routing = routed[name]
     told, tasks = routing["information"], list(routing["right"]["as trained"])
     layer = max(told, key=told.get)
     image = right.imshow(routing["kept"][layer], vmin=0, vmax=1, cmap="viridis")
