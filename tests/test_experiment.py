@@ -654,9 +654,9 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
         assert len(np.unique(load_image(experiment.RESULTS / f"{name}.png"))) > 10
 
 
-def test_the_readme_holds_the_tables():
+def test_the_record_holds_the_tables():
     """Each as it is made from the committed results; of an unfinished stage, how much is there."""
-    text = (ROOT / "tiny/README.md").read_text(encoding="utf-8")
+    text = (ROOT / "tiny/EXPERIMENT.md").read_text(encoding="utf-8")
     for table in findings.tables(finished=True):
         assert table in text, table
 

@@ -1,6 +1,6 @@
 """What the experiment has found, as tables and figures, from the JSON of tiny/results alone.
 
-A test compares the tables in tiny/README.md with what this makes.
+A test compares the tables in tiny/EXPERIMENT.md with what this makes.
 
 Run: python -m tiny.findings                             # prints the tables, draws the figures
 """
