@@ -46,7 +46,7 @@ from support.fp8 import to_fp8
 from support.muon import Muon
 from support.pictures import grid, save_picture, to_tensor
 from support.public_sets import PUBLIC
-from support.recompute import recomputing, sparing
+from support.recompute import recomputing, sparing, when_compiled
 from support.resume import Optimizers
 from support.tables import tell_skipped
 from support.training_options import train_options
@@ -310,6 +310,7 @@ def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Te
     if args.shard:
         distributed.shard(pipe.dit, pipe.adapter, pipe.device)
     if args.compile:
+        args.recompute = when_compiled(pipe.adapter, args.recompute)
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = record.settings_of(args, config, identity, sources, workers)

@@ -26,6 +26,21 @@ def recomputing(adapter: Adapter, routing: Routing, run: Callable = call) -> Cal
     return lambda *args: checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
 
 
+def when_compiled(adapter: Adapter, choice: str) -> str:
+    """What --recompute means for compiled blocks: the same, or "off" for "auto" where it must be.
+
+    A block that keeps a count of its own (of Expert Race, of standardised routing) is compiled
+    differently for the second pass, which then lacks what the first has kept.
+    Raises: ValueError where both were asked for.
+    """
+    if all(t.requires_grad for t in adapter.tensors().values()):
+        return choice
+    if choice == "on":
+        raise ValueError("--compile and --recompute (also for a model that is streamed) do not go "
+                         f"together with routing {adapter.config.routing!r}; leave one of them out")
+    return "off"
+
+
 def sparing(accumulate: Callable, choice: str) -> Callable:
     """train.accumulate(), which recomputes: "on", "off", or "auto": once memory has run out.
 

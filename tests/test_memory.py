@@ -21,7 +21,7 @@ from sample import condition, generate, load_pipeline, seeded_noise
 from support import commands, devices, dry_run, export, layouts, offload, routing_maps
 from support.files import files_of
 from support.fp8 import NarrowLinear
-from support.recompute import sparing
+from support.recompute import sparing, when_compiled
 from tiny import world
 
 # -------------------------------------------------------------------- weights that visit the device
@@ -270,6 +270,19 @@ def test_dry_run_of_a_sharded_run_counts_a_process(monkeypatch, capsys):
         assert size - shared[name] == pytest.approx(less, abs=2), name
     monkeypatch.setenv("RANK", "1")
     assert told_by_dry_run(monkeypatch, capsys, "--shard") == {}
+
+
+@pytest.mark.parametrize("kind", ["instructmole", "race", "standardised"])
+def test_compiled_blocks_that_count_are_not_recomputed(kind):
+    """Their second pass would lack what the first has kept."""
+    adapter, counts = make_pipeline(kind).adapter, kind != "instructmole"
+    assert when_compiled(adapter, "off") == "off"
+    assert when_compiled(adapter, "auto") == ("off" if counts else "auto")
+    if not counts:
+        assert when_compiled(adapter, "on") == "on"
+        return
+    with pytest.raises(ValueError, match=f"--compile and --recompute .* routing '{kind}'; leave"):
+        when_compiled(adapter, "on")
 
 
 @pytest.mark.parametrize("kind", ["instructmole", "race"])
