@@ -12,12 +12,11 @@ Key: B batch; N tokens of a sample; E experts; k kept on average; z instruction 
 Source: arXiv 2512.21788 and its public code; Expert Race: 2503.16057; Expert Choice: 2410.02098.
 """
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from mole import AdapterConfig, MoLELinear, Routing, balance_loss, route
+from mole import MoLELinear, Routing, balance_loss, route
 
 SIMILARITY_WEIGHT = 1e-5                                 # of the race's loss
 
@@ -129,17 +128,3 @@ KINDS: dict[str, type[MoLELinear]] = {
     "instruction": MoLELinear, "token": TokenLinear, "soft": SoftLinear, "race": RaceLinear,
     "choice": ChoiceLinear, "standardised": StandardisedLinear}
 METHODS = ["instructmole", "pooled", "lora", *list(KINDS)[1:]]               # for train.py
-
-
-def configure(method: str, c: AdapterConfig) -> AdapterConfig:
-    """The same sizes with the routing of one of METHODS. Raises: ValueError."""
-    if c.routing not in ("instruction", method):
-        raise ValueError(f"the configuration says routing {c.routing!r}; choose that --method")
-    if method == "lora":                                 # plain LoRA everywhere
-        return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
-                       mole_targets=(), token_targets=())
-    if method == "pooled":
-        return replace(c, resampler=False)
-    if method in KINDS:
-        return replace(c, routing=method, resampler=c.resampler and not KINDS[method].by_token)
-    return c

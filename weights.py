@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, devices, foreign, layouts, options, research, targets
+from support import adapters, devices, foreign, layouts, options, research, sizes, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
@@ -131,7 +131,8 @@ def adapter_config(method: str, given: Path | dict | None, where: object = "adap
     values = given or {}
     if isinstance(given, Path):
         values, where = research.entries_of(given)[0], given
-    return baselines.configure(method, config_from(AdapterConfig, values, where, whole=True))
+    config = config_from(AdapterConfig, values, where, whole=True)
+    return sizes.configure(method, config, baselines.KINDS)
 
 
 def build_adapter(model: FluxTransformer, config: AdapterConfig) -> Adapter:

@@ -4,11 +4,11 @@ train.main() calls chosen() before any weight of the model is read.
 """
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from torch import Tensor
 
-from mole import AdapterConfig
+from mole import AdapterConfig, MoLELinear
 from support import adapters, foreign, research, targets
 from support.commands import is_first
 from support.files import config_from
@@ -16,12 +16,26 @@ from support.words import note
 
 
 def method_of(c: AdapterConfig) -> str:
-    """The --method whose adapters have this configuration; see baselines.configure()."""
+    """The --method whose adapters have this configuration; configure() is its inverse."""
     if not c.mole_targets and not c.token_targets:
         return "lora"
     if c.routing != "instruction":
         return c.routing
     return "instructmole" if c.resampler else "pooled"
+
+
+def configure(method: str, c: AdapterConfig, kinds: dict[str, type[MoLELinear]]) -> AdapterConfig:
+    """The same sizes with the routing of a --method; kinds: baselines.KINDS. Raises: ValueError."""
+    if c.routing not in ("instruction", method):
+        raise ValueError(f"the configuration says routing {c.routing!r}; choose that --method")
+    if method == "lora":                                 # plain LoRA everywhere
+        return replace(c, lora_targets=c.lora_targets + c.mole_targets + c.token_targets,
+                       mole_targets=(), token_targets=())
+    if method == "pooled":
+        return replace(c, resampler=False)
+    if method in kinds:
+        return replace(c, routing=method, resampler=c.resampler and not kinds[method].by_token)
+    return c
 
 
 def by_options(args: argparse.Namespace, named: dict, base: AdapterConfig) -> dict:

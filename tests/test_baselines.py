@@ -11,7 +11,7 @@ import dit
 import mole
 import weights
 from helpers import dense_cosines, DIT, inputs, SMALL, step
-from support import adapters
+from support import adapters, sizes
 from weights import load_adapter
 
 MIXTURES = ["token", "soft", "race", "choice", "standardised"]
@@ -173,7 +173,7 @@ def test_everything_that_is_trained_gets_a_gradient(x, kind):
 def adapted(kind: str) -> tuple[nn.Module, mole.Adapter]:
     torch.manual_seed(0)
     model = dit.FluxTransformer(DIT)
-    adapter = weights.new_adapter(model, baselines.configure(kind, SMALL))
+    adapter = weights.new_adapter(model, sizes.configure(kind, SMALL, baselines.KINDS))
     for name, p in adapter.tensors().items():
         if name.endswith("_B"):
             nn.init.normal_(p, std=0.3)
@@ -215,14 +215,14 @@ def test_checkpointing_changes_nothing(kind):
 
 def test_kinds_differ_in_routing_only():
     c = dataclasses.replace(SMALL, token_targets=("single_transformer_blocks.1.proj_out",))
-    assert baselines.configure("instructmole", c) == c
-    assert baselines.configure("pooled", c) == dataclasses.replace(c, resampler=False)
-    lora = baselines.configure("lora", c)
+    assert sizes.configure("instructmole", c, baselines.KINDS) == c
+    assert sizes.configure("pooled", c, baselines.KINDS) == dataclasses.replace(c, resampler=False)
+    lora = sizes.configure("lora", c, baselines.KINDS)
     assert lora.mole_targets == lora.token_targets == ()
     assert set(lora.lora_targets) == {*c.lora_targets, *c.mole_targets, *c.token_targets}
     for kind in MIXTURES:
         wanted = dataclasses.replace(c, routing=kind, resampler=kind in BY_INSTRUCTION)
-        assert baselines.configure(kind, c) == wanted
+        assert sizes.configure(kind, c, baselines.KINDS) == wanted
 
 
 def test_unknown_routings_are_named():

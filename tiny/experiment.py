@@ -47,7 +47,7 @@ import weights
 from dit import FluxTransformer
 from mole import AdapterConfig
 from sample import load_pipeline
-from support import commands
+from support import commands, sizes
 from support.devices import choose_device
 from support.files import config_from, read_json, write_json
 from support.public_sets import PUBLIC
@@ -102,13 +102,13 @@ VARIANTS = {
     "Expert Choice": Variant("choice")}
 FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
 FOR_EACH = "a LoRA for each task"                        # of a fifth of the size: as if well routed
-STANDARDISED = FREE | {"rank": 9, "resampler": False}
+FREE_POOLED = FREE | {"rank": 9, "resampler": False}     # as large as the plain LoRA
 REGIMES = {
-    "standardised": Variant("standardised", STANDARDISED),           # `free`, by another z
-    "standardised as drawn": Variant("standardised", STANDARDISED, ("--router-lr", "0")),
-    "free": Variant("pooled", FREE | {"rank": 9}),       # as large as the plain LoRA
+    "standardised": Variant("standardised", FREE_POOLED),            # `free`, by another z
+    "standardised as drawn": Variant("standardised", FREE_POOLED, ("--router-lr", "0")),
+    "free": Variant("pooled", FREE_POOLED),
     "free with resampler": Variant("instructmole", FREE),
-    "free as drawn": Variant("pooled", FREE | {"rank": 9}, ("--router-lr", "0")),
+    "free as drawn": Variant("pooled", FREE_POOLED, ("--router-lr", "0")),
     "free as one": Variant("pooled", FREE | {"experts": 1, "top_k": 1}),
     FOR_EACH: Variant("lora", {"lora_rank": 6}, sized=False)}
 ADAPTERS = VARIANTS | REGIMES
@@ -201,7 +201,7 @@ def base_config() -> AdapterConfig:
 def configuration(piece: Piece) -> AdapterConfig:
     """A piece's adapter, scaled as it says; but for some regimes, as large as base_config()'s."""
     base, variant = base_config(), ADAPTERS[piece.variant]
-    config = replace(baselines.configure(variant.method, base), **variant.changes)
+    config = replace(sizes.configure(variant.method, base, baselines.KINDS), **variant.changes)
     if variant.sized:
         config = sized(config, count(base))
     if piece.balance_weight is not None:
