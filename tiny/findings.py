@@ -371,7 +371,7 @@ def draw_variants() -> np.ndarray:
     for panel, (what, tasks) in zip(panels, (("new tasks", NEW_TASKS), ("edits", EDITS))):
         for row, results in enumerate(table.values()):
             values = [success(result, tasks) for result in results]
-            panel.plot(values, [row] * len(values), "o", alpha=0.5)
+            panel.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)
             panel.plot(np.mean(values), row, "|", color="black", markersize=16)
         panel.set(title=f"success on the {what}, %")
         panel.set_yticks(range(len(table)), table)
@@ -383,8 +383,9 @@ def draw_interference() -> np.ndarray:
     """Success by the number of tasks trained together, a line for each task."""
     from matplotlib.figure import Figure
     figure = Figure((8, 4), layout="constrained")
-    for panel, (variant, numbers) in zip(figure.subplots(1, 2, sharey=True),
-                                         interference().items()):
+    values = interference()
+    for panel, variant in zip(figure.subplots(1, 2, sharey=True), COMPARED["interference"]):
+        numbers = values.get(variant, {})
         for task in NEW_TASKS:
             there = [number for number in sorted(numbers) if task in numbers[number]]
             panel.plot([str(number) for number in there],
@@ -453,7 +454,7 @@ def draw_cosines() -> np.ndarray:
     figure = Figure((6, 3), layout="constrained")
     panel = figure.subplots()
     for row, values in enumerate(table.values()):
-        panel.plot(values, [row] * len(values), "o", alpha=0.5)
+        panel.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)
     panel.set(title="mean |cosine| of two experts' outputs", xlim=0)
     panel.set_yticks(range(len(table)), table)
     panel.invert_yaxis()
