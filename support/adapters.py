@@ -68,8 +68,7 @@ def chosen(given: object, model: Path) -> list[tuple[Path, float]]:
         if one is None or one == "none":
             continue
         path, strength = one if isinstance(one, tuple) else file_and_strength(str(one))
-        if not Path(path).exists():
-            raise FileNotFoundError(f"--adapter {foreign.nothing_at(Path(path))}")
+        foreign.check_there(Path(path), "--adapter")
         found.append((Path(path), float(strength)))
     return found
 
@@ -80,8 +79,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     path: a file of ours or another tool's LoRA, the folder of a run, or one that the paper's code,
     PEFT or diffusers has written. Raises: FileNotFoundError, ValueError.
     """
-    if not path.exists():
-        raise foreign.nothing_at(path)
+    foreign.check_there(path)
     path = foreign.snapshot(path)
     if (path / "train_config.json").is_file():
         return research.read(path)

@@ -128,8 +128,7 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
 
     load(part, path, device): reads a part of a model, with all checks, as weights.load() does.
     """
-    if not path.exists():
-        raise foreign.nothing_at(path)
+    foreign.check_there(path)
     if path.is_file() and path.suffix.lower() in PICTURES:
         return origin.describe(path), True
     path = foreign.snapshot(path)

@@ -114,8 +114,9 @@ def files_of(path: Path) -> list[Path]:
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[safe_open]:
     """A safetensors file. Raises: FileNotFoundError; ValueError when it is cut or foreign."""
+    foreign.check_there(file)
     if not file.is_file():
-        raise foreign.nothing_at(file) if not file.exists() else FileNotFoundError(
+        raise FileNotFoundError(
             f"{file}: is {'a folder; name a file in it' if file.is_dir() else 'no regular file'}")
     foreign.check_weights(file)
     try:

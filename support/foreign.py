@@ -90,27 +90,30 @@ def check_quantised(names: Iterable[str], where: object) -> None:
                              "read; take a bf16 or an fp8 file of this model")
 
 
-def nothing_at(path: Path) -> FileNotFoundError:
-    """What to raise, and say, where there is nothing: a repository's name is not yet a folder."""
+def check_there(path: Path, option: str = "") -> None:
+    """Raises: FileNotFoundError, which begins with the option that names the path."""
+    if not path.exists():
+        raise FileNotFoundError(f"{option} {path}: {nothing_at(path)}".lstrip())
+
+
+def nothing_at(path: Path) -> str:
+    """What to say where there is nothing: a repository's name is not yet a folder."""
     part = next((path.with_name(path.name + end) for end in UNFINISHED
                  if path.with_name(path.name + end).is_file()), None)
     if part:
-        return FileNotFoundError(f"{path}: no such file, but {part.name}, an unfinished download; "
-                                 f"let it end, or {AGAIN}")
+        return f"no such file, but {part.name}, an unfinished download; let it end, or {AGAIN}"
     name = re.fullmatch(r"(?:https?:/+)?(?:huggingface\.co/|hf\.co/)?([\w.-]+/([\w.-]+?))/?"
                         r"(/(tree|blob|resolve)/.*)?", path.as_posix())
     if path.is_symlink():
-        return FileNotFoundError(f"{path}: is a link to {path.readlink()}, which is not there; "
-                                 f"{AGAIN}")
+        return f"is a link to {path.readlink()}, which is not there; {AGAIN}"
     if any(f'"{path.name}"' in index.read_text(errors="replace")
            for index in path.parent.glob("*.safetensors.index.json")):
-        return FileNotFoundError(f"{path}: no such file, though the index beside it names it; the "
-                                 "same `hf download` again fetches what is missing")
+        return ("no such file, though the index beside it names it; the same `hf download` again "
+                "fetches what is missing")
     if name and not path.parent.exists() and path.suffix != ".safetensors":
-        return FileNotFoundError(
-            f"{path}: no such file or folder; if it is a repository at Hugging Face, fetch it "
-            f"first, hf download {name[1]} --local-dir {name[2]}, then name the folder {name[2]}")
-    return FileNotFoundError(f"{path}: no such file or folder")
+        return ("no such file or folder; if it is a repository at Hugging Face, fetch it first, "
+                f"hf download {name[1]} --local-dir {name[2]}, then name the folder {name[2]}")
+    return "no such file or folder"
 
 
 def found_instead(folder: Path) -> str:

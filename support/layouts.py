@@ -119,8 +119,7 @@ def parts_in(path: Path) -> dict[str, Path]:
 
 def part_in(path: Path, part: str) -> Path:
     """Where in what an option names its part lies. Raises: ValueError, FileNotFoundError."""
-    if not path.exists():
-        raise FileNotFoundError(f"{OPTIONS[part]} {foreign.nothing_at(path)}")
+    foreign.check_there(path, OPTIONS[part])
     found = parts_in(path)
     if part not in found:
         held = " and ".join(KINDS[other] for other in found if other in KINDS)
@@ -146,9 +145,9 @@ def model_paths(model: Path, tokenizers: str | Path | None = None, vae: str | Pa
     """
     tokenizers = Path(tokenizers) if tokenizers else None
     given = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    for option, path in (("--model", model), ("--tokenizers", tokenizers)):
-        if path and not path.exists():
-            raise FileNotFoundError(f"{option} {foreign.nothing_at(path)}")
+    foreign.check_there(model, "--model")
+    if tokenizers:
+        foreign.check_there(tokenizers, "--tokenizers")
     model = foreign.snapshot(model)
     others = {part: Path(path) for part, path in given.items() if path}
     found = parts_in(model) | others
@@ -164,8 +163,7 @@ def model_paths(model: Path, tokenizers: str | Path | None = None, vae: str | Pa
                          "(--tokenizers: a folder that holds tokenizer/ and tokenizer_2/)")
     found |= {part: part_in(path, part) for part, path in others.items()}
     for folder in (found["tokenizer"], found["tokenizer_2"]):
-        if not folder.exists():
-            raise foreign.nothing_at(folder)
+        foreign.check_there(folder)
         for file in filter(Path.is_file, folder.glob("*")):
             foreign.check_text(foreign.start_of(file), file)
     return found

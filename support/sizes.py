@@ -73,8 +73,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
     beside, first, where = args.model.parent / "adapter.json", None, args.config or "--rank"
     named, whole = research.entries_of(args.config) if args.config else ({}, False)
     if args.init:
-        if not args.init.exists():
-            raise FileNotFoundError(f"--init {foreign.nothing_at(args.init)}")
+        foreign.check_there(args.init, "--init")
         args.init = foreign.snapshot(args.init)
         values, first = adapters.read(args.init)
         base = config_from(AdapterConfig, values, args.init, whole=True)
