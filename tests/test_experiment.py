@@ -558,6 +558,27 @@ def test_a_lead_is_paired_by_seed_and_picture(results):
     assert less == f"+3.0 ({3 - half:+.1f} to {3 + half:+.1f})"
 
 
+@pytest.mark.parametrize("middle, half, answer", [
+    (4.5, 1, "yes"), (4, 1.5, "undecided"), (-4.5, 1, "no, the contrary"),
+    (0, 3, "it does not matter"), (-2, 2, "undecided"), (2, 0.5, "it does not matter")])
+def test_a_question_is_answered_by_the_rule(middle, half, answer):
+    """Wholly above 3 points, wholly below -3, wholly between, or neither."""
+    assert findings.Interval(middle, half).answer == answer
+
+
+def test_answers_are_of_the_seeds_that_both_have(results):
+    """Four seeds alike; of longer training two, one of which is better by a picture in four."""
+    for seed, ours in ((1, 0.5), (2, 0.75)):
+        for variant, right in (("InstructMoLE", ours), ("plain LoRA", 0.5)):
+            write_json(experiment.RESULTS / f"longer-{variant}-{seed}.json",
+                       result(variant, seed, right))
+    first, _, drawn, longer, *_, last = rows(findings.answers_table())
+    assert first == ["does it pay?", "InstructMoLE over plain LoRA", "4", "+0.0 (+0.0 to +0.0)",
+                     "it does not matter"]
+    assert drawn[2:] == last[2:] == ["0", "–", "not measured yet"]
+    assert longer[2] == "2" and longer[3].startswith("+12.5 (") and longer[4] == "undecided"
+
+
 def test_what_company_costs_is_paired_by_seed_and_picture(results):
     """Alone all are right; with all a plain LoRA loses 1 picture of 4, or 3; InstructMoLE 1."""
     for file in experiment.RESULTS.glob("interference-*"):
@@ -649,7 +670,7 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["findings"])
     findings.main()
     out = capsys.readouterr().out
-    assert all(table in out for table in findings.tables())
+    assert all(table in out for table in [findings.answers_table(), *findings.tables()])
     for name in ("variants", "tasks", "routing", "cosines", "interference"):
         assert len(np.unique(load_image(experiment.RESULTS / f"{name}.png"))) > 10
 

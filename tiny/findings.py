@@ -7,6 +7,7 @@ Run: python -m tiny.findings                             # prints the tables, dr
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,38 @@ LADDER = (("standardised", "plain LoRA"), ("standardised", "standardised as draw
           ("standardised", "free"), ("free", "free as drawn"), ("free", "free as one"),
           ("free", "free with resampler"), ("free with resampler", "strong LoRA beside"),
           ("strong LoRA beside", "InstructMoLE"), (FOR_EACH, "plain LoRA"))
+# What was to be answered, by which stage, and which variant is to lead which: fixed beforehand.
+QUESTIONS = (
+    ("does it pay?", "table", "InstructMoLE", "plain LoRA"),
+    ("and with as strong a LoRA beside?", "table", "strong LoRA beside", "plain LoRA"),
+    ("is it what the routing has learned?", "table", "InstructMoLE", "routing as drawn"),
+    ("trained three times as long, does it pay?", "longer", "InstructMoLE", "plain LoRA"),
+    ("and with as strong a LoRA beside?", "longer", "strong LoRA beside", "plain LoRA"),
+    ("is it what the routing has learned?", "longer", "InstructMoLE", "routing as drawn"),
+    ("on tasks in conflict, does routing pay?", "conflict", "standardised", "plain LoRA"),
+    ("is it what the routing has learned?", "conflict", "standardised", "standardised as drawn"),
+    ("how much is to be won there?", "conflict", FOR_EACH, "plain LoRA"))
+MATTERS = 3                                              # points; a lead within them does not
+
+
+class Interval(NamedTuple):
+    """Of at least 95 %."""
+    middle: float
+    half: float
+
+    def __str__(self) -> str:
+        least, most = self.middle - self.half, self.middle + self.half
+        return f"{self.middle:+.1f} ({least:+.1f} to {most:+.1f})"
+
+    @property
+    def answer(self) -> str:
+        """By the rule that was fixed beforehand."""
+        least, most = self.middle - self.half, self.middle + self.half
+        if least > MATTERS:
+            return "yes"
+        if most < -MATTERS:
+            return "no, the contrary"
+        return "it does not matter" if max(-least, most) <= MATTERS else "undecided"
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -75,9 +108,9 @@ def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int 
     return f"{mean} ({least} to {most})"
 
 
-def lead(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarray],
-         of_theirs: Callable[[dict], np.ndarray] | None = None) -> str:
-    """By how much ours is more, a mean over seeds and cases, and an interval of at least 95 %.
+def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarray],
+               of_theirs: Callable[[dict], np.ndarray] | None = None) -> Interval | None:
+    """By how much ours is more, a mean over seeds and cases; None without two seeds.
 
     cases: a result's values, one or many, in the same order for all; of_theirs: another's, if not
     so. Differences are taken within a seed and a case, as both drew the same. Half the interval is
@@ -87,15 +120,24 @@ def lead(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarra
     one may miss.
     """
     by_seed = {result["piece"]["seed"]: (of_theirs or cases)(result) for result in theirs}
-    more = np.array([cases(result) - by_seed[result["piece"]["seed"]] for result in ours
-                     if result["piece"]["seed"] in by_seed])                 # (seeds, cases)
-    if len(more) < 2:
-        return HOLE
-    number, many = more.shape
-    by_chance = T95[number] * more.mean(1).std(ddof=1) / np.sqrt(number)
-    by_case = 1.96 * more.mean(0).std(ddof=1) / np.sqrt(many) if many > 1 else 0
-    half = np.hypot(by_chance, by_case)
-    return f"{more.mean():+.1f} ({more.mean() - half:+.1f} to {more.mean() + half:+.1f})"
+    leads = np.array([cases(result) - by_seed[result["piece"]["seed"]] for result in ours
+                      if result["piece"]["seed"] in by_seed])                # (seeds, cases)
+    if len(leads) < 2:
+        return None
+    number, many = leads.shape
+    by_chance = T95[number] * leads.mean(1).std(ddof=1) / np.sqrt(number)
+    by_case = 1.96 * leads.mean(0).std(ddof=1) / np.sqrt(many) if many > 1 else 0
+    return Interval(float(leads.mean()), float(np.hypot(by_chance, by_case)))
+
+
+def lead(*args: object) -> str:
+    """difference() as a table says it."""
+    return str(difference(*args) or HOLE)
+
+
+def seeds_of(*several: list[dict]) -> int:
+    """How many seeds all have."""
+    return len(set.intersection(*({one["piece"]["seed"] for one in own} for own in several)))
 
 
 def percents(marks: Iterable[str]) -> np.ndarray:
@@ -155,11 +197,22 @@ def leads_table(stage: str = "table") -> str:
     rows = []
     for ours, theirs in pairs:
         two = [table.get(name, []) for name in (ours, theirs)]
-        seeds = [{result["piece"]["seed"] for result in results} for results in two]
-        rows.append([f"{ours} over {theirs}", f"{len(set.intersection(*seeds))}",
+        rows.append([f"{ours} over {theirs}", f"{seeds_of(*two)}",
                      *(lead(*two, cases) for cases in measures)])
     return markdown(["lead", "seeds", *(f"{name}, points" for name in groups),
                      f"flow loss of {next(iter(groups))}, less by 0.001 times"], rows)
+
+
+def answers_table() -> str:
+    """QUESTIONS, each with the lead that answers it, of success on the stage's tasks."""
+    rows = []
+    for question, stage, ours, theirs in QUESTIONS:
+        table = by_variant(stage, SEEDS + MORE_SEEDS)
+        two = [table.get(name, []) for name in (ours, theirs)]
+        found = difference(*two, right(conflict.TASKS if stage == "conflict" else NEW_TASKS))
+        rows.append([question, f"{ours} over {theirs}", f"{seeds_of(*two)}", str(found or HOLE),
+                     found.answer if found else "not measured yet"])
+    return markdown(["question", "lead", "seeds", "points, about 95 %", "answer"], rows)
 
 
 def tasks_table(stage: str = "table") -> str:
@@ -475,7 +528,7 @@ def main() -> None:
     commands.Parser(description="Tables and figures of the experiment.").parse_args()
     if not any(map(found, STAGES)):
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
-    print("\n\n".join(tables()))
+    print("\n\n".join([answers_table(), *tables()]))
     report.tell_missing()
     for name, (of_what, draw) in FIGURES.items():
         if of_what() and report.can_draw():
