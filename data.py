@@ -21,13 +21,13 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from support.bad_rows import check_few, skipping
 from support.commands import source_and_weight
 from support.folders import left_out, named_in, read_pairs, table_of
 from support.inspection import looked_through
 from support.names import check_unread, ours
 from support.pictures import LONGEST, checked_size, fitted, load_image, resize, to_tensor
-from support.tables import (check_few, checked_text, located, read_rows, row_paths, row_texts,
-                            skipping)
+from support.tables import checked_text, located, read_rows, row_paths, row_texts
 
 NEIGHBOURS = 16                                          # batches in a row from one row group
 THREADS = 2                                              # that draw batches ahead
@@ -78,16 +78,16 @@ class Row:
 
 
 class Folder:
-    """A folder with metadata.jsonl, metadata.csv or, without them, pairs as read_pairs takes them.
+    """A folder with metadata.jsonl, .csv or .json or, without them, pairs as read_pairs takes them.
 
-    Or a .jsonl or .csv file with paths relative to it. Each line is an object: target (path),
-    instruction (str), images (paths of native references), conds (paths of clean conditions), task
-    (str); the last three may be absent, a single path may stand for a list; support/names.py lists
-    the names that others use. size: (W, H) that every picture takes, or None to keep each near its
-    own size, the longer side at most `longest`; the first reference takes the target's, as in
-    sampling. root: the folder that no path may leave, by default the file's own. bad: a list that
-    takes what is wrong with lines, now and when they are drawn; one in ten may be bad. unread:
-    entries without a known name, in how many rows.
+    Or such a file, with paths relative to it. Each line, or entry of a list, is an object: target
+    (path), instruction (str), images (paths of native references), conds (paths of clean
+    conditions), task (str); the last three may be absent, a single path may stand for a list;
+    support/names.py lists the names that others use. size: (W, H) that every picture takes, or None
+    to keep each near its own size, the longer side at most `longest`; the first reference takes the
+    target's, as in sampling. root: the folder that no path may leave, by default the file's own.
+    bad: a list that takes what is wrong with lines, now and when they are drawn; one in ten may be
+    bad. unread: entries without a known name, in how many rows.
     Raises: FileNotFoundError, ValueError; they name the line.
     """
 
@@ -190,7 +190,7 @@ def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
              public: dict[str, Callable[..., Source]] = {}, size: tuple[int, int] | None = None,
              root: Path | None = None, bad: list[str] | None = None, longest: int = LONGEST,
              draws: int | None = None, option: str = "--data") -> Source:
-    """A source: a name | FOLDER | FILE.jsonl or .csv | a public set's name=PATH.
+    """A source: a name | FOLDER | FILE.jsonl, .csv or .json | a public set's name=PATH.
 
     named, public: the sources that are known so; size, root, bad, longest: as Folder takes them;
     draws: as public sets do; option: for errors. Raises: ValueError, FileNotFoundError.
@@ -205,7 +205,7 @@ def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
         return public[kind](path, size, bad, draws, longest)
     if not Path(name).exists():
         why = (f"no public set {kind!r}; there are {', '.join(public)}" if equals else
-               "not found; it must be a folder of data, or a .jsonl or .csv file")
+               "not found; it must be a folder of data, or a .jsonl, .csv or .json file")
         raise FileNotFoundError(f"{option} {name}: {why}")
     return Folder(name, size, root, bad, longest)
 

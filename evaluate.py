@@ -32,12 +32,12 @@ from data import Sample, open_one, stack
 from sample import Pipeline, condition, generate, load_pipeline, prepare, seeded_noise
 from support import (benchmark_table, benchmarks, distributed, layouts, omnicontext, options,
                      origin, spatial, xversebench)
+from support.bad_rows import tell_skipped
 from support.pairs import open_pairs, score_source
 from support.pictures import grid
 from support.public_sets import PUBLIC
 from support.results import cell, check_out, markdown, write
 from support.scores import psnr, squared_error
-from support.tables import tell_skipped
 from tiny import world
 from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 

@@ -41,6 +41,7 @@ from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture
                     generate, load_pipeline, seeded_noise, velocity)
 from support import (adapters, caching, devices, distributed, layouts, offload, options, record,
                      report, resume, routing_maps, sizes, streaming, summary)
+from support.bad_rows import tell_skipped
 from support.casts import casting
 from support.fp8 import to_fp8
 from support.muon import Muon
@@ -48,7 +49,6 @@ from support.pictures import grid, save_picture, to_tensor
 from support.public_sets import PUBLIC
 from support.recompute import recomputing, sparing, when_compiled
 from support.resume import Optimizers
-from support.tables import tell_skipped
 from support.training_options import train_options
 from support.validation import HeldOut, noted, open_held_out, some_of_each
 from tiny.world import TinyWorld

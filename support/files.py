@@ -44,12 +44,16 @@ def parse_json(text: str | bytes, where: object) -> object:
         raise ValueError(f"{where}: not valid JSON ({why})") from None
 
 
-def json_object(text: str | bytes, where: object) -> dict:
-    """A JSON object. Raises: ValueError naming where the text is from."""
-    value = parse_json(text, where)
+def checked_object(value: object, where: object) -> dict:
+    """A JSON value that must be an object. Raises: ValueError naming where it is from."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def json_object(text: str | bytes, where: object) -> dict:
+    """A JSON object. Raises: ValueError naming where the text is from."""
+    return checked_object(parse_json(text, where), where)
 
 
 def of_kind(value: object, kind: type) -> bool:

@@ -9,19 +9,28 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from support.bad_rows import skipping
 from support.names import texts_in
 from support.pictures import PICTURES, pictures_in
-from support.tables import read_text, skipping
+from support.tables import is_list, read_text
 
 RUBBISH = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__macosx", "$recycle.bin")
 EXAMPLES = 3                                             # of what is left out
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json")      # of a folder, first found
 LOOKED_AT = 100_000                                      # files below a folder, at most
 
 
+def tables_in(folder: Path) -> list[Path]:
+    """A folder's TABLES that are there; other tools' metadata.json that hold no list are none."""
+    files = [folder / name for name in TABLES if (folder / name).is_file()]
+    return [file for file in files if file.name != "metadata.json" or is_list(file)]
+
+
 def metadata_of(path: Path) -> Path | None:
-    """The file itself, or the folder's metadata.jsonl or else .csv, if there is one."""
-    files = [path / "metadata.jsonl", path / "metadata.csv"] if path.is_dir() else [path]
-    return next(filter(Path.is_file, files), None)
+    """The file itself, or the first of the folder's tables, if there is one."""
+    if path.is_file():
+        return path
+    return next(iter(tables_in(path)), None)
 
 
 def table_of(path: Path) -> Path | None:
@@ -30,8 +39,8 @@ def table_of(path: Path) -> Path | None:
     if file is None and not pictures_in(path):
         there = "".join(f"; there are {line}" for line in unused(path, set()))
         raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
-                                "a data folder needs metadata.jsonl, metadata.csv, or pictures "
-                                f"with .txt files{there}")
+                                f"a data folder needs {', '.join(TABLES)}, or pictures with .txt "
+                                f"files{there}")
     return file
 
 
@@ -65,8 +74,8 @@ def read_pairs(folder: Path, bad: list[str] | None) -> Iterator[tuple[str, dict]
                                  f"and {target.stem}.txt could be either's; rename one")
             missing = None
             if not text or not text.is_file():
-                missing = (f"instruction is missing, {target.stem}.txt (without metadata.jsonl or "
-                           "metadata.csv each picture needs such a text)")
+                missing = (f"instruction is missing, {target.stem}.txt (without {TABLES[0]} each "
+                           "picture needs such a text)")
             elif given and not references:
                 missing = "reference is missing in control/"
             if missing:                                  # and may be there by another name
@@ -134,9 +143,8 @@ def unused(folder: Path, used: set[Path]) -> list[str]:
 def unnamed(folder: Path, table: Path, named: Iterable[str]) -> list[str]:
     """Lines about what a table in a folder, with rows that name such pictures, does not name."""
     used = {os.path.abspath(folder / name) for name in named}
-    other = folder / "metadata.csv"
-    lines = [f"{other.name}, as {table.name} is there"] if other.is_file() and (
-        other.name != table.name) else []
+    lines = [f"{other.name}, as {table.name} is there" for other in tables_in(folder)
+             if other.name != table.name]
     below, among = pictures_below(folder)
     if rest := [path for path in below if os.path.abspath(path) not in used]:
         lines.append(f"pictures that no row names, {few(rest, folder)}{among}")

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from support.bad_rows import skipping
 from support.commands import is_first
-from support.tables import skipping
 
 THREADS = min(8, os.cpu_count() or 1)                    # Pillow decodes in several at once
 AHEAD = 4 * THREADS                                      # rows that are looked at together

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.conditions import check_cond
-from support.folders import metadata_of
+from support.folders import TABLES, metadata_of
 from support.masks import read_mask
 from support.names import looks_like_pictures, ours, read_name
 from support.pictures import is_picture, load_image
@@ -33,11 +33,11 @@ class Job:
 
 
 def batch_file(path: Path) -> Path:
-    """The file of --batch, or its folder's metadata.jsonl or .csv. Raises: FileNotFoundError."""
+    """The file of --batch, or its folder's table. Raises: FileNotFoundError."""
     file = metadata_of(path)
     if file is None:
         raise FileNotFoundError(f"--batch {path}: " + (
-            "holds no metadata.jsonl or metadata.csv" if path.is_dir() else "no such file"))
+            f"holds none of {', '.join(TABLES)}" if path.is_dir() else "no such file"))
     return file
 
 

@@ -12,7 +12,7 @@ from support.commands import (ANSWERS, COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_
                               STEPS, STRENGTH, Parser, checked, size)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
-SOURCE = ("a folder (metadata.jsonl or .csv, or pictures with .txt), a .jsonl or .csv file, or a "
+SOURCE = ("a folder (metadata.jsonl, .csv or .json, or pictures with .txt), such a file, or a "
           "public set: ")
 
 

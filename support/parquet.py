@@ -14,9 +14,10 @@ from threading import Lock
 import numpy as np
 from PIL import Image
 
+from support.bad_rows import check_few, skipping
 from support.conditions import pick
 from support.pictures import LONGEST, fitted, load_image, open_picture, resize
-from support.tables import check_few, checked_text, skipping
+from support.tables import checked_text
 
 HELD_OUT = re.compile(r"dev|test|val")                   # files and folders not for training
 

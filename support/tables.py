@@ -1,4 +1,4 @@
-"""Tables of a user's own data, .jsonl and .csv: rows, and the texts and paths in them.
+"""Tables of a user's own data, .jsonl, .json and .csv: rows, and the texts and paths in them.
 
 data.Folder reads its rows here, and sample.py those of --batch; support/names.py knows what their
 entries are called.
@@ -8,51 +8,17 @@ import csv
 import io
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from support.files import json_object, parse_json
+from support.bad_rows import skipping
+from support.files import checked_object, json_object, parse_json
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
 from support.pictures import ADDRESS, PICTURES
 
-MOST_BAD = 0.1                                           # of the lines may be skipped, if asked for
 LONGEST_PATH = 4096                                      # letters: more, no system opens
 OTHER_TABLES = (".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".sqlite")
-
-
-@contextmanager
-def skipping(bad: list[str] | None) -> Iterator[None]:
-    """Write what is wrong with a row to `bad`, if there is such a list, instead of raising it."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if bad is None:
-            raise
-        if (line := " ".join(str(error).split())) not in bad:
-            bad.append(line)
-
-
-def check_few(bad: list[str] | None, rows: int, everyones: list[str] | None) -> None:
-    """Have a source's bad rows, if those are skipped, join the bad rows of all sources.
-
-    Raises: ValueError when so many of so many rows are bad that something else is wrong.
-    """
-    if not bad:
-        return
-    if len(bad) > MOST_BAD * rows:
-        raise ValueError(f"{len(bad):,} of {rows:,} rows are bad, too many to skip: --skip-bad "
-                         f"leaves out one in ten, here {int(MOST_BAD * rows):,}; the first: "
-                         f"{bad[0]}")
-    everyones.extend(line for line in bad if line not in everyones)
-
-
-def tell_skipped(bad: list[str] | None) -> None:
-    """Say at a command's end what was wrong with the rows that were left out."""
-    if bad:
-        print(f"bad lines of the data, skipped: {len(bad)}", *bad, sep="\n  ", file=sys.stderr)
 
 
 def read_text(file: Path) -> str:
@@ -84,8 +50,8 @@ def check_columns(file: Path, first: str) -> None:
                      f"the columns: {KNOWN}")
 
 
-def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a table that are not empty, each with the number of its first line.
+def read_csv(file: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a table that are not empty, each with words for where it begins.
 
     Raises: ValueError for the file, not for a row: after an error nobody knows where rows end.
     """
@@ -96,7 +62,8 @@ def read_csv(file: Path) -> Iterator[tuple[int, dict]]:
     try:
         for cells in table:
             if any(cells) and names:
-                yield number, dict(zip_longest(names, cells))    # None: has too many cells
+                cells = dict(zip_longest(names, cells))  # None: has too many cells
+                yield f"{file} line {number}", cells
             elif any(cells):
                 names, named = cells, [name for name in cells if name]
                 if len(set(named)) < len(named):
@@ -118,19 +85,33 @@ def from_cells(cells: dict, where: str) -> dict:
     return row
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """A .jsonl file's lines that are not empty, with their numbers. Raises: ValueError."""
+def check_kind(file: Path) -> None:
+    """Raises: ValueError for a file that is called as no table is that can be read."""
     if file.suffix.lower() in PICTURES:
         raise ValueError(f"{file}: is a picture; name its folder, or a .jsonl or .csv file whose "
                          "rows name it")
     if file.suffix.lower() in OTHER_TABLES:
         raise ValueError(f"{file}: is not read as a table; save it as .jsonl, or as .csv with "
                          "commas")
-    text = read_text(file)
-    if text.lstrip().startswith("["):
-        raise ValueError(f"{file}: is one JSON list; write each of its objects on a line of its "
-                         "own, without commas between them (.jsonl)")
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def is_list(file: Path) -> bool:
+    """Whether a file seems to hold one JSON list, over any number of lines."""
+    with file.open("rb") as opened:
+        return opened.read(512).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def read_list(file: Path) -> Iterator[tuple[str, object]]:
+    """What one JSON list holds, with words for where. Raises: ValueError."""
+    values = parse_json(read_text(file), file)
+    return ((f"{file} entry {number}", value) for number, value in enumerate(values, 1))
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """A .jsonl file's lines that are not empty, with words for where. Raises: ValueError."""
+    lines = read_text(file).split("\n")
+    return ((f"{file} line {number}", line) for number, line in enumerate(lines, 1)
+            if line.strip())
 
 
 def from_line(line: str, where: str) -> dict:
@@ -142,17 +123,19 @@ def from_line(line: str, where: str) -> dict:
 
 
 def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """The objects of a .jsonl or .csv file, each with words for where it stands.
+    """The objects of a .jsonl or .csv file, or of one JSON list, with words for where each stands.
 
     Their entries have the names that stand there: names.ours() knows them. Raises: ValueError.
     """
+    check_kind(file)
     read, parse = read_lines, from_line
     if file.suffix.lower() == ".csv":
         read, parse = read_csv, from_cells
-    for number, line in read(file):
-        where = f"{file} line {number}"
+    elif is_list(file):
+        read, parse = read_list, checked_object
+    for where, row in read(file):
         with skipping(bad):
-            yield where, parse(line, where)
+            yield where, parse(row, where)
 
 
 def checked_text(text: str, where: str) -> str:

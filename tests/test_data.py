@@ -189,9 +189,33 @@ def test_an_object_over_several_lines_is_told_so(tmp_path):
         data.Folder(tmp_path / "rows.jsonl")
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n "])
+def test_one_json_list_is_read_too(tmp_path, start):
+    """By itself, under any name, and as a folder's metadata.json, unless that is no list."""
+    rows = [{"target": "0.png", "instruction": "a"}, {"image": "0.png", "prompt": "b"}]
+    folder(tmp_path, rows)
+    (tmp_path / "metadata.jsonl").unlink()
+    for path in (tmp_path / "rows.jsonl", tmp_path / "metadata.json"):
+        path.write_text(start + json.dumps(rows, indent=4), encoding="utf-8")
+        found = data.Folder(path.parent if path.stem == "metadata" else path)
+        assert [row.instruction for row in found.checked_rows] == ["a", "b"]
+    rows[1] = "b"
+    path.write_text(json.dumps(rows * 10))
+    with pytest.raises(ValueError, match="metadata.json entry 2: expected a JSON object.* str"):
+        data.Folder(tmp_path)
+    path.write_text(json.dumps(9 * rows[:1] + rows))     # one of eleven
+    assert len(data.Folder(tmp_path, bad=[]).checked_rows) == 10
+    path.write_text(json.dumps(rows)[:-1])
+    with pytest.raises(ValueError, match="metadata.json: not valid JSON"):
+        data.Folder(tmp_path, bad=[])
+    path.write_text('{"0.png": {"caption": "a"}}')       # as some tools have
+    with pytest.raises(FileNotFoundError, match="0.txt .without metadata.jsonl.*metadata.json"):
+        data.Folder(tmp_path)
+
+
 @pytest.mark.parametrize("name, words", [
     ("rows.tsv", "save it as .jsonl, or as .csv"), ("rows.xlsx", "save it as .jsonl"),
-    ("rows.json", "one JSON list.*a line of its own")])
+    ("rows.parquet", "save it as .jsonl")])
 def test_other_tables_are_named(tmp_path, name, words):
     (tmp_path / name).write_text('[{"target": "0.png", "instruction": "a"}]')
     with pytest.raises(ValueError, match=f"{name}: .*{words}"):
@@ -398,7 +422,7 @@ def test_missing_or_empty_folders(tmp_path):
         data.Folder(tmp_path)
     (tmp_path / "10_cat").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "10_cat/1.png")
-    (tmp_path / "metadata.json").write_text("[]")
+    (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="no data.*metadata.json.* below, 1 .10_cat/1.png"):
         data.Folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="gone: not found.*metadata.jsonl"):

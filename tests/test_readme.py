@@ -249,6 +249,10 @@ def tables_of_data(folder: Path) -> None:
     draws(own)
     (own / "metadata.csv").rename(own / "list.csv")
     draws(own / "list.csv")
+    (own / "metadata.json").write_text(json.dumps(rows, indent=4))
+    draws(own)
+    (own / "metadata.json").rename(own / "list.json")
+    draws(own / "list.json")
 
 
 def with_texts(folder: Path) -> None:
@@ -279,7 +283,7 @@ LOADS = {
     "a LoRA of kohya's scripts": of_kohya_with_text,
     "a LoRA of PEFT": partial(lora_of, "PEFT", 1), "a LoRA of XLabs": partial(lora_of, "XLabs", 3),
     "a LoRA under another prefix": under_another_prefix,
-    "`metadata.jsonl`, `metadata.csv`": tables_of_data, "pictures with texts": with_texts,
+    "`metadata.jsonl`, `.csv`, `.json`": tables_of_data, "pictures with texts": with_texts,
     "a public set": public_sets_of_data}
 
 
