@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from data import Sample, open_one, stack
-from sample import Pipeline, condition, generate, load_pipeline, prepare, seeded_noise
+from sample import Pipeline, condition, encode_text, generate, load_pipeline, prepare, seeded_noise
 from support import (benchmark_table, benchmarks, distributed, layouts, omnicontext, options,
-                     origin, spatial, xversebench)
+                     origin, routing_maps, spatial, xversebench)
 from support.bad_rows import tell_skipped
 from support.pairs import open_pairs, score_source
 from support.pictures import grid
@@ -44,7 +44,8 @@ from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 THRESHOLD = 0.03                                         # of the mean squared error
 BENCHES = {"xverse": xversebench, "omnicontext": omnicontext, "spatial": spatial}
 # Options that belong to some --bench alone; "" stands for --data without one.
-ONLY = {"tasks": ["tiny"], "number": ["tiny", ""], "data_root": [""], "skip_bad": [""],
+ONLY = {"tasks": ["tiny"], "number": ["tiny", ""], "route_by": ["tiny", ""], "data_root": [""],
+        "skip_bad": [""],
         **dict.fromkeys(("limit", "scores", "native", "size"), list(BENCHES))}
 
 
@@ -54,13 +55,19 @@ def pictures_given(sample: Sample) -> list[np.ndarray]:
 
 
 def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
-                  first: int = 0, batch_size: int = 64) -> list[np.ndarray]:
-    """The model's pictures for samples of one kind; sample number i starts from seed first + i."""
+                  first: int = 0, batch_size: int = 64,
+                  route_by: str | None = None) -> list[np.ndarray]:
+    """The model's pictures for samples of one kind; sample number i starts from seed first + i.
+
+    route_by: the text that chooses the experts, by default each sample's instruction.
+    """
     pictures, size = [], samples[0].target.shape[1::-1]
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
         given = condition(pipe, [s.instruction for s in batch], stack(s.images for s in batch),
                           stack(s.conds for s in batch))
+        if route_by:
+            given.routed_by = encode_text(pipe, [route_by] * len(batch))
         seeds = list(range(first + start, first + start + len(batch)))
         noise = seeded_noise(seeds, size, pipe.vae.config.latent_channels)
         pictures += list(generate(pipe, given, noise, steps, guidance)[0])
@@ -124,12 +131,12 @@ def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
 
 
 def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidance: float,
-               out: Path) -> list[Score]:
+               out: Path, route_by: str | None = None) -> list[Score]:
     """Score every task, and write results.FILES into `out`."""
     results, found = {}, []
     for task in tasks:
         samples = world.tiny_test(task, number)
-        results[task] = samples, make_pictures(pipe, samples, steps, guidance)
+        results[task] = samples, make_pictures(pipe, samples, steps, guidance, route_by=route_by)
         found.append(measure(task, results[task][1], samples))
         print(f"{task:12} {found[-1].success:6.1%}  {found[-1].psnr:5.1f} dB", flush=True)
     write(out, [vars(score) for score in found], table(found), contact_sheet(results))
@@ -217,10 +224,12 @@ def main() -> None:
     bad: list[str] | None = [] if args.skip_bad else None
     source = open_pairs(args, bad, open_one) if args.data else None
     pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
+    if args.route_by:
+        routing_maps.check_routed(pipe.adapter, f"--route-by {args.route_by!a}")
     if source:
         try:
             score_source(args, source, pipe, lambda s, place: make_pictures(
-                pipe, [s], args.steps, args.guidance, place)[0])
+                pipe, [s], args.steps, args.guidance, place, route_by=args.route_by)[0])
         finally:
             tell_skipped(bad)
         return
@@ -228,7 +237,7 @@ def main() -> None:
         raise ValueError(f"--bench tiny needs a model for {world.SIZE}x{world.SIZE} pictures; "
                          f"{args.model} is for {pipe.vae.config.sample_size}")
     tasks = list(dict.fromkeys(args.tasks or BASE_TASKS + NEW_TASKS))        # each once
-    bench_tiny(pipe, tasks, args.number or 256, args.steps, args.guidance, args.out)
+    bench_tiny(pipe, tasks, args.number or 256, args.steps, args.guidance, args.out, args.route_by)
     print(f"{args.out}/sheet.png: given, instruction, result, truth")
 
 

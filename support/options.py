@@ -53,6 +53,18 @@ def adapters_of(args: argparse.Namespace) -> list[tuple[Path, float]]:
     return adapters.chosen(args.adapter or "auto", args.model)
 
 
+def not_empty(text: str) -> str:
+    """An option's type."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty: give a text, or leave it out")
+    return text
+
+
+def add_route_by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--route-by", type=not_empty, metavar="TEXT", help="choose the experts by "
+                        "this text, not by the instruction, to see what routing decides")
+
+
 def add_compile(parser: argparse.ArgumentParser, first: str) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks: "
                         f"{first} more at first, then faster steps")
@@ -104,8 +116,7 @@ def sample_options() -> argparse.Namespace:
     add_compile(parser, "half a minute")
     parser.add_argument("--num", type=STEPS, default=1,
                         help="pictures, with --seed, --seed + 1, ...")
-    parser.add_argument("--route-by", metavar="TEXT", help="choose the experts by this text, not "
-                        "by the instruction, to see what routing decides")
+    add_route_by(parser)
     parser.add_argument("--export-lora", type=Path, metavar="FILE.safetensors",
                         help="write the adapter, as this instruction routes it, as a plain LoRA; "
                         "a picture too only with --out")
@@ -142,6 +153,7 @@ def evaluate_options(tasks: list[str], public: Iterable[str],
     parser.add_argument("--steps", type=STEPS, help="from noise to picture; by default 28, as "
                         "sample.py, with --bench tiny 12")
     parser.add_argument("--guidance", type=GUIDANCE, default=2.5, help="%(default)s")
+    add_route_by(parser)
     parser.add_argument("--out", type=NEW_FOLDER, default=Path("runs/evaluate"),
                         help="takes scores.json, table.md and sheet.png, and a benchmark's "
                         "pictures, of which those that are there are not made again; %(default)s")

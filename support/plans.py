@@ -115,8 +115,6 @@ def plan(args: argparse.Namespace) -> list[Job]:
     make = args.out is not None or not (args.export_lora or args.routing)
     if args.explain:
         check_page(args, make)
-    if args.route_by is not None and not args.route_by.strip():
-        raise ValueError("--route-by is empty: give a text, or leave it out")
     check_adapter(args)
     if args.route_by and args.routing:
         raise ValueError("--routing: draws what instructions choose; leave out --route-by")

@@ -13,7 +13,7 @@ from pyarrow import parquet
 import evaluate
 from data import Folder, Sample
 from helpers import ROOT, SETS, run_command
-from sample import Pipeline
+from sample import Pipeline, edit
 from support import scores
 from tiny import world
 from tiny.world import BASE_TASKS, BIG, FIGURES, NEW_TASKS, SHAPES, SMALL, Scene, Thing
@@ -85,6 +85,40 @@ def test_sample_number_i_starts_from_its_own_seed(trained):
         assert scores.psnr(both[i], alone) > 55 > scores.psnr(both[i], other)
 
 
+OTHER = "fill the box with a red star"
+
+
+def test_pictures_may_be_routed_by_another_text(trained):
+    """As sample.edit() does it, each of a batch; by its own instruction as without."""
+    samples = world.tiny_test("add", 2)
+    crossed = evaluate.make_pictures(trained, samples, 2, 2.5, route_by=OTHER)
+    for i, s in enumerate(samples):
+        wanted = edit(trained, s.instruction, Image.fromarray(s.images[0]), seed=i, steps=2,
+                      route_by=OTHER)
+        assert scores.psnr(crossed[i], np.asarray(wanted)) > 55
+    [same], [plain], [other] = (evaluate.make_pictures(trained, samples[:1], 2, 2.5, route_by=text)
+                                for text in (samples[0].instruction, None, OTHER))
+    assert np.array_equal(same, plain) and not np.array_equal(other, plain)
+
+
+def test_scores_may_be_of_another_routing(tmp_path, monkeypatch, capsys, trained):
+    """So says scores.json; an adapter without a routing has no other."""
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda **_: trained)
+    asked = []
+    monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest, route_by: (
+        asked.append(route_by), [s.target for s in samples])[1])
+    for arguments in (["--data", OWN], ["--bench", "tiny", "--tasks", "add", "--number", 2]):
+        code, _, err = run(monkeypatch, capsys, *arguments, "--route-by", OTHER,
+                           "--out", tmp_path / arguments[0])
+        assert code == 0, err
+    assert asked == 5 * [OTHER]
+    assert json.loads((tmp_path / "--data/scores.json").read_text())["route_by"] == OTHER
+    monkeypatch.setattr(trained, "adapter", None)
+    code, _, err = run(monkeypatch, capsys, "--data", OWN, "--route-by", "a", "--out",
+                       tmp_path / "s")
+    assert code == 2 and err.startswith("error: --route-by 'a': no layer here is routed by")
+
+
 # ------------------------------------------------------------------------------- pairs of one's own
 
 OWN = ROOT / "tiny/examples/own"
@@ -100,7 +134,8 @@ def told_truth(monkeypatch, bare: Pipeline, shift: int = 0) -> list[tuple[int, i
     """Have each row answered by the target of a row so many after it -> seeds, steps, guidance."""
     asked, targets = [], [s.target for s in Folder(OWN, (64, 64)).all()]
 
-    def make(_: object, samples: list, steps: int, guidance: float, first: int) -> list:
+    def make(_: object, samples: list, steps: int, guidance: float, first: int,
+             route_by: str | None) -> list:
         asked.append((first, steps, guidance))
         assert np.array_equal(samples[0].target, targets[first])
         return [targets[(first + shift) % len(targets)]]
@@ -160,7 +195,8 @@ def test_what_is_cut_and_what_gives_no_picture_is_said(tmp_path, monkeypatch, ca
     rows[2]["note"] = "n"
     file.write_text("\n".join(map(json.dumps, rows)))
     told_truth(monkeypatch, bare)
-    monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest: [samples[0].target])
+    monkeypatch.setattr(evaluate, "make_pictures",
+                        lambda _, samples, *rest, route_by: [samples[0].target])
     code, out, err = run(monkeypatch, capsys, "--data", tmp_path / "own", "--out", tmp_path / "s")
     assert code == 0 and "left unread, entries without a known name: note (1)" in out
     assert "note: the model reads 28 tokens, and not the end of 1 text; the first: make" in err
@@ -176,7 +212,8 @@ def test_what_is_cut_and_what_gives_no_picture_is_said(tmp_path, monkeypatch, ca
 def test_public_sets_and_bad_rows(tmp_path, monkeypatch, capsys, bare):
     """As train.py takes them; with --skip-bad the bad rows are listed at the end."""
     told_truth(monkeypatch, bare)
-    monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest: [samples[0].target])
+    monkeypatch.setattr(evaluate, "make_pictures",
+                        lambda _, samples, *rest, route_by: [samples[0].target])
     rows = SETS["omniedit"]() * 6
     rows[1] = rows[1] | {"src_img": {"bytes": b"no picture", "path": None}}
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -234,6 +271,8 @@ def test_scores_are_not_written_over_unasked(tmp_path, monkeypatch, capsys, bare
     (["--data", "coco=gone"], "gone: not found"), (["--data", "tiny"], "--bench tiny"),
     (["--data", OWN, "--tasks", "t2i"], "--tasks: not together with --data"),
     (["--bench", "tiny", "--tasks", "gone"], "--tasks"),
+    (["--bench", "tiny", "--route-by", " "], "--route-by is empty"),
+    (["--bench", "xverse", "--data", OWN, "--route-by", "a"], "--route-by: not together with"),
     (["--bench", "tiny", "--skip-bad"], "--skip-bad: not together with --bench"),
     (["--bench", "tiny", "--data-root", "."], "--data-root: not together with --bench"),
     (["--data", OWN, "--data-root", "gone"], "--data-root"),

@@ -515,6 +515,13 @@ def test_tables_say_what_the_results_hold(results):
         ["token", flow, "+50.0", "+100.0", "+150.0", "+200.0", "+250.0", "+300.0"]]
     assert rows(findings.cosines_table()) == [
         [name, "0.1250 (0.1250 to 0.1250)"] for name in ("InstructMoLE", "token")]
+    [lost] = {findings.lead(results, results, *(
+        lambda _, i=i: 100 * (np.arange(10) < i) for i in (0, 1)))
+        for results in [findings.by_variant()["token"]]}
+    assert rows(findings.summary_table()) == [
+        ["InstructMoLE", spread, spread, lost, "0.750", "0.125"],
+        ["plain LoRA", spread, spread, "–", "–", "–"],
+        ["token", spread, spread, lost, "0.750", "0.125"]]
     assert rows(findings.balance_table()) == [
         ["0.01", *2 * ["100.0 (100.0 to 100.0)"], "0.200", "0.750"],
         ["0.1", spread, spread, "0.200", "0.750"]]

@@ -241,6 +241,11 @@ def with_routing(stage: str = "table") -> dict[str, list[dict]]:
             if (routed := [result for result in results if "routing" in result])}
 
 
+def by_way(way: str) -> Callable[[dict], np.ndarray]:
+    """Of a result, percents() of its pictures when routed so: one of probe.WAYS."""
+    return lambda result: percents(result["routing"]["right"][way].values())
+
+
 def routing_table(stage: str = "table") -> str:
     """What becomes of success on the tasks when the routing is changed at test time.
 
@@ -248,8 +253,6 @@ def routing_table(stage: str = "table") -> str:
     Experts suffer where they are used otherwise than trained: a loss here does not say that
     training without routing is worse.
     """
-    def by_way(way: str) -> Callable[[dict], np.ndarray]:
-        return lambda result: percents(result["routing"]["right"][way].values())
     header = ["variant", *(f"{way}, %" for way in probe.WAYS), "its task's less another's"]
     return markdown(header, (
         [name,
@@ -310,6 +313,25 @@ def balance_table() -> str:
          over_seeds(results, lambda r: success(r, EDITS)),
          *(f"{over_layers(results, key):.3f}" for key in ("from even", "information"))]
         for weight, results in sorted(weights.items())))
+
+
+def summary_table() -> str:
+    """Of each variant, in a line: success, what its routing decides and says, its experts.
+
+    Lost is success as trained less that by another task's routing, on the same pictures.
+    """
+    rows, routed = [], with_routing()
+    for name, results in by_variant().items():
+        lost = told = cosine = HOLE
+        if own := routed.get(name):
+            lost = lead(own, own, by_way("as trained"), by_way("another's"))
+            cosine = f"{np.mean([result['cosine'] for result in own]):.3f}"
+            if name not in ALL_KEPT:
+                told = f"{over_layers(own, 'information'):.3f}"
+        rows.append([name, over_seeds(results, lambda r: success(r, NEW_TASKS)),
+                     over_seeds(results, lambda r: success(r, EDITS)), lost, told, cosine])
+    return markdown(["variant", "new tasks, %", "edits, %", "lost by another's routing, points",
+                     "bits about the task", "cosine of experts"], rows)
 
 
 def search_table(stage: str = "search") -> str:
