@@ -1,5 +1,6 @@
 """The experiment on the tiny model: what is compared, how it is scored, what routing decides."""
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -687,6 +688,18 @@ def test_the_record_holds_the_tables():
     text = (ROOT / "tiny/EXPERIMENT.md").read_text(encoding="utf-8")
     for table in findings.tables(finished=True):
         assert table in text, table
+
+
+@pytest.mark.parametrize("page, tables", [
+    ("README.md", ["answers"]), ("tiny/README.md", ["answers", "summary", "company"])])
+def test_the_pages_hold_what_was_found(page, tables):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name in tables:
+        table = getattr(findings, f"{name}_table")()
+        assert table in text, table
+    for shown in re.findall(r"\]\((?:tiny/)?results/(.*)\.png\)", text):
+        drawn = findings.FIGURES[shown][1]()
+        assert np.array_equal(drawn, load_image(ROOT / f"tiny/results/{shown}.png")), shown
 
 
 # All pieces were made at these; between them changed what is compared, not how it is trained.
