@@ -11,7 +11,8 @@ started again; several pieces run side by side, each in a process and a thread o
     interference   a task alone, with two others, with all, 750 steps; 8 pictures of each task in a
                    batch, on average, so that each draws as many of its own in any company
     balance        the weight of the balance loss
-    longer         what is compared first, 4,500 steps
+    longer         what is compared first, 4,500 steps, with a falling rate and three seeds, which
+                   are too few to decide
     regimes        a search again, on the tasks of tiny/conflict.py, with what lies between a plain
                    LoRA, InstructMoLE, and a setting in which routing might pay: found afterwards
     conflict       the same as in the table, on those tasks
@@ -87,6 +88,7 @@ class Variant(NamedTuple):
         return self.method != "lora" and self.changes.get("experts") != 1
 
 
+FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
 VARIANTS = {
     "InstructMoLE": Variant("instructmole"),
     "strong LoRA beside": Variant("instructmole", {"lora_alpha": 128}),      # at 8, as a plain one
@@ -99,27 +101,28 @@ VARIANTS = {
     "token": Variant("token"),
     "soft": Variant("soft"),
     "Expert Race": Variant("race"),
-    "Expert Choice": Variant("choice")}
-FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
+    "Expert Choice": Variant("choice"),
+    "standardised whole": Variant("standardised", FREE)}         # found on tasks in conflict
 FOR_EACH = "a LoRA for each task"                        # of a fifth of the size: as if well routed
 FREE_POOLED = FREE | {"rank": 9, "resampler": False}     # as large as the plain LoRA
 REGIMES = {
-    "standardised": Variant("standardised", FREE_POOLED),            # `free`, by another z
+    "standardised": Variant("standardised", FREE_POOLED),            # by the pooled text only
     "standardised as drawn": Variant("standardised", FREE_POOLED, ("--router-lr", "0")),
     "free": Variant("pooled", FREE_POOLED),
     "free with resampler": Variant("instructmole", FREE),
-    "free as drawn": Variant("pooled", FREE_POOLED, ("--router-lr", "0")),
     "free as one": Variant("pooled", FREE | {"experts": 1, "top_k": 1}),
-    FOR_EACH: Variant("lora", {"lora_rank": 6}, sized=False)}
+    FOR_EACH: Variant("lora", {"lora_rank": 6}, sized=False)}        # settings: the plain LoRA's
 ADAPTERS = VARIANTS | REGIMES
 # What is compared first, with more seeds. Does it pay, as published or with its LoRA as strong as
 # the plain one, and is it the routing?
 FIRST = {"table": ("InstructMoLE", "strong LoRA beside", "plain LoRA", "routing as drawn"),
-         "conflict": ("plain LoRA", "standardised", "standardised as drawn")}    # with more seeds
+         "conflict": ("plain LoRA", "standardised whole", "standardised", "free as one")}
 SEARCHES = {"search": (*VARIANTS,),                      # what they are of
-            "regimes": ("InstructMoLE", "strong LoRA beside", "plain LoRA", *REGIMES)}
+            "regimes": ("InstructMoLE", "strong LoRA beside", "plain LoRA", "standardised whole",
+                        *(name for name in REGIMES if name != FOR_EACH))}
 COMPARED = {"interference": ("plain LoRA", "InstructMoLE"), "balance": ("InstructMoLE",),
-            "longer": FIRST["table"], "conflict": SEARCHES["regimes"]}       # else all VARIANTS
+            "longer": ("InstructMoLE", "strong LoRA beside", "plain LoRA"),
+            "conflict": (*SEARCHES["regimes"], FOR_EACH)}        # else all VARIANTS
 COMPANIES = (*((task,) for task in NEW_TASKS), *TRIPLES, NEW_TASKS)          # of interference
 
 
@@ -251,8 +254,9 @@ def validation_loss(piece: Piece) -> float:
 
 
 def best(variant: str, stage: str) -> Piece | None:
-    """A variant's best piece of the search that a stage's settings are from, once all are there."""
-    candidates = tried("regimes" if stage == "conflict" else "search", variant)
+    """The best piece of the search that a variant's settings are from, once all are there."""
+    candidates = tried("regimes" if stage == "conflict" else "search",
+                       "plain LoRA" if variant == FOR_EACH else variant)
     if not all(piece.there() for piece in candidates):
         return None
     return min(candidates, key=validation_loss)
@@ -279,7 +283,8 @@ def pieces(stage: str) -> Iterator[Piece]:
             yield replace(whole, steps=LONGER_STEPS)
         if stage == "balance":
             for weight in (0.0, 0.001, 0.01):            # 0.1, the paper's, is in the table
-                yield replace(whole, balance_weight=weight, ways=probe.WAYS[:1])
+                yield replace(whole, balance_weight=weight,
+                              ways=("as trained", "another's", "none"))
         if stage == "interference":
             for tasks in COMPANIES:
                 yield replace(whole, steps=TOGETHER_STEPS, batch=OWN * len(tasks), tasks=tasks,
@@ -305,12 +310,13 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
 
     As the paper trains: AdamW, a constant rate. Muon, by which the embedded adapter learns faster,
     makes the steps of all experts orthogonal, which is what the orthogonality loss is to do.
-    On tasks in conflict the rate falls, lest the noise of a high one decides more than the variant.
+    On tasks in conflict, and in longer training, the rate falls, lest the noise of a high one
+    decides more than the variant.
     """
     out, variant = WORK / piece.name, ADAPTERS[piece.variant]
-    world, schedule = TinyWorld, "constant"
-    if set(piece.tasks) <= set(conflict.TASKS):
-        world, schedule = conflict.ConflictWorld, "cosine"
+    in_conflict = set(piece.tasks) <= set(conflict.TASKS)
+    world = conflict.ConflictWorld if in_conflict else TinyWorld
+    schedule = "cosine" if in_conflict or piece.stage == "longer" else "constant"
     args = train_options(baselines.METHODS, PUBLIC, [
         "--data", "tiny", "--model", str(MODEL), "--method", variant.method,
         "--steps", str(piece.steps), "--batch-size", str(piece.batch), "--lr", str(piece.lr),

@@ -23,22 +23,33 @@ T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t
        7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
-# there is to win.
-LADDER = (("standardised", "plain LoRA"), ("standardised", "standardised as drawn"),
-          ("standardised", "free"), ("free", "free as drawn"), ("free", "free as one"),
-          ("free", "free with resampler"), ("free with resampler", "strong LoRA beside"),
-          ("strong LoRA beside", "InstructMoLE"), (FOR_EACH, "plain LoRA"))
-# What was to be answered, by which stage, and which variant is to lead which: fixed beforehand.
+# LoRAs for one task win.
+LADDER = (("standardised whole", "plain LoRA"), ("standardised whole", "free as one"),
+          ("standardised whole", "standardised"), ("standardised whole", "free with resampler"),
+          ("standardised", "standardised as drawn"), ("standardised", "free"),
+          ("free with resampler", "strong LoRA beside"), ("strong LoRA beside", "InstructMoLE"),
+          (FOR_EACH, "plain LoRA"))
+# What was asked; when: before the table's first run, after two of its pieces, or after pilots; the
+# stage that answers it, and which variant is to lead which.
 QUESTIONS = (
-    ("does it pay?", "table", "InstructMoLE", "plain LoRA"),
-    ("and with as strong a LoRA beside?", "table", "strong LoRA beside", "plain LoRA"),
-    ("is it what the routing has learned?", "table", "InstructMoLE", "routing as drawn"),
-    ("trained three times as long, does it pay?", "longer", "InstructMoLE", "plain LoRA"),
-    ("and with as strong a LoRA beside?", "longer", "strong LoRA beside", "plain LoRA"),
-    ("is it what the routing has learned?", "longer", "InstructMoLE", "routing as drawn"),
-    ("on tasks in conflict, does routing pay?", "conflict", "standardised", "plain LoRA"),
-    ("is it what the routing has learned?", "conflict", "standardised", "standardised as drawn"),
-    ("how much is to be won there?", "conflict", FOR_EACH, "plain LoRA"))
+    ("does it pay?", "before", "table", "InstructMoLE", "plain LoRA"),
+    ("more than a nearly fixed choice of experts?", "before", "table", "InstructMoLE",
+     "routing as drawn"),
+    ("and with as strong a LoRA beside?", "after two", "table", "strong LoRA beside", "plain LoRA"),
+    ("trained three times as long, does it pay?", "after two", "longer", "InstructMoLE",
+     "plain LoRA"),
+    ("and with as strong a LoRA beside?", "after two", "longer", "strong LoRA beside",
+     "plain LoRA"),
+    ("on tasks in conflict, does routing pay?", "after pilots", "conflict", "standardised whole",
+     "plain LoRA"),
+    ("beside one expert of that size?", "after pilots", "conflict", "standardised whole",
+     "free as one"),
+    ("is it the whole instruction?", "after pilots", "conflict", "standardised whole",
+     "standardised"),
+    ("what do LoRAs for one task each win there?", "after pilots", "conflict", FOR_EACH,
+     "plain LoRA"),
+    ("on the world's own tasks, does that pay?", "after pilots", "table", "standardised whole",
+     "plain LoRA"))
 MATTERS = 3                                              # points; a lead within them does not
 
 
@@ -187,7 +198,7 @@ def leads_table(stage: str = "table") -> str:
     """
     table = by_variant(stage, SEEDS + MORE_SEEDS)
     pairs = [*(("InstructMoLE", name) for name in table if name != "InstructMoLE"),
-             ("strong LoRA beside", "plain LoRA")]
+             *((name, "plain LoRA") for name in ("strong LoRA beside", "standardised whole"))]
     groups = {"new tasks": NEW_TASKS, "edits": EDITS}
     if stage == "conflict":
         pairs, groups = [*LADDER], {"tasks in conflict": conflict.TASKS}
@@ -203,16 +214,28 @@ def leads_table(stage: str = "table") -> str:
                      f"flow loss of {next(iter(groups))}, less by 0.001 times"], rows)
 
 
+def answer(stage: str, two: tuple[str, str], seeds: int, interval: Interval | None) -> str:
+    """By the rule, once all seeds are there; where a training diverged there is none."""
+    planned = len(SEEDS)
+    if set(two) <= set(FIRST.get(stage, ())):
+        planned += len(MORE_SEEDS)
+    if any("diverged" in r and r["piece"]["variant"] in two for r in found(stage)):
+        return "undecided: a training diverged"
+    if interval is None:
+        return "not measured yet"
+    return interval.answer if seeds >= planned else f"open: {seeds} of {planned} seeds"
+
+
 def answers_table() -> str:
     """QUESTIONS, each with the lead that answers it, of success on the stage's tasks."""
     rows = []
-    for question, stage, ours, theirs in QUESTIONS:
+    for question, asked, stage, ours, theirs in QUESTIONS:
         table = by_variant(stage, SEEDS + MORE_SEEDS)
         two = [table.get(name, []) for name in (ours, theirs)]
-        found = difference(*two, right(conflict.TASKS if stage == "conflict" else NEW_TASKS))
-        rows.append([question, f"{ours} over {theirs}", f"{seeds_of(*two)}", str(found or HOLE),
-                     found.answer if found else "not measured yet"])
-    return markdown(["question", "lead", "seeds", "points, about 95 %", "answer"], rows)
+        interval = difference(*two, right(conflict.TASKS if stage == "conflict" else NEW_TASKS))
+        rows.append([question, asked, f"{ours} over {theirs}", str(interval or HOLE),
+                     answer(stage, (ours, theirs), seeds_of(*two), interval)])
+    return markdown(["question", "asked", "lead", "points (about 95 %)", "answer"], rows)
 
 
 def tasks_table(stage: str = "table") -> str:
@@ -318,20 +341,24 @@ def balance_table() -> str:
 def summary_table() -> str:
     """Of each variant, in a line: success, what its routing decides and says, its experts.
 
-    Lost is success as trained less that by another task's routing, on the same pictures.
+    Lost is success as trained less that without any expert, or by another task's routing, on the
+    same pictures: what the experts do, and what of it their choice does.
     """
     rows, routed = [], with_routing()
     for name, results in by_variant().items():
-        lost = told = cosine = HOLE
+        without = another = told = cosine = HOLE
         if own := routed.get(name):
-            lost = lead(own, own, by_way("as trained"), by_way("another's"))
+            without, another = (lead(own, own, by_way("as trained"), by_way(way))
+                                for way in ("none", "another's"))
             cosine = f"{np.mean([result['cosine'] for result in own]):.3f}"
             if name not in ALL_KEPT:
                 told = f"{over_layers(own, 'information'):.3f}"
-        rows.append([name, over_seeds(results, lambda r: success(r, NEW_TASKS)),
-                     over_seeds(results, lambda r: success(r, EDITS)), lost, told, cosine])
-    return markdown(["variant", "new tasks, %", "edits, %", "lost by another's routing, points",
-                     "bits about the task", "cosine of experts"], rows)
+        rows.append([name, f"{len(results)}", over_seeds(results, lambda r: success(r, NEW_TASKS)),
+                     f"{np.mean([success(r, EDITS) for r in results]):.1f}", without, another,
+                     told, cosine])
+    return markdown(["variant", "seeds", "new tasks, % (least, most)", "edits, %",
+                     "lost without experts (about 95 %)", "by another task's (about 95 %)",
+                     "bits about the task", "cosine"], rows)
 
 
 def search_table(stage: str = "search") -> str:
@@ -388,14 +415,22 @@ def interference_table() -> str:
         for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
 
 
+def in_company(variant: str, number: int, tasks: tuple[str, ...]) -> list[dict]:
+    """Of each seed, the results of the tasks in companies of so many, as if of one adapter."""
+    return joined((r for r in ended("interference") if r["piece"]["variant"] == variant
+                   and len(r["piece"]["tasks"]) == number), tasks)
+
+
 def company_table() -> str:
-    """What training with all tasks instead of alone costs, on the same pictures; see lead()."""
-    def lost(variant: str) -> list[dict]:
+    """What training with all tasks instead of alone costs, on the same pictures; see difference().
+
+    Apart from `mixed`, too, which alone gains by company.
+    """
+    def lost(variant: str, tasks: tuple[str, ...]) -> list[dict]:
         """Of each seed, of each picture: 100 where it is right alone and not with all, or -100."""
-        alone, with_all = ({one["piece"]["seed"]: right(NEW_TASKS)(one) for one in joined(
-            (r for r in ended("interference") if r["piece"]["variant"] == variant
-             and len(r["piece"]["tasks"]) == number), NEW_TASKS)}
-            for number in (1, len(NEW_TASKS)))
+        alone, with_all = ({one["piece"]["seed"]: right(tasks)(one)
+                            for one in in_company(variant, number, tasks)}
+                           for number in (1, len(NEW_TASKS)))
         return [{"piece": {"seed": seed}, "lost": alone[seed] - with_all[seed]}
                 for seed in alone if seed in with_all]
 
@@ -404,10 +439,16 @@ def company_table() -> str:
 
     def none(one: dict) -> np.ndarray:
         return np.zeros_like(one["lost"])
-    losses = {variant: lost(variant) for variant in COMPARED["interference"]}
-    return markdown(["variant", "lost by company, points"], [
-        *((variant, lead(own, own, each, none)) for variant, own in losses.items()),
-        ("the first less the second", lead(*losses.values(), each))])
+    first, second = COMPARED["interference"]
+    columns = []
+    for tasks in (NEW_TASKS, tuple(task for task in NEW_TASKS if task != "mixed")):
+        losses = [lost(variant, tasks) for variant in (first, second)]
+        alone = [in_company(variant, 1, tasks) for variant in (second, first)]
+        columns.append([*(lead(own, own, each, none) for own in losses), lead(*losses, each),
+                        lead(*alone, right(tasks))])
+    return markdown(["points (about 95 %)", "all new tasks", "without mixed"], map(list, zip(
+        [f"{first} loses by company", f"{second} loses by company", "the first less the second",
+         f"alone, {second} over {first}"], *columns)))
 
 
 def conflict_table() -> str:

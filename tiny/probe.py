@@ -44,11 +44,13 @@ SLOT = {"a": r"[a-z]+ [a-z]+", "colour": "[a-z]+", "shape": "[a-z]+", "place": "
 def scenes(task: str, number: int, validation: bool) -> list:
     """Held-out samples of a task: of validation's quarter of the held-out scenes, or of the rest.
 
-    An edit belongs where the scene after it does.
+    An edit belongs where the scene after it does. In conflict a test's are others than those on
+    which the setting was looked for.
     """
     own, number_of = task in world.WORDINGS, [*world.WORDINGS, *conflict.TASKS].index(task)
     draw = world.tiny_sample if own else conflict.conflict_sample
-    rng, chosen = np.random.default_rng([int(validation), number_of]), []
+    test = 0 if own else 2
+    rng, chosen = np.random.default_rng([1 if validation else test, number_of]), []
     while len(chosen) < number:
         sample = draw(rng, task, held_out=True)
         if (sample.scene.digest() // 10 % 4 == 0) == validation:
