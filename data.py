@@ -195,6 +195,8 @@ def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
     named, public: the sources that are known so; size, root, bad, longest: as Folder takes them;
     draws: as public sets do; option: for errors. Raises: ValueError, FileNotFoundError.
     """
+    if not name.strip():
+        raise ValueError(f"{option} is empty: name a folder, or a file of rows")
     if name in named:
         return named[name]()
     kind, equals, path = name.partition("=")

@@ -261,7 +261,7 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     made_at = output_size(only, images, size)
     given = condition(pipe, [instruction], *prepare(only, images, conds, made_at, pipe.longest))
     if route_by:
-        routing_maps.check_routed(pipe.adapter, f"route by {route_by!a}")
+        routing_maps.check_routed(pipe.adapter, f"--route-by {route_by!a}")
         given.routed_by = encode_text(pipe, [route_by])
     for seed in map(int, seeds):
         noise = seeded_noise([seed], made_at, pipe.vae.config.latent_channels)

@@ -114,8 +114,12 @@ def longest(paths: Iterable[Path]) -> int:
 def fill_in(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
     """Take saved tensors. Raises: ValueError unless names and shapes are exactly the adapter's."""
     own = adapter.tensors()
-    check_tensors({name: p.shape for name, p in own.items()},
-                  {name: t.shape for name, t in tensors.items()}, where)
+    try:
+        check_tensors({name: p.shape for name, p in own.items()},
+                      {name: t.shape for name, t in tensors.items()}, where)
+    except ValueError as error:
+        raise ValueError(f"{error}; if it is another model's, name that by --model (python "
+                         "weights.py FILE says which one it fits)") from None
     for name, p in own.items():
         p.copy_(tensors[name])
 

@@ -16,6 +16,7 @@ from support.pictures import PICTURES
 from support.words import counted, span
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
+RELEASED_NAME = "FLUX.1-Kontext-dev"
 RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
 LORA, RESEARCH = "that is a LoRA", "of the research code"
 TEXTS = "the instruction vector"                         # T5's width to CLIP's
@@ -104,7 +105,7 @@ def fits(tensors: dict[str, Tensor]) -> str:
     """Which of the models that are known here has an adapter's layers, in their sizes."""
     file, told = options.EMBEDDED / "transformer/config.json", {}
     wanted = sizes_in(tensors)
-    for model, config in (("FLUX.1-Kontext-dev", RELEASED),
+    for model, config in ((RELEASED_NAME, RELEASED),
                           ("the embedded model", config_from(DiTConfig, read_json(file), file))):
         with devices.shapes_alone():
             known = {name: f"{m.in_features} to {m.out_features}" for name, m
@@ -135,8 +136,10 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
     sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)
     if kind:
-        return "\n".join([*describe_adapter(path, kind),
-                          f"{sample} --adapter {shlex.quote(str(path))}"]), True
+        lines = describe_adapter(path, kind)
+        if lines[-1].startswith(f"fits {RELEASED_NAME}"):
+            sample += f" --model {RELEASED_NAME}"
+        return "\n".join([*lines, f"{sample} --adapter {shlex.quote(str(path))}"]), True
     found = layouts.parts_in(path)
     if not found:
         files = ", ".join(file.name for file in sorted(path.glob("*.safetensors"))[:3])

@@ -39,8 +39,8 @@ def table_of(path: Path) -> Path | None:
     if file is None and not pictures_in(path):
         there = "".join(f"; there are {line}" for line in unused(path, set()))
         raise FileNotFoundError(f"{path}: {'holds no data' if path.is_dir() else 'not found'}; "
-                                f"a data folder needs {', '.join(TABLES)}, or pictures with .txt "
-                                f"files{there}")
+                                f"a data folder needs {', '.join(TABLES)} (one JSON list), or "
+                                f"pictures with .txt files{there}")
     return file
 
 

@@ -17,7 +17,7 @@ from support.masks import read_mask
 from support.names import looks_like_pictures, ours, read_name
 from support.pictures import is_picture, load_image
 from support.tables import checked_path, read_rows, row_paths, row_text
-from support.words import note
+from support.words import counted, note
 
 
 @dataclass
@@ -37,7 +37,8 @@ def batch_file(path: Path) -> Path:
     file = metadata_of(path)
     if file is None:
         raise FileNotFoundError(f"--batch {path}: " + (
-            f"holds none of {', '.join(TABLES)}" if path.is_dir() else "no such file"))
+            f"holds none of {', '.join(TABLES)} (one JSON list)" if path.is_dir() else
+            "no such file"))
     return file
 
 
@@ -74,7 +75,7 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
     if not jobs:
         raise ValueError(f"{file}: holds no rows")
     if targets:
-        note(f"{file}: {targets} rows name a target; it is not looked at")
+        note(f"{file}: {counted(targets, 'row')} with a target; it is not looked at")
     if unread:
         told = ", ".join(f"{name[:60]!a} (in {rows} rows)" for name, rows in unread.items())
         note(f"{file}: entries without a known name are left unread: {told}")

@@ -30,7 +30,7 @@ PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", 
 
 LONGEST = 512                                            # side in training, if not said otherwise
 Given = str | Path | Image.Image | np.ndarray            # what a Python caller names or holds
-ADDRESS = re.compile(r"\b[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)     # Path makes one / of two
+ADDRESS = re.compile(r"\b(?!canny:)[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)  # Path leaves one /
 
 
 @contextmanager

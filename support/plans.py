@@ -28,8 +28,10 @@ def check_pictures(option: str, files: list[Path], given: list[Path]) -> None:
 
     Raises: ValueError where they cannot be written, or one of them is given, too.
     """
-    if not is_picture(files[0]) or any(map(Path.is_dir, files)):
-        raise ValueError(f"{option} {files[0]}: name a picture file, for example out.png")
+    folder = next(filter(Path.is_dir, files), None)
+    if folder or not is_picture(files[0]):
+        raise ValueError(f"{option} {folder or files[0]}: {'is a folder; ' if folder else ''}"
+                         "name a picture file, for example out.png")
     check_folder(option, files[0])
     for file in filter(Path.exists, files):
         if any(map(file.samefile, given)):

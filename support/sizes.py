@@ -53,8 +53,8 @@ def by_options(args: argparse.Namespace, named: dict, base: AdapterConfig) -> di
             raise ValueError(f"--experts {args.experts}: --method lora has none")
         asked |= {"experts": args.experts, "top_k": min(args.experts, before["top_k"])}
         if args.experts <= before["top_k"] and args.method in ("instructmole", "pooled", "token"):
-            note(f"--experts {args.experts}: all are kept, so that routing chooses none; give a "
-                 "smaller top_k by --config")
+            note(f"--experts {args.experts}: all are kept, so that routing chooses none"
+                 + "; give a smaller top_k by --config" * (args.experts > 1))
     for name in ("rank", "lora_rank", "experts"):
         if name in named and name in asked and named[name] != asked[name]:
             raise ValueError(f"--{name.removeprefix('lora_')} {asked[name]}: {args.config} says "

@@ -7,6 +7,7 @@ import re
 from torch import nn
 
 from mole import AdapterConfig, LoRALinear, MoLELinear
+from support.words import counted
 
 
 def matches(name: str, *targets: str) -> bool:
@@ -22,10 +23,11 @@ def matches(name: str, *targets: str) -> bool:
 
 def check_sizes(c: AdapterConfig) -> None:
     """Raises: ValueError for sizes that no adapter can have."""
-    if not 1 <= c.top_k <= c.experts or min(c.rank, c.lora_rank, c.resampler_width,
-                                            c.resampler_heads, c.resampler_head_dim) < 1:
-        raise ValueError("ranks and the resampler's sizes must be at least 1, "
-                         f"top_k {c.top_k} in 1..{c.experts} (the number of experts)")
+    if min(c.rank, c.lora_rank, c.resampler_width, c.resampler_heads, c.resampler_head_dim) < 1:
+        raise ValueError("ranks and the resampler's sizes must be at least 1")
+    if not 1 <= c.top_k <= c.experts:
+        raise ValueError(f"top_k is {c.top_k}; with {counted(c.experts, 'expert')} it must be from "
+                         f"1 to {c.experts}")
 
 
 def layers_of(model: nn.Module, c: AdapterConfig, mixtures: dict[str, type[MoLELinear]]

@@ -82,7 +82,7 @@ def train_options(methods: list[str], public: Iterable[str],
                         "layers in 8 bits, widened where they are used: half of bf16's memory")
     parser.add_argument("--shard", action="store_true", help="with torchrun: split the frozen "
                         "blocks over the processes, where a device cannot hold them")
-    parser.add_argument("--dry-run", type=NOT_NEGATIVE, nargs="?", const=0, metavar="GB",
+    parser.add_argument("--dry-run", type=POSITIVE, nargs="?", const=0, metavar="GB",
                         help="only say what memory this will need, and the largest batch for so "
                         "many GB (else for this device)")
     parser.add_argument("--seed", type=checked(int, lambda n: 0 <= n < 2 ** 31,

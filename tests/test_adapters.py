@@ -230,6 +230,8 @@ def test_an_adapter_is_saved_the_same_and_for_all_to_read(tmp_path):
 
 def test_load_adapter_of_another_model(tmp_path):
     file = adapter_file(tmp_path)
+    with pytest.raises(ValueError, match="another model's.* --model .*weights.py FILE says which"):
+        load_adapter(dit.FluxTransformer(replace(DIT, num_attention_heads=3)), file)
     refused(file, {"num_attention_heads": 3})            # wider
     refused(file, {"num_single_layers": 4})              # too few
     refused(file, {"num_single_layers": 2})              # too many

@@ -347,13 +347,13 @@ def test_rows_of_training_data_are_a_batch(tmp_path, capsys):
         ("a", [tmp_path / "in.png"], [tmp_path / "depth.png"], ""), ("b", [], [], "edit"),
         ("c", [], [], "")]
     err = capsys.readouterr().err
-    assert "2 rows name a target; it is not looked at" in err and len(err.splitlines()) == 1
+    assert "2 rows with a target; it is not looked at" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("given, words", [
     ("https://a.b/c.png", "is an address; save that picture"), ("hf://a/b.png", "is an address"),
     ("data:image/png;base64,iV", "is an address"), ("a:b/c.png", "no such picture file"),
-    (".", "is a folder; name one")])
+    ("canny:/a/b.png", "no such picture file"), (".", "is a folder; name one")])
 def test_what_is_no_picture_file_is_named(tmp_path, monkeypatch, capsys, given, words):
     monkeypatch.chdir(tmp_path)
     code, _, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--image", given)
@@ -380,9 +380,9 @@ def test_routing_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, arguments, 
 # ---------------------------------------------------------------------------------- python train.py
 
 def test_what_options_need(monkeypatch):
-    for size in ("-1", "nan"):
+    for size in ("-1", "0", "nan"):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--dry-run", size])
-        with pytest.raises(ValueError, match="from 0 up"):
+        with pytest.raises(ValueError, match="must be positive"):
             train.main()
     monkeypatch.setenv("CXX", sys.executable)
     for given, words in ((["--shard"], "torchrun"), (["--compile", "--shard"], "not together"),

@@ -81,7 +81,8 @@ def test_what_a_lora_is_is_said(tmp_path: Path, kind: str) -> None:
     assert lines[0].startswith(f"{path}: an adapter that is a LoRA, ") and len(lines) == 4
     assert lines[1] == f"LoRA on {told}"
     assert lines[2] == "fits FLUX.1-Kontext-dev (width 3072)"
-    assert lines[3] == f"python sample.py --instruction TEXT --adapter {path}"
+    assert lines[3] == ("python sample.py --instruction TEXT --model FLUX.1-Kontext-dev "
+                        f"--adapter {path}")
 
 
 @pytest.mark.parametrize("form", ["file", "run", "research"])

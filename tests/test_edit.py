@@ -121,7 +121,7 @@ def test_what_cannot_be_routed_so_is_one_line(tmp_path, monkeypatch, capsys, mor
 
 def test_an_adapter_without_experts_cannot_be_routed(pipe, monkeypatch) -> None:
     monkeypatch.setattr(routing_maps, "routed", lambda adapter: [])
-    with pytest.raises(ValueError, match="route by 'a': no layer here is routed"):
+    with pytest.raises(ValueError, match="--route-by 'a': no layer here is routed"):
         edit(pipe, TEXT, PICTURE, steps=1, route_by="a")
 
 

@@ -265,7 +265,8 @@ def test_scores_are_not_written_over_unasked(tmp_path, monkeypatch, capsys, bare
 @pytest.mark.parametrize("arguments, words", [
     ([], "give either --bench tiny or --data SOURCE"),
     (["--bench", "tiny", "--data", OWN], "give either --bench tiny or --data SOURCE"),
-    (["--bench", "gone"], "--bench"), (["--data", "gone"], "--data gone: not found"),
+    (["--data", ""], "--data is empty"), (["--bench", "gone"], "--bench"),
+    (["--data", "gone"], "--data gone: not found"),
     (["--data", f"{OWN}:2"], f"--data {OWN}:2: not found"),              # one source, no weight
     (["--data", "cooc=gone"], "--data cooc=gone: no public set 'cooc'"),
     (["--data", "coco=gone"], "gone: not found"), (["--data", "tiny"], "--bench tiny"),

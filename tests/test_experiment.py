@@ -650,7 +650,8 @@ def test_in_conflict_a_lora_for_each_task_counts_as_one(results):
     assert other == ["standardised whole", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
     assert each == [experiment.FOR_EACH, *4 * ["0.0"], "100.0", "20.0 (20.0 to 20.0)"]
     first, *_, last = rows(findings.leads_table("conflict"))
-    assert first[:2] == ["standardised whole over plain LoRA", "2"] and first[2].startswith("+25.0 (")
+    assert first[:2] == ["standardised whole over plain LoRA", "2"]
+    assert first[2].startswith("+25.0 (")
     assert first[3] == "-250.0 (-250.0 to -250.0)"       # the flow loss is called as success here
     assert last == [f"{experiment.FOR_EACH} over plain LoRA", "1", "–", "–"]
     assert len(np.unique(findings.FIGURES["conflict"][1]())) > 10
@@ -663,7 +664,7 @@ def test_regimes_are_told_as_the_search_is(results):
     write_json(experiment.RESULTS / "regimes-0.json", searched)
     compared = rows(findings.regimes_table())
     assert [row[0] for row in compared] == [*experiment.SEARCHES["regimes"]]
-    assert compared[6] == ["free", "–", "–", "0.5000", *4 * ["–"]]
+    assert compared[7] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("conflict")) == []        # these have none
     assert len(findings.tables()) == 13                  # nothing is there of longer training
 

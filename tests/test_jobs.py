@@ -67,7 +67,7 @@ def test_a_folder_of_training_data_is_a_batch(tmp_path, monkeypatch, capsys) -> 
                                 tmp_path / "out")
     rows = (own / "metadata.jsonl").read_text().splitlines()
     assert code == 0 and len(list((tmp_path / "out").iterdir())) == len(rows)
-    assert f"{len(rows)} rows name a target" in err
+    assert f"{len(rows)} rows with a target" in err
     for path, words in ((tmp_path / "out", "out: holds none of metadata.jsonl, metadata.csv"),
                         (tmp_path / "gone", "gone: no such file")):
         code, _, err = run_sample(monkeypatch, capsys, "--batch", path)

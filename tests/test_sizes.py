@@ -54,6 +54,8 @@ def test_experts_that_are_all_kept_are_told(tmp_path, capsys):
     for number, method, told in ((4, None, True), (5, None, False), (4, "soft", False)):
         chosen(tmp_path, experts=number, **({"method": method} if method else {}))
         assert ("all are kept" in capsys.readouterr().err) == told
+    chosen(tmp_path, experts=1)                          # of which no fewer can be kept
+    assert capsys.readouterr().err.endswith("so that routing chooses none\n")
 
 
 def test_rank_and_experts(tmp_path):
@@ -77,7 +79,7 @@ def test_rank_and_experts(tmp_path):
     ({"config": {"rank": "8"}}, "config.json: rank should be a whole number"),
     ({"config": {"rank": "8"}, "rank": 4}, "config.json: rank should be a whole number"),
     ({"config": {"rank": 0}, "rank": 4}, "config.json says rank 0"),
-    ({"config": {"experts": 2}}, "top_k 4 in 1..2"),
+    ({"config": {"experts": 2}}, "top_k is 4; with 2 experts it must be from 1 to 2"),
     ({"config": {"alpha": 0}}, "config.json: alpha is 0, so that the experts would add nothing"),
     ({"config": Path("gone.json")}, "gone.json")])
 def test_what_contradicts_or_is_unknown_is_named(tmp_path, given, words):

@@ -107,6 +107,7 @@ FOR_EACH = "a LoRA for each task"                        # of a fifth of the siz
 FREE_POOLED = FREE | {"rank": 9, "resampler": False}     # as large as the plain LoRA
 REGIMES = {
     "standardised": Variant("standardised", FREE_POOLED),            # by the pooled text only
+    "standardised balanced": Variant("standardised", {"lora_alpha": 128}),       # the whole, too
     "standardised as drawn": Variant("standardised", FREE_POOLED, ("--router-lr", "0")),
     "free": Variant("pooled", FREE_POOLED),
     "free with resampler": Variant("instructmole", FREE),

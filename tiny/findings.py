@@ -25,7 +25,8 @@ ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps al
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
 # LoRAs for one task win.
 LADDER = (("standardised whole", "plain LoRA"), ("standardised whole", "free as one"),
-          ("standardised whole", "standardised"), ("standardised whole", "free with resampler"),
+          ("standardised whole", "standardised"), ("standardised whole", "standardised balanced"),
+          ("standardised whole", "free with resampler"),
           ("standardised", "standardised as drawn"), ("standardised", "free"),
           ("free with resampler", "strong LoRA beside"), ("strong LoRA beside", "InstructMoLE"),
           (FOR_EACH, "plain LoRA"))
@@ -320,6 +321,7 @@ def flow_table() -> str:
 
 
 def cosines_table() -> str:
+    """How alike the experts are: 0 where all are orthogonal."""
     return markdown(["variant", "mean abs. cosine of two experts' outputs"], (
         [name, over_seeds(results, lambda r: r["cosine"], 4)]
         for name, results in with_routing().items()))
@@ -492,6 +494,7 @@ def draw_variants() -> np.ndarray:
         panel.set(title=f"success on the {what}, %")
         panel.set_yticks(range(len(table)), table)
     panels[0].invert_yaxis()
+    figure.supxlabel("dots: seeds; strokes: their means", fontsize=9)
     return report.pixels(figure)
 
 
@@ -548,7 +551,8 @@ def draw_routing(stage: str = "table") -> np.ndarray:
         left.plot(list(routing["information of shuffled tasks"].values()), ":",
                   color=line.get_color())
     left.set(xlabel="layer", ylim=0)
-    left.set_title("bits that an expert's being kept tells of the task", fontsize=9)
+    left.set_title("bits that an expert's being kept tells of the task\n(dotted: by chance)",
+                   fontsize=9)
     figure.legend(loc="outside left center", fontsize=8)
     name = next((name for name in FIRST[stage] if name in routed), next(iter(routed)))
     routing = routed[name]
@@ -591,7 +595,12 @@ def main() -> None:
     commands.Parser(description="Tables and figures of the experiment.").parse_args()
     if not any(map(found, STAGES)):
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
-    print("\n\n".join([answers_table(), *tables()]))
+    print(answers_table(), stages_table(), sep="\n\n")
+    for stage, makers in TABLES.items():
+        for make in makers if found(stage) else ():
+            about = getattr(make, "func", make).__doc__.partition("\n")[0]
+            print(f"\n{stage}: {about}\n\n{make()}")
+    print()
     report.tell_missing()
     for name, (of_what, draw) in FIGURES.items():
         if of_what() and report.can_draw():

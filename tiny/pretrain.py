@@ -8,7 +8,6 @@ Run: python -m tiny.pretrain
      python -m tiny.pretrain --vae-steps 2 --samples 300 --steps 2 --no-compile --out runs/m \
          --work runs/w                                   # all stages, in half a minute
 """
-import argparse
 import json
 import math
 import os
@@ -528,7 +527,7 @@ def save_models(model: nn.ModuleDict, average: list[Tensor], read: Tensor, out: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the embedded base model.")
+    parser = commands.Parser(description="Make the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("tiny/model"))
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
     parser.add_argument("--vae-steps", type=int, default=12_000)
