@@ -730,7 +730,8 @@ COMMITS = {"1a937d44df18c01c51b27ea7537c22ec0d508768",
            "8b1c9f9c2fa81f4e7c5cb7d239292adb3c88b2f1",
            "4de0d2ca189b548cfa6a74f3f5d3db664965b038",
            "d671d836972d4f163d8537b04d72da2d1e30e0d7",
-           "7b124d3cc28e74e0f2dcbe65c85e25a51ab9c23e"}
+           "7b124d3cc28e74e0f2dcbe65c85e25a51ab9c23e",
+           "e8578604ba5063edc05777280190797c1325fd2e"}
 
 
 def test_the_results_that_are_committed_are_of_one_design():
