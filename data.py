@@ -23,9 +23,9 @@ from torch import Tensor
 
 from support.bad_rows import check_few, skipping
 from support.commands import source_and_weight
-from support.folders import left_out, named_in, read_pairs, table_of
+from support.folders import left_out, read_pairs, table_of
 from support.inspection import looked_through
-from support.names import check_unread, ours
+from support.names import check_unread, ours, pictures_named
 from support.pictures import LONGEST, checked_size, fitted, load_image, resize, to_tensor
 from support.tables import checked_text, located, read_rows, row_paths, row_texts
 
@@ -117,7 +117,7 @@ class Folder:
 
         Raises: ValueError, FileNotFoundError for what cannot be trained on.
         """
-        self.named.update(named_in(line))
+        self.named.update(pictures_named(line))
         line, rest = ours(line, where)
         target, instruction = row_texts(line, ("target", "instruction"), where, rest)
         images, conds = (row_paths(line, key, where) for key in ("images", "conds"))

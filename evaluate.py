@@ -173,7 +173,7 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
         before = benchmark_table.earlier(args)
         check_out(args, kept=bool(before))
         args.native = bench.NATIVE if args.native is None else args.native
-        whole = bench.read(args, layouts.only_size(args.vae or args.model / "vae"))
+        whole = bench.read(args, layouts.only_size(args.vae or args.model))
         args.scores = benchmark_table.answers_of(args, bench, before)
         prompts = benchmarks.first_of_each(whole, args.limit)
         todo = benchmarks.missing(prompts)

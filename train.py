@@ -276,7 +276,7 @@ def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Ten
 
 def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     """What --data names; bad takes what is wrong with rows. Raises: as data.open_source() does."""
-    size = layouts.only_size(args.vae or args.model / "vae")
+    size = layouts.only_size(args.vae or args.model)
     sources = [data.open_source(
         text, {"tiny": TinyWorld}, PUBLIC, size=size, root=args.data_root, bad=bad,
         longest=args.longest, draws=args.cache_draws) for text in args.data]

@@ -46,7 +46,7 @@ def file_of(path: Path) -> Path:
 def files_in(path: Path) -> list[Path]:
     """All files of an adapter: the paper's folder has four. Raises: FileNotFoundError."""
     path = foreign.snapshot(path)
-    if (path / "train_config.json").is_file():
+    if research.is_one(path):
         return sorted(file for file in path.iterdir() if file.is_file())
     return [file_of(path)]
 
@@ -81,7 +81,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """
     foreign.check_there(path)
     path = foreign.snapshot(path)
-    if (path / "train_config.json").is_file():
+    if research.is_one(path):
         return research.read(path)
     file = file_of(path)
     stored = read_metadata(file).get("adapter")
@@ -104,7 +104,7 @@ def longest(paths: Iterable[Path]) -> int:
     """The most pixels that a side of a picture had where such adapters were trained."""
     found = []
     for path in map(foreign.snapshot, paths):
-        if not (path / "train_config.json").is_file():   # the paper's says nothing of it
+        if not research.is_one(path):                    # the paper's says nothing of it
             stored = json_object(read_metadata(file_of(path)).get("adapter", "{}"), path)
             found.append(int(stored.get("longest", 0)))
     return max(found, default=0) or LONGEST

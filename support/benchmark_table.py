@@ -14,10 +14,10 @@ import numpy as np
 
 from support.benchmarks import SAME, Prompt
 from support.commands import is_first
-from support.files import parse_json
+from support.files import read_json, write_text
 from support.origin import texts_of
 from support.pictures import fitted, grid, load_image, resize
-from support.results import SCORING, markdown, write, write_text
+from support.results import SCORING, markdown, write
 from support.words import say
 
 SHOWN = 12                                               # prompts on the sheet
@@ -38,13 +38,11 @@ class Scored:
 
 def earlier(args: argparse.Namespace) -> dict:
     """What --out records of this benchmark; nothing, where scores.json is another's or is gone."""
-    file = args.out / "scores.json"
     try:
-        record = parse_json(file.read_bytes(), file) if file.is_file() else {}
-    except ValueError:                                   # no JSON: not from here
+        record = read_json(args.out / "scores.json")
+    except (FileNotFoundError, ValueError):              # no JSON object: not from here
         return {}
-    ours = isinstance(record, dict) and record.get("bench") == args.bench
-    return record if ours else {}
+    return record if record.get("bench") == args.bench else {}
 
 
 def heading(done: int, whole: int, left_open: list[str]) -> str:
@@ -87,7 +85,7 @@ def report(args: argparse.Namespace, bench: ModuleType, prompts: list[Prompt]) -
               "answers": [str(file) for file in args.scores], "scores": found.values,
               "published": found.published, "notes": notes}
     write(args.out, record, text, sheet_of(done))
-    write_text(args.out / SCORING, bench.scorers(args))
+    write_text(args.out / SCORING, bench.scorers(args) + "\n")
     print(f"{args.out}/{SCORING}: what scores the rest; {args.out}/sheet.png: references, result")
 
 

@@ -189,14 +189,14 @@ def make(todo: list[Prompt], share: tuple[int, int], pictures_of: Callable,
     share: its rank, and of how many processes. One bar tells of all. pictures_of: a Prompt, its
     Given, args, what generate() calls after each step -> pictures, one for each seed.
     """
-    start = counted = time.time()
+    start = last_count = time.time()
     rank, workers = share
     with tqdm(desc="prompts", total=len(todo), unit="prompt", disable=rank > 0) as bar:
         for prompt in todo[rank::workers]:
             make_one(prompt, pictures_of, args, bar)
-            if rank == 0 and time.time() - counted >= COUNTED:           # the others' too
+            if rank == 0 and time.time() - last_count >= COUNTED:           # the others' too
                 bar.update(sum(prompt.out.exists() for prompt in todo) - bar.n)
-                counted = time.time()
+                last_count = time.time()
         if dist.is_initialized():
             dist.all_reduce(torch.zeros(1))              # the others may have some to make yet
         bar.update(len(todo) - bar.n)

@@ -61,7 +61,11 @@ def as_rgb(image: Image.Image, profile: bytes | None, black: int, white: int) ->
     space = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     clear = image.has_transparency_data
     seen = image.convert("RGBA") if clear else image
-    way = from_lab() if space == "LAB" else to_srgb(profile, space) if profile else None
+    way = None
+    if space == "LAB":
+        way = from_lab()
+    elif profile:
+        way = to_srgb(profile, space)
     flat = ImageCms.applyTransform(seen.convert(space), way) if way else seen.convert("RGB")
     if clear:
         flat.putalpha(seen.getchannel("A"))

@@ -44,9 +44,19 @@ def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
                             line_buffering=stream.line_buffering)
 
 
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def workers() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_first() -> bool:
-    """Whether this process, of those that torchrun started, is the one that speaks for all."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Whether this process is the one that speaks for all."""
+    return rank() == 0
 
 
 def run(command: Callable[[], None]) -> None:
@@ -171,10 +181,12 @@ def file_and_strength(text: str) -> tuple[Path, float]:
 def source_and_weight(text: str) -> tuple[str, float]:
     """SOURCE or SOURCE:WEIGHT, as in tiny:2. Raises: ValueError for no weight."""
     name, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
     try:
-        name, weight = (name, float(number)) if colon and not Path(text).exists() else (text, 1.0)
+        weight = float(number)
     except ValueError:                                   # a colon that belongs to the path
-        name, weight = text, 1.0
+        return text, 1.0
     if not 0 < weight < math.inf:
         raise ValueError(f"--data {text}: the weight must be a positive number")
     return name, weight

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
-from support import adapters, devices, foreign, layouts, lora, options, origin, targets
+from support import (adapters, devices, foreign, layouts, lora, options, origin, research,
+                     targets)
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
 from support.pictures import PICTURES
 from support.words import counted, span
@@ -52,7 +53,7 @@ def describe_part(part: str, path: Path, load: Callable) -> tuple[str, str]:
 
 def adapter_kind(path: Path) -> str:
     """Whose adapter a file or folder holds; nothing for none."""
-    if (path / "train_config.json").is_file():
+    if research.is_one(path):
         return RESEARCH
     found = adapters.candidates(path)
     if len(found) != 1 or (path / "model_index.json").is_file():

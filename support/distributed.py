@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from support import devices
+from support import commands, devices
 
 
 def join(args: argparse.Namespace) -> tuple[int, int]:
     """This process's rank and how many torchrun started: (0, 1) without it. Each has its GPU."""
-    rank, workers = (int(os.environ.get(name, alone)) for name, alone in
-                     (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, workers = commands.rank(), commands.workers()
     if workers > 1:
         cuda = args.device in ("auto", "cuda") and torch.cuda.is_available()
         if cuda:

@@ -4,7 +4,6 @@ train.py hands over how to put the adapter on the model and how to compute a ste
 run with tensors that have shapes and types, and hold nothing.
 """
 import argparse
-import os
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mole import Adapter
-from support import devices, offload
+from support import commands, devices, offload
 from support.resume import Optimizers
 from support.words import counted
 
@@ -115,7 +114,7 @@ def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapt
         for n in (many, batch):
             passes[n], update = step_bytes(loss_of, n, adapter, optimizers, args.accumulate, live)
     if args.shard or streamed:                           # but for two: at work, and on its way
-        away = 1 - 1 / int(os.environ["WORLD_SIZE"]) if args.shard else 1
+        away = 1 - 1 / commands.workers() if args.shard else 1
         elsewhere = max(0, sum(blocks) - 2 * max(blocks)) * away
         base, update = int(base - elsewhere), int(update - elsewhere)
         passes = {n: int(size - elsewhere) for n, size in passes.items()}

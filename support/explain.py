@@ -28,7 +28,7 @@ from support import (devices, explain_adapter, explain_attention, explain_effect
 from support.conditions import read_cond
 from support.explain_edit import Edit
 from support.figures import text
-from support.files import replacing
+from support.files import write_text
 from support.pictures import Given, each, given_picture, resize
 from support.tables import read_rows
 from support.trace import Trace
@@ -105,6 +105,5 @@ def write(file: Path, trace: Trace, picture: Image.Image, job: jobs.Job) -> None
         p.nbytes for p in trace.pipe.dit.parameters()))
     page = explain(trace, picture, job.images, job.conds,
                    command=as_typed(["python", "sample.py", *sys.argv[1:]]))
-    with replacing(file) as aside:
-        aside.write_text(page, encoding="utf-8")
+    write_text(file, page)
     tqdm.write(f"{file}: this edit, explained on a page of {len(page.encode()) / 1e6:.1f} MB")

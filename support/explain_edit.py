@@ -4,9 +4,11 @@ explain.explain() makes an Edit, and hands it to each stage; a stage gives HTML 
 places in explain.html.
 """
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import NamedTuple
 
@@ -184,11 +186,8 @@ class Edit:
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """Where attention() has the words, and then each picture's cells."""
-        ends = [len(self.words)]
-        for grid in self.trace.grids:
-            down, across = grid.cells(ASKED)
-            ends.append(ends[-1] + down * across)
-        return list(zip([0, *ends], ends))
+        sizes = [len(self.words), *(math.prod(grid.cells(ASKED)) for grid in self.trace.grids)]
+        return list(pairwise(accumulate(sizes, initial=0)))
 
     @cached_property
     def changed(self) -> int:

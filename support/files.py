@@ -205,11 +205,16 @@ def write_tensors(tensors: dict[str, Tensor], file: Path, **metadata: str) -> No
         aside.chmod(0o644)
 
 
-def write_json(file: Path, value: object) -> None:
-    """A JSON file, whole or not at all; its folder is made."""
+def write_text(file: Path, text: str) -> None:
+    """A file of text, whole or not at all; its folder is made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, value: object) -> None:
+    """A JSON file, as write_text() writes it."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_part(tensors: dict[str, Tensor], config: dict, folder: Path, name: str,

@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 
 from support.bad_rows import skipping
-from support.names import texts_in
 from support.pictures import PICTURES, pictures_in
 from support.tables import is_list, read_text
 
@@ -84,11 +83,6 @@ def read_pairs(folder: Path, bad: list[str] | None) -> Iterator[tuple[str, dict]
                     f"; left out: {line}" for line in there))
             yield str(target), {"target": target.name, "instruction": read_text(text).strip(),
                                 "images": references}
-
-
-def named_in(row: dict) -> list[str]:
-    """The pictures that a table's row names, in whatever entry."""
-    return [text for text in texts_in(row) if text.lower().endswith(PICTURES)]
 
 
 def left_out(path: Path, table: Path | None, named: Iterable[str]) -> list[str]:

@@ -11,10 +11,11 @@ AGAIN = "download it again"
 SAFE = "take the .safetensors of this model"
 LFS = ("is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or fetch "
        "it with `hf download`")
-STARTS = {  # how a file begins (spaces left out), and what it then is
+TEXTS = {  # how a file begins (spaces left out), and what it then is, where JSON should be too
     rb"version https://git-lfs\.github\.com|version https://hawser": LFS,
     rb"<(!doctype|html|head|\?xml|!--)": "is a web page, not weights: log in and agree to the "
-    f"licence where its page asks for it, then {AGAIN}",
+    f"licence where its page asks for it, then {AGAIN}"}
+STARTS = TEXTS | {  # or weights
     rb'\{\s*"|\[|Entry not found|Invalid (user|cred)|Access to|Repository not|Unauthorized|'
     rb"Not Found": f"is text, perhaps a server's answer or a configuration, not weights: "
     f"name its folder, or {AGAIN}",
@@ -24,7 +25,6 @@ STARTS = {  # how a file begins (spaces left out), and what it then is
     rb"\x1f\x8b|Rar!|7z\xbc|BZh|\xfd7zXZ": "is an archive; unpack it",
     rb"\x89HDF": f"is HDF5 (Keras), which is not read; {SAFE}",
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF(?s:....)WEBP|BM|II\*\0|MM\0\*": "is a picture, not weights"}
-TEXTS = dict(list(STARTS.items())[:2])                   # what stands for a JSON file too
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 QUANTISED = {  # ends of tensors' names that a quantisation adds, and whose they are
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB|weight_format)":

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from support.conditions import check_cond
 from support.folders import TABLES, metadata_of
 from support.masks import read_mask
-from support.names import looks_like_pictures, ours, read_name
+from support.names import ours, pictures_named, read_name
 from support.pictures import is_picture, load_image
 from support.tables import checked_path, read_rows, row_paths, row_text
 from support.words import counted, note
@@ -57,7 +57,7 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
         targets += "target" in row
         unknown = sorted(rest.keys() - {"seed", "out", "mask"})
         for name in unknown:
-            if looks_like_pictures(rest[name]):
+            if pictures_named(rest[name]):
                 raise ValueError(f"{where}: unknown entry {name!r}; a line may hold instruction, "
                                  "images, conds, mask, task, seed, out")
         unread.update(unknown)
@@ -123,8 +123,9 @@ def check_mask(mask: Path | None, images: list[Path], blur: float, where: str) -
 
 def check_target(line: dict, row: dict, where: str) -> None:
     """Raises: ValueError when what may be a target may be the picture to edit too."""
-    own = [name for name in line if read_name(name)[2] == "own"]
-    if own and "images" not in row and line[own[0]] is not None:
+    own = [name for name, value in line.items()
+           if value not in (None, []) and read_name(name)[2] == "own"]
+    if own and "images" not in row:
         raise ValueError(f"{where}: {own[0]!r} may be the picture to edit or the one that is "
                          "wanted; call it 'images' or 'target'")
 

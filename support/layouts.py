@@ -128,9 +128,13 @@ def part_in(path: Path, part: str) -> Path:
     return found[part]
 
 
-def only_size(vae: Path) -> tuple[int, int] | None:
-    """The (W, H) of all pictures where the autoencoder's config.json is that of a small model."""
-    file = vae / "config.json"
+def only_size(model: Path) -> tuple[int, int] | None:
+    """The (W, H) of all pictures where the autoencoder's config.json is that of a small model.
+
+    model: its folder, or the autoencoder's own.
+    """
+    folder = foreign.snapshot(model)
+    file = (folder / "vae" if (folder / "vae").is_dir() else folder) / "config.json"
     values = read_json(file) if file.is_file() else {}
     whole = "block_out_channels" in values               # else load_pipeline() says what it is
     return config_from(VAEConfig, values, file).only_size if whole else None

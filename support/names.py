@@ -76,8 +76,9 @@ def texts_in(value: object) -> list[str]:
     return texts
 
 
-def looks_like_pictures(value: object) -> bool:
-    return any(text.lower().endswith(PICTURES) for text in texts_in(value))
+def pictures_named(value: object) -> list[str]:
+    """The texts in an entry, or a whole row, that are called as picture files are."""
+    return [text for text in texts_in(value) if text.lower().endswith(PICTURES)]
 
 
 def ours(row: dict, where: str) -> tuple[dict, dict]:
@@ -91,7 +92,7 @@ def ours(row: dict, where: str) -> tuple[dict, dict]:
     rest = {}
     for name, value in row.items():
         stem, number, meaning = read_name(name)
-        if meaning == "either" and not looks_like_pictures(value):
+        if meaning == "either" and not pictures_named(value):
             meaning = None
         if meaning is None:
             rest[name] = value
@@ -125,8 +126,8 @@ def check_unread(rest: dict, folder: Path, used: list[Path], where: str) -> None
     used: the pictures that the row's other entries name; an entry may repeat them.
     """
     for name, value in rest.items():
-        for text in texts_in(value):
-            if text.lower().endswith(PICTURES) and Path(
-                    os.path.abspath(folder / text)) not in used and os.path.isfile(folder / text):
+        for text in pictures_named(value):
+            whole = os.path.abspath(folder / text)
+            if Path(whole) not in used and os.path.isfile(whole):
                 raise ValueError(f"{where}: {name[:60]!r} holds a picture, {text[:200]!a}, but is "
                                  f"no known name; leave it out or call it {KNOWN}")

@@ -9,22 +9,25 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from support import adapters, layouts, options, summary
-from support.pictures import grid
+from support.pictures import grid, resize
 from support.public_sets import PUBLIC
-from support.results import write
-from support.scores import compare, left_open, means, pairs_table
+from support.results import HOLE, cell, markdown, write
+from support.scores import SMALLEST, mean, ms_ssim, psnr, ssim
 from support.texts import unread
 from support.words import counted, note, say
 
 SHOWN = 16                                               # rows on the sheet
+COLUMNS = {"psnr": ("PSNR", "{:.1f} dB"), "ssim": ("SSIM", "{:.3f}"),
+           "ms_ssim": ("MS-SSIM", "{:.3f}")}             # of a table: title, form
 
 
 def number_of(source: object) -> int:
     """Samples that source.all() gives, at most: one for a row, or for each number of conditions."""
-    return summary.per_batch(source, 1)[0] * len(getattr(source, "conditions", [1]))
+    return summary.rows_in(source) * len(getattr(source, "conditions", [1]))
 
 
 def open_pairs(args: argparse.Namespace, bad: list[str] | None, open_one: Callable) -> object:
@@ -32,7 +35,7 @@ def open_pairs(args: argparse.Namespace, bad: list[str] | None, open_one: Callab
 
     Raises: as it does.
     """
-    size = layouts.only_size(args.vae or args.model / "vae")
+    size = layouts.only_size(args.vae or args.model)
     longest = adapters.longest(path for path, _ in options.adapters_of(args))
     source = open_one(args.data[0], {}, PUBLIC, size, args.data_root, bad, longest)
     number = number_of(source)
@@ -92,3 +95,59 @@ def score_source(args: argparse.Namespace, source: object, pipe: object, make: C
     for line in left_open(rows) + unread((row["instruction"] for row in rows), pipe.t5_tokens):
         note(line)
     print(f"{args.out}/sheet.png: given, result, truth of the first {min(SHOWN, len(rows))}")
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+def scores(picture: np.ndarray, target: np.ndarray) -> dict[str, float | None]:
+    """All of a table's columns, by name; None: not defined for pictures so small."""
+    return {"psnr": psnr(picture, target), "ssim": ssim(picture, target),
+            "ms_ssim": ms_ssim(picture, target)}
+
+
+def compare(picture: np.ndarray, target: np.ndarray, given: list[np.ndarray]
+            ) -> dict[str, dict[str, float | None] | None]:
+    """Scores of the model's picture and of copying the first one given; None where none is."""
+    size = target.shape[1::-1]                           # (W, H), which the copy takes
+    return {"model": scores(picture, target),
+            "copy": scores(resize(Image.fromarray(given[0]), size), target) if given else None}
+
+
+def means(rows: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Of each score, for the model and for the copy: over the rows that have one; None if none."""
+    found: dict[str, dict[str, float | None]] = {"model": {}, "copy": {}}
+    for who, own in found.items():
+        for name in COLUMNS:
+            own[name] = mean([row[who][name] for row in rows
+                              if row[who] and row[who][name] is not None])
+    return found
+
+
+def pairs_table(rows: list[dict]) -> str:
+    """A Markdown table: means of each task, where there are several, and of all."""
+    tasks, parts = sorted({row["task"] for row in rows}), []
+    for task in tasks if len(tasks) > 1 else []:
+        own = [row for row in rows if row["task"] == task]
+        parts.append((task.replace("|", "/") or HOLE, own))
+    header, lines = ["task", "pictures"], []
+    for title, _ in COLUMNS.values():
+        header += [title, "of the copy"]
+    for called, own in (*parts, ("mean of all", rows)):
+        found, line = means(own), [called, str(len(own))]
+        for name, (_, shape) in COLUMNS.items():
+            line += [cell(found["model"][name], shape), cell(found["copy"][name], shape)]
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def left_open(rows: list[dict]) -> list[str]:
+    """What is left open, and in how many rows."""
+    small = sum(row["model"]["ms_ssim"] is None for row in rows)
+    bare = sum(row["copy"] is None for row in rows)
+    lines = []
+    if small:
+        lines.append(f"MS-SSIM needs {SMALLEST} pixels on the shorter side; {small:,} of "
+                     f"{len(rows):,} pictures have fewer, and no MS-SSIM")
+    if bare:
+        lines.append(f"{bare:,} of {len(rows):,} rows give no picture that could be copied")
+    return lines

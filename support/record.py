@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mole import Adapter, AdapterConfig
-from support.files import replacing, write_json
+from support.files import write_json, write_text
 from support.pictures import LONGEST, grid, save_picture
 from text_encoder import T5Tokenizer
 
@@ -122,9 +122,8 @@ class Log:
         if rank == 0:
             before = self.file.read_text().splitlines(True) if self.file.is_file() else []
             steps = [re.fullmatch(r'{"step": (\d+), .*}\n', line) for line in before]  # or torn
-            with replacing(self.file) as aside:
-                aside.write_text("".join(found[0] for found in steps
-                                         if found and int(found[1]) < done))
+            write_text(self.file, "".join(found[0] for found in steps
+                                          if found and int(found[1]) < done))
 
     def write(self, step: int, losses: dict[str, float], norm: float, samples: list,
               seconds: float) -> None:

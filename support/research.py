@@ -19,7 +19,13 @@ RESEARCH = {"num_experts": "experts", "num_experts_per_tok": "top_k", "rank": "r
             "token_aux_loss_alpha": "token_balance_weight", "resampler_heads": "resampler_heads",
             "orthogonal_reg_alpha": "orthogonality_weight", "use_type_embedding": "resampler",
             "target_modules": "mole_targets"}            # its moe_config -> our entries
+CONFIG = "train_config.json"                             # in the adapter's folder
 BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+
+
+def is_one(path: Path) -> bool:
+    """Whether a path is the folder of such an adapter."""
+    return (path / CONFIG).is_file()
 
 
 def from_research(values: dict, where: str | Path) -> dict:
@@ -96,7 +102,7 @@ def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
     Raises: FileNotFoundError, ValueError.
     """
-    config = from_research(read_json(folder / "train_config.json"), folder / "train_config.json")
+    config = from_research(read_json(folder / CONFIG), folder / CONFIG)
     lora = read_tensors([folder / "pytorch_lora_weights.safetensors"])
     ours = {name.removeprefix("transformer.").removesuffix(".weight"): t
             for name, t in lora.items()}
@@ -154,7 +160,7 @@ def write(c: dict, tensors: dict[str, Tensor], where: Path, folder: Path) -> Non
             experts[name.replace("router.weight", "gate.weight")] = t
     config = to_research(c, where)
     with replacing(folder) as aside:
-        write_json(aside / "train_config.json", config)
+        write_json(aside / CONFIG, config)
         write_tensors(lora, aside / "pytorch_lora_weights.safetensors")
         if experts:
             torch.save(experts, aside / "mole_experts.pt")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import replacing, write_json
+from support.files import write_json, write_text
 from support.pictures import save_picture
 from support.words import say
 
@@ -46,17 +46,10 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def write_text(file: Path, text: str) -> None:
-    """A file of text, whole or not at all."""
-    with replacing(file) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
-
-
 def write(out: Path, numbers: object, text: str, sheet: np.ndarray) -> None:
     """FILES, each whole or not at all; the table is printed too."""
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scores.json", numbers)
-    write_text(out / "table.md", text)
+    write_text(out / "table.md", text + "\n")
     save_picture(sheet, out / "sheet.png")
     for line in ("", *text.split("\n"), ""):
         say(line)

@@ -112,11 +112,15 @@ def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Te
          jobs: list, file: Path) -> None:
     """Draw which experts each layer chose for the jobs' instructions, a panel for each task.
 
-    encode: instructions -> T5 tokens, pooled. Raises: ValueError when none routes a layer.
+    encode: instructions -> T5 tokens, pooled; called for one at a time, as a large T5 has no room
+    for many. Raises: ValueError when none routes a layer.
     """
     check_routed(adapter, f"--routing {file}")
-    use = {task: shares(adapter, *encode([j.instruction for j in jobs if j.task == task]))
-           for task in dict.fromkeys(j.task for j in jobs)}
+    by_task: dict[str, list[dict[str, Shares]]] = {}
+    for job in jobs:
+        by_task.setdefault(job.task, []).append(shares(adapter, *encode([job.instruction])))
+    use = {task: {name: Shares(*map(torch.cat, zip(*(one[name] for one in each))))
+                  for name in each[0]} for task, each in by_task.items()}
     words = told(measures(use))
     save_picture(report.draw_routing(use, words), file)
     print(f"{file}: the experts that {counted(len(jobs), 'instruction')} chose; {words}")

@@ -1,14 +1,10 @@
 """How near a picture comes to the one that is wanted: squared error, PSNR, SSIM, MS-SSIM.
 
 evaluate.py scores by them, and so does validation.HeldOut, for its sheet. Each takes two pictures
-of one size, (H, W, 3) uint8, in any order, and gives a number; scores() gives all that a table has.
+of one size, (H, W, 3) uint8, in any order, and gives a number.
 """
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image
-
-from support.pictures import resize
-from support.results import HOLE, cell, markdown
 
 SIDE = 11                                                # of the window, in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2            # against division by zero, (K range)^2
@@ -16,8 +12,6 @@ SCALES = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])      # exponents, fi
 SMALLEST = SIDE * 2 ** (len(SCALES) - 1)                 # side of which the coarsest has a window
 BELL = np.exp(-0.5 * (np.arange(SIDE) - SIDE // 2) ** 2 / 1.5 ** 2)
 WINDOW = BELL / BELL.sum()                               # Gaussian, sigma 1.5
-COLUMNS = {"psnr": ("PSNR", "{:.1f} dB"), "ssim": ("SSIM", "{:.3f}"),
-           "ms_ssim": ("MS-SSIM", "{:.3f}")}             # of a table: title, form
 
 
 def squared_error(a: np.ndarray, b: np.ndarray) -> float:
@@ -87,62 +81,6 @@ def ms_ssim(picture: np.ndarray, target: np.ndarray, reflected: bool = False) ->
     return float(np.prod(np.maximum([*found[:-1], whole], 0) ** SCALES))
 
 
-def scores(picture: np.ndarray, target: np.ndarray) -> dict[str, float | None]:
-    """All of a table's columns, by name; None: not defined for pictures so small."""
-    return {"psnr": psnr(picture, target), "ssim": ssim(picture, target),
-            "ms_ssim": ms_ssim(picture, target)}
-
-
-# ---------------------------------------------------------------------------------------- tables
-
-def compare(picture: np.ndarray, target: np.ndarray, given: list[np.ndarray]
-            ) -> dict[str, dict[str, float | None] | None]:
-    """Scores of the model's picture and of copying the first one given; None where none is."""
-    size = target.shape[1::-1]                           # (W, H), which the copy takes
-    return {"model": scores(picture, target),
-            "copy": scores(resize(Image.fromarray(given[0]), size), target) if given else None}
-
-
 def mean(values: list[float]) -> float | None:
     """Their mean, None of none."""
     return float(np.mean(values)) if values else None
-
-
-def means(rows: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Of each score, for the model and for the copy: over the rows that have one; None if none."""
-    found: dict[str, dict[str, float | None]] = {"model": {}, "copy": {}}
-    for who, own in found.items():
-        for name in COLUMNS:
-            own[name] = mean([row[who][name] for row in rows
-                              if row[who] and row[who][name] is not None])
-    return found
-
-
-def pairs_table(rows: list[dict]) -> str:
-    """A Markdown table: means of each task, where there are several, and of all."""
-    tasks, parts = sorted({row["task"] for row in rows}), []
-    for task in tasks if len(tasks) > 1 else []:
-        own = [row for row in rows if row["task"] == task]
-        parts.append((task.replace("|", "/") or HOLE, own))
-    header, lines = ["task", "pictures"], []
-    for title, _ in COLUMNS.values():
-        header += [title, "of the copy"]
-    for called, own in (*parts, ("mean of all", rows)):
-        found, line = means(own), [called, str(len(own))]
-        for name, (_, shape) in COLUMNS.items():
-            line += [cell(found["model"][name], shape), cell(found["copy"][name], shape)]
-        lines.append(line)
-    return markdown(header, lines)
-
-
-def left_open(rows: list[dict]) -> list[str]:
-    """What is left open, and in how many rows."""
-    small = sum(row["model"]["ms_ssim"] is None for row in rows)
-    bare = sum(row["copy"] is None for row in rows)
-    lines = []
-    if small:
-        lines.append(f"MS-SSIM needs {SMALLEST} pixels on the shorter side; {small:,} of "
-                     f"{len(rows):,} pictures have fewer, and no MS-SSIM")
-    if bare:
-        lines.append(f"{bare:,} of {len(rows):,} rows give no picture that could be copied")
-    return lines

@@ -86,7 +86,7 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
         if (side := adapters.longest([args.init])) != args.longest:
             note(f"{args.init} was trained with --longest {side}, this run is with "
                  f"{args.longest}")
-        if not (args.init / "train_config.json").is_file():      # of the paper's a whole folder
+        if not research.is_one(args.init):               # of the paper's a whole folder
             args.init = adapters.file_of(args.init)
     else:
         values = research.entries_of(beside)[0] if beside.is_file() and not whole else {}

@@ -3,11 +3,10 @@
 train.main() calls tell() before any weight is read.
 """
 import argparse
-import os
 from collections import Counter
 
 from support import layouts
-from support.commands import is_first
+from support.commands import is_first, workers
 from support.pictures import LONGEST
 from support.texts import unread
 from support.words import counted, say
@@ -51,18 +50,26 @@ def understood(source: object) -> list[str]:
         return rows_of(source)
     if not hasattr(source, "contents"):
         return []
-    files = Counter(file.name for file, *_ in source.groups)
-    return [f"read from {', '.join([*files][:SHOWN])}{', ...' if len(files) > SHOWN else ''}; of a "
-            "folder those called dev, test or val are left out, unless one is named itself"]
+    files = list(dict.fromkeys(file.name for file, *_ in source.groups))
+    told = f"read from {', '.join(files[:SHOWN])}{', ...' if len(files) > SHOWN else ''}"
+    if source.groups[0][0].is_file():                    # else COCO's own folder of pictures
+        told += ("; of a folder those called dev, test or val are left out, unless one is named "
+                 "itself")
+    return [told]
 
 
-def per_batch(source: object, size: int) -> tuple[int, float]:
-    """A source's rows, and how many of them a batch of `size` has on average."""
+def rows_in(source: object) -> int:
+    """How many rows a folder has, or a public set."""
+    return len(source.checked_rows) if hasattr(source, "checked_rows") else sum(source.sizes)
+
+
+def per_batch(source: object, size: int) -> float:
+    """How many of its rows a batch of `size` has on average."""
     if hasattr(source, "checked_rows"):                  # a folder: a batch is of one group
         groups = [len(rows) for rows in source.groups.values()]
-        return sum(groups), sum(n * min(size, n) for n in groups) / sum(groups)
+        return sum(n * min(size, n) for n in groups) / sum(groups)
     counts = source.conditions                           # a public set: n conditions, size // n
-    return sum(source.sizes), sum(max(1, size // n) for n in counts) / len(counts)
+    return sum(max(1, size // n) for n in counts) / len(counts)
 
 
 def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
@@ -79,12 +86,12 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
         text_encoder_2=args.text_encoder_2)["tokenizer_2"])
     if args.longest != LONGEST:
         say(f"pictures: at most {args.longest} on the longer side, by --longest")
-    batches = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))         # in each step
+    batches = args.accumulate * workers()                # in each step
     for name, (source, weight) in zip(args.data, sources, strict=True):
         if not hasattr(source, "contents"):
             say(f"{name}: samples without end")
             continue
-        rows, mean = per_batch(source, args.batch_size)
+        rows, mean = rows_in(source), per_batch(source, args.batch_size)
         steps = rows / mean / batches * sum(w for _, w in sources) / weight
         passes = "" if args.steps is None else (
             f"; {counted(args.steps, 'step')}: {about(args.steps / steps)} "

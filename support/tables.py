@@ -14,6 +14,7 @@ from pathlib import Path
 
 from support.bad_rows import skipping
 from support.files import checked_object, json_object, parse_json
+from support.foreign import start_of
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
 from support.pictures import ADDRESS, PICTURES
 
@@ -97,8 +98,7 @@ def check_kind(file: Path) -> None:
 
 def is_list(file: Path) -> bool:
     """Whether a file seems to hold one JSON list, over any number of lines."""
-    with file.open("rb") as opened:
-        return opened.read(512).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return start_of(file).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def read_list(file: Path) -> Iterator[tuple[str, object]]:

@@ -124,7 +124,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError("--compile: not together with --shard")
     if args.shard and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard: splits the model over processes; start them with torchrun")
-    size = layouts.only_size(args.vae or args.model / "vae")
+    size = layouts.only_size(args.vae or args.model)
     if args.longest and size:
         raise ValueError(f"--longest {args.longest}: this model takes pictures of {size[0]}x"
                          f"{size[1]} alone; leave it out")

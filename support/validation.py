@@ -16,7 +16,7 @@ from support import layouts
 from support.pictures import grid, to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
-from support.summary import per_batch, understood
+from support.summary import rows_in, understood
 from support.texts import unread
 from support.words import counted, note
 from text_encoder import T5Tokenizer
@@ -40,7 +40,7 @@ def some(source: object) -> list:
     if not hasattr(source, "all"):                       # samples without end
         return [sample for i in range(MOST) for sample in source.draw(
             np.random.default_rng([1, i]), 1, np.random.default_rng([1, i]))]
-    rows = per_batch(source, 1)[0] if hasattr(source, "checked_rows") else 0     # else: read few
+    rows = rows_in(source) if hasattr(source, "checked_rows") else 0     # else: read few
     return list(islice(source.all(0, max(1, rows // MOST)), MOST))
 
 
@@ -67,7 +67,7 @@ class HeldOut:
         """Lines about what was understood. trained: the sources of --data."""
         if not self.name:
             return []
-        rows = (counted(per_batch(self.source, 1)[0], "row") if hasattr(self.source, "contents")
+        rows = (counted(rows_in(self.source), "row") if hasattr(self.source, "contents")
                 else "samples without end")
         lines = [f"--validate {self.name}: {rows}; loss on {len(self.samples)} of them, at "
                  f"{len(TIMES)} times each; shown: {min(SHOWN, len(self.samples))}"]
@@ -136,5 +136,5 @@ def open_held_out(args: argparse.Namespace, open_one: Callable, tiny: type,
         return HeldOut(None)
     return HeldOut(args.validate, open_one(
         args.validate, {"tiny": lambda: tiny(held_out=True)}, public,
-        layouts.only_size(args.vae or args.model / "vae"), args.data_root, bad,
+        layouts.only_size(args.vae or args.model), args.data_root, bad,
         longest=args.longest, option="--validate"))

@@ -322,6 +322,7 @@ def test_broken_models_are_named(tmp_path, monkeypatch, capsys, part, change, wo
     ('{"instruction": "a", "images": 0}', "images"),
     ('{"instruction": "a", "imagse": "in.png"}', "imagse"),
     ('{"instruction": "a", "image": "in.png"}', "'image' may be the picture to edit or the one"),
+    ('{"prompt": "a", "file_name": null, "image": "in.png"}', "'image' may be the picture to edit"),
     ('{"prompt": "a", "control_image": "in.png"}', "'control_image' may be"),
     ('{"prompt": "a", "src_img": "http://a.b/in.png"}', "address"),
     ('{"prompt": "a", "src_img": "hf://a/in.png"}', "address"),

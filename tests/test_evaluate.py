@@ -14,7 +14,7 @@ import evaluate
 from data import Folder, Sample
 from helpers import ROOT, SETS, run_command
 from sample import Pipeline, edit
-from support import scores
+from support import pairs, scores
 from tiny import world
 from tiny.world import BASE_TASKS, BIG, FIGURES, NEW_TASKS, SHAPES, SMALL, Scene, Thing
 
@@ -161,7 +161,7 @@ def test_a_row_s_picture_is_what_its_place_as_seed_makes(tmp_path, monkeypatch, 
         assert row["where"].endswith(f"metadata.jsonl line {place + 1}") and row["size"] == [64, 64]
         assert row["model"]["psnr"] == pytest.approx(scores.psnr(picture, s.target), abs=0.5)
         assert row["model"]["ssim"] == pytest.approx(scores.ssim(picture, s.target), abs=0.02)
-        assert row["copy"] == scores.scores(s.images[0], s.target)
+        assert row["copy"] == pairs.scores(s.images[0], s.target)
         assert row["model"]["ms_ssim"] is None
     mean = np.mean([row["model"]["psnr"] for row in found["rows"]])
     assert found["means"]["model"]["psnr"] == pytest.approx(mean)

@@ -129,7 +129,7 @@ def test_every_piece_has_a_name_of_its_own(folders):
     search = list(experiment.pieces("search"))           # beyond the best, which lay on an edge
     assert [(p.lr, p.scale) for p in search if p not in grid] == len(experiment.VARIANTS) * [
         (experiment.RATES[1], 64.0)]
-    assert findings.tables(finished=True)[1:] == [findings.search_table()]
+    assert list(findings.tables(finished=True).values())[1:] == [findings.search_table()]
     found = [piece for stage in experiment.STAGES if stage != "regimes"
              for piece in experiment.pieces(stage)]
     assert len({piece.name for piece in found}) == len(found)
@@ -662,7 +662,7 @@ def test_regimes_are_told_as_the_search_is(results):
     searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0, "tasks": conflict.TASKS}
     searched["flow"] = dict.fromkeys(conflict.TASKS, 0.5)
     write_json(experiment.RESULTS / "regimes-0.json", searched)
-    compared = rows(findings.regimes_table())
+    compared = rows(findings.search_table("regimes"))
     assert [row[0] for row in compared] == [*experiment.SEARCHES["regimes"]]
     assert compared[7] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("conflict")) == []        # these have none
@@ -700,7 +700,7 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["findings"])
     findings.main()
     out = capsys.readouterr().out
-    assert all(table in out for table in [findings.answers_table(), *findings.tables()])
+    assert all(table in out for table in [findings.answers_table(), *findings.tables().values()])
     for name in ("variants", "tasks", "routing", "cosines", "interference"):
         assert len(np.unique(load_image(experiment.RESULTS / f"{name}.png"))) > 10
 
@@ -708,7 +708,7 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
 def test_the_record_holds_the_tables():
     """Each as it is made from the committed results; of an unfinished stage, how much is there."""
     text = (ROOT / "tiny/EXPERIMENT.md").read_text(encoding="utf-8")
-    for table in findings.tables(finished=True):
+    for table in findings.tables(finished=True).values():
         assert table in text, table
 
 

@@ -26,7 +26,7 @@ from support import adapters, layouts, lora
 from support.describe import describe
 from support.files import config_from, read_tensors, write_part
 from support.fp8 import NarrowLinear, to_fp8, Widened
-from support.layouts import model_paths
+from support.layouts import model_paths, only_size
 from weights import load_adapter
 
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -312,6 +312,7 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
     (upper / "refs/main").write_text("0a\n")
     for path in (upper, upper / "snapshots"):
         assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
+        assert only_size(path) == only_size(tiny / "tiny/model/vae") == (64, 64)
         assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)[0]
     found = model_paths(tiny / "tiny/model", tokenizers=upper)
     assert found["tokenizer"] == upper / "snapshots/0a/tokenizer"

@@ -1,4 +1,4 @@
-"""support/scores.py: against torchmetrics, at their best for the truth, tables of them."""
+"""support/scores.py and pairs.py: as torchmetrics, at their best for the truth, tables of them."""
 import numpy as np
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torchmetrics.functional.image import (peak_signal_noise_ratio,
                                            structural_similarity_index_measure)
 
 from helpers import ROOT
-from support import scores
+from support import pairs, scores
 from support.pictures import load_image, resize
 
 FILES = sorted((ROOT / "tiny/examples/own").glob("*/*.png"))
@@ -42,7 +42,7 @@ def test_psnr_and_ssim_are_torchmetrics(kind, height, width):
     _, whole = structural_similarity_index_measure(as_theirs(a), as_theirs(b),
                                                    return_full_image=True, **RANGE)
     assert scores.ssim(a, b) == pytest.approx(whole[..., 5:-5, 5:-5].mean().item(), abs=1e-9)
-    assert scores.scores(a, b) == scores.scores(b, a)        # no order
+    assert pairs.scores(a, b) == pairs.scores(b, a)          # no order
 
 
 @KINDS
@@ -60,7 +60,7 @@ def test_ms_ssim_is_the_product_of_torchmetrics_scales(kind):
     assert scores.ms_ssim(a, b) == pytest.approx(wanted, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", list(scores.COLUMNS))
+@pytest.mark.parametrize("name", list(pairs.COLUMNS))
 def test_the_truth_scores_best_and_nothing_else_does(name):
     """Each of the eight drawings against all, at a size that every score takes."""
     pictures, best = [resize(load_image(file), (176, 176)) for file in FILES], {"psnr": 60}
@@ -88,10 +88,10 @@ def test_small_pictures_have_no_ms_ssim():
 
 def test_a_copy_takes_the_target_s_size():
     target, given = resize(load_image(FILES[0]), (32, 48)), np.asarray(load_image(FILES[1]))
-    found = scores.compare(target, target, [given, target])
+    found = pairs.compare(target, target, [given, target])
     assert found["model"]["psnr"] == 60
-    assert found["copy"] == scores.scores(resize(Image.fromarray(given), (32, 48)), target)
-    assert scores.compare(target, target, [])["copy"] is None
+    assert found["copy"] == pairs.scores(resize(Image.fromarray(given), (32, 48)), target)
+    assert pairs.compare(target, target, [])["copy"] is None
 
 
 def test_a_table_has_the_means_of_each_task():
@@ -99,10 +99,10 @@ def test_a_table_has_the_means_of_each_task():
         own = {"psnr": psnr, "ssim": 0.5, "ms_ssim": ms_ssim}
         return {"task": task, "model": own, "copy": own if copied else None}
     rows = [row("a", 10, None, True), row("b", 20, 0.25, False), row("b", 40, 0.75, True)]
-    assert [line.split() for line in scores.pairs_table(rows).splitlines()[2:]] == [
+    assert [line.split() for line in pairs.pairs_table(rows).splitlines()[2:]] == [
         "| a | 1 | 10.0 dB | 10.0 dB | 0.500 | 0.500 | – | – |".split(),
         "| b | 2 | 30.0 dB | 40.0 dB | 0.500 | 0.500 | 0.500 | 0.750 |".split(),
         "| mean of all | 3 | 23.3 dB | 25.0 dB | 0.500 | 0.500 | 0.500 | 0.750 |".split()]
-    assert [line[:6] for line in scores.left_open(rows)] == ["MS-SSI", "1 of 3"]
-    assert "; 1 of 3 pictures" in scores.left_open(rows)[0] and scores.left_open(rows[2:]) == []
-    assert len(scores.pairs_table(rows[:1]).splitlines()) == 3           # one task, that of all
+    assert [line[:6] for line in pairs.left_open(rows)] == ["MS-SSI", "1 of 3"]
+    assert "; 1 of 3 pictures" in pairs.left_open(rows)[0] and pairs.left_open(rows[2:]) == []
+    assert len(pairs.pairs_table(rows[:1]).splitlines()) == 3           # one task, that of all

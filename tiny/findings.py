@@ -14,6 +14,7 @@ import numpy as np
 from support import commands, report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
+from support.words import note
 from tiny import conflict, probe
 from tiny.experiment import (ADAPTERS, COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS,
                              SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left)
@@ -193,9 +194,10 @@ def variants_table(stage: str = "table") -> str:
 
 
 def leads_table(stage: str = "table") -> str:
-    """InstructMoLE, published and with a strong LoRA beside, against others; see lead().
+    """InstructMoLE over each other variant, and what may lead a plain LoRA over that.
 
-    Over all seeds that both have. The flow loss is in thousandths. In conflict: LADDER.
+    As difference() counts it, over all seeds that both have. The flow loss is in thousandths. In
+    conflict: LADDER.
     """
     table = by_variant(stage, SEEDS + MORE_SEEDS)
     pairs = [*(("InstructMoLE", name) for name in table if name != "InstructMoLE"),
@@ -382,11 +384,6 @@ def search_table(stage: str = "search") -> str:
                      "the least around them"], rows)
 
 
-def regimes_table() -> str:
-    """As search_table(), of the tasks in conflict."""
-    return search_table("regimes")
-
-
 def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
     """Success in percent, by variant, by how many tasks were trained together, by task."""
     values: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -467,16 +464,20 @@ TABLES = {"search": (search_table,),
           "interference": (interference_table, company_table), "balance": (balance_table,),
           "longer": tuple(partial(make, "longer")
                           for make in (variants_table, leads_table, tasks_table)),
-          "regimes": (regimes_table,),
+          "regimes": (partial(search_table, "regimes"),),
           "conflict": (conflict_table, *(partial(make, "conflict") for make in (
               leads_table, routing_table, routers_table)))}
 
 
-def tables(finished: bool = False) -> list[str]:
-    """All tables of which there are results, or those of which all are there; how many first."""
-    return [stages_table()] + [make() for stage, makers in TABLES.items()
-                               if found(stage) and not (finished and any(left(stage)))
-                               for make in makers]
+def tables(finished: bool = False) -> dict[str, str]:
+    """All tables of which there are results, or those of which all are there, by what they tell."""
+    told = {"How much is there": stages_table()}
+    for stage, makers in TABLES.items():
+        if found(stage) and not (finished and any(left(stage))):
+            for make in makers:
+                about = getattr(make, "func", make).__doc__.partition("\n")[0]
+                told[f"{stage}: {about}"] = make()
+    return told
 
 
 # ----------------------------------------------------------------------------------------- figures
@@ -595,13 +596,10 @@ def main() -> None:
     commands.Parser(description="Tables and figures of the experiment.").parse_args()
     if not any(map(found, STAGES)):
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
-    print(answers_table(), stages_table(), sep="\n\n")
-    for stage, makers in TABLES.items():
-        for make in makers if found(stage) else ():
-            about = getattr(make, "func", make).__doc__.partition("\n")[0]
-            print(f"\n{stage}: {about}\n\n{make()}")
-    print()
-    report.tell_missing()
+    for told, table in {"What was asked": answers_table(), **tables()}.items():
+        print(f"{told}\n\n{table}\n")
+    if not report.can_draw():
+        note("the figures need matplotlib: pip install matplotlib")
     for name, (of_what, draw) in FIGURES.items():
         if of_what() and report.can_draw():
             save_picture(draw(), RESULTS / f"{name}.png")

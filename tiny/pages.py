@@ -16,7 +16,7 @@ from PIL import Image
 import sample
 from support import commands
 from support.explain import explain
-from support.files import replacing
+from support.files import write_text
 from support.options import EMBEDDED
 from support.pictures import save_picture
 from support.trace import Trace
@@ -39,9 +39,7 @@ def page(pipe: sample.Pipeline, task: str) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(file, text)
     print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
