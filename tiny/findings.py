@@ -17,7 +17,7 @@ from support.results import HOLE, markdown
 from support.words import note
 from tiny import conflict, probe
 from tiny.experiment import (ADAPTERS, COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS,
-                             SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left)
+                             SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left, pieces)
 from tiny.world import EDITS, NEW_TASKS
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
@@ -470,10 +470,14 @@ TABLES = {"search": (search_table,),
 
 
 def tables(finished: bool = False) -> dict[str, str]:
-    """All tables of which there are results, or those of which all are there, by what they tell."""
+    """All tables of which there are results, by what they tell.
+
+    finished: of the stages alone of which all is there, but for MORE_SEEDS.
+    """
     told = {"How much is there": stages_table()}
     for stage, makers in TABLES.items():
-        if found(stage) and not (finished and any(left(stage))):
+        there = all(p.there() for p in pieces(stage) if p.seed not in MORE_SEEDS)
+        if found(stage) and (there or not finished):
             for make in makers:
                 about = getattr(make, "func", make).__doc__.partition("\n")[0]
                 told[f"{stage}: {about}"] = make()
