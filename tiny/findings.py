@@ -476,8 +476,8 @@ def tables(finished: bool = False) -> dict[str, str]:
     """
     told = {"How much is there": stages_table()}
     for stage, makers in TABLES.items():
-        there = all(p.there() for p in pieces(stage) if p.seed not in MORE_SEEDS)
-        if found(stage) and (there or not finished):
+        there = [piece.there() for piece in pieces(stage) if piece.seed not in MORE_SEEDS]
+        if found(stage) and (not finished or (there and all(there))):
             for make in makers:
                 about = getattr(make, "func", make).__doc__.partition("\n")[0]
                 told[f"{stage}: {about}"] = make()
