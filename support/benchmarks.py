@@ -194,7 +194,7 @@ def make(todo: list[Prompt], share: tuple[int, int], pictures_of: Callable,
     with tqdm(desc="prompts", total=len(todo), unit="prompt", disable=rank > 0) as bar:
         for prompt in todo[rank::workers]:
             make_one(prompt, pictures_of, args, bar)
-            if rank == 0 and time.time() - last_count >= COUNTED:           # the others' too
+            if rank == 0 and time.time() - last_count >= COUNTED:        # the others' too
                 bar.update(sum(prompt.out.exists() for prompt in todo) - bar.n)
                 last_count = time.time()
         if dist.is_initialized():

@@ -17,7 +17,7 @@ from support.pictures import PICTURES
 from support.words import counted, span
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
-RELEASED_NAME = "FLUX.1-Kontext-dev"
+COMMAND = "python sample.py --instruction TEXT"
 RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
 LORA, RESEARCH = "that is a LoRA", "of the research code"
 TEXTS = "the instruction vector"                         # T5's width to CLIP's
@@ -65,7 +65,7 @@ def adapter_kind(path: Path) -> str:
 
 
 def describe_adapter(path: Path, kind: str) -> list[str]:
-    """What an adapter is made of, how much it adds, and which model it fits, in lines."""
+    """What an adapter is, which model it fits, and the command that uses it, in lines."""
     values, tensors = adapters.read(path)
     c = config_from(AdapterConfig, values, path, whole=True)
     targets.check_sizes(c)
@@ -85,7 +85,8 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
         told.append(f"{c.experts} experts on {counted(len(mixtures), 'layer')}, {c.top_k} kept: "
                     f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
                     f"routed by {routed}")
-    return [*told, fits(tensors)]
+    line, option = fits(tensors)
+    return [*told, line, f"{COMMAND}{option} --adapter {shlex.quote(str(path))}"]
 
 
 def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -102,12 +103,13 @@ def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {layer: f"{wide} to {out}" for layer, (wide, out) in sizes.items()}
 
 
-def fits(tensors: dict[str, Tensor]) -> str:
-    """Which of the models that are known here has an adapter's layers, in their sizes."""
+def fits(tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """Which of the models that are known here has an adapter's layers, and the option for it."""
     file, told = options.EMBEDDED / "transformer/config.json", {}
     wanted = sizes_in(tensors)
-    for model, config in ((RELEASED_NAME, RELEASED),
-                          ("the embedded model", config_from(DiTConfig, read_json(file), file))):
+    for model, config, option in (
+            ("FLUX.1-Kontext-dev", RELEASED, " --model FLUX.1-Kontext-dev"),
+            ("the embedded model", config_from(DiTConfig, read_json(file), file), "")):
         with devices.shapes_alone():
             known = {name: f"{m.in_features} to {m.out_features}" for name, m
                      in FluxTransformer(config).named_modules() if isinstance(m, nn.Linear)}
@@ -115,12 +117,12 @@ def fits(tensors: dict[str, Tensor]) -> str:
         other = [f"{layer} is {size}, there {known.get(layer, 'is none')}"
                  for layer, size in wanted.items() if known.get(layer) != size]
         if not other:
-            return f"fits {model} (width {config.width})"
+            return f"fits {model} (width {config.width})", option
         told[f"{model} (width {config.width})"] = other
     nearest = min(told, key=lambda model: len(told[model]))
     return (f"fits neither {' nor '.join(told)}: of its {len(wanted)} layers {len(told[nearest])} "
             f"are not {nearest.partition(' (')[0]}'s: {'; '.join(told[nearest][:3])}"
-            + "; ..." * (len(told[nearest]) > 3))
+            + "; ..." * (len(told[nearest]) > 3)), ""
 
 
 def describe(path: Path, load: Callable) -> tuple[str, bool]:
@@ -134,13 +136,9 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
     if path.is_file() and path.suffix.lower() in PICTURES:
         return origin.describe(path), True
     path = foreign.snapshot(path)
-    sample = "python sample.py --instruction TEXT"
     kind = adapter_kind(path)
     if kind:
-        lines = describe_adapter(path, kind)
-        if lines[-1].startswith(f"fits {RELEASED_NAME}"):
-            sample += f" --model {RELEASED_NAME}"
-        return "\n".join([*lines, f"{sample} --adapter {shlex.quote(str(path))}"]), True
+        return "\n".join(describe_adapter(path, kind)), True
     found = layouts.parts_in(path)
     if not found:
         files = ", ".join(file.name for file in sorted(path.glob("*.safetensors"))[:3])
@@ -157,4 +155,4 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
     used = [f"--model {shlex.quote(str(path))}"] if folder else [
         f"{layouts.OPTIONS[part]} {named.get(part, '...')}" for part in layouts.SIGNS
     ] + ["--tokenizers ..."]
-    return "\n".join([*lines, f"{path}: whole", " ".join([sample, *used])]), True
+    return "\n".join([*lines, f"{path}: whole", " ".join([COMMAND, *used])]), True

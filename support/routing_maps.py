@@ -71,6 +71,12 @@ def shares(adapter: Adapter, txt: Tensor, pooled: Tensor) -> dict[str, Shares]:
                 for layer in routed(adapter)}
 
 
+def together(each: list[dict[str, Shares]]) -> dict[str, Shares]:
+    """What shares() gives for several instructions, from what it gave for each."""
+    return {name: Shares(torch.cat([one[name].p for one in each]),
+                         torch.cat([one[name].kept for one in each])) for name in each[0]}
+
+
 def distance(p: Tensor, q: Tensor) -> float:
     """Half the sum of |p - q| over the experts, (..., E), a mean over all else.
 
@@ -119,8 +125,7 @@ def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Te
     by_task: dict[str, list[dict[str, Shares]]] = {}
     for job in jobs:
         by_task.setdefault(job.task, []).append(shares(adapter, *encode([job.instruction])))
-    use = {task: {name: Shares(*map(torch.cat, zip(*(one[name] for one in each))))
-                  for name in each[0]} for task, each in by_task.items()}
+    use = {task: together(each) for task, each in by_task.items()}
     words = told(measures(use))
     save_picture(report.draw_routing(use, words), file)
     print(f"{file}: the experts that {counted(len(jobs), 'instruction')} chose; {words}")

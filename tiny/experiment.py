@@ -88,10 +88,11 @@ class Variant(NamedTuple):
         return self.method != "lora" and self.changes.get("experts") != 1
 
 
-FREE = {"balance_weight": 0.0, "lora_alpha": 128}        # nothing holds the shares even
+STRONG = {"lora_alpha": 128}                             # the LoRA beside: at 8, as a plain one
+FREE = STRONG | {"balance_weight": 0.0}                  # nothing holds the shares even
 VARIANTS = {
     "InstructMoLE": Variant("instructmole"),
-    "strong LoRA beside": Variant("instructmole", {"lora_alpha": 128}),      # at 8, as a plain one
+    "strong LoRA beside": Variant("instructmole", STRONG),
     "routing as drawn": Variant("pooled", options=("--router-lr", "0")),     # nothing of it learns
     "no orthogonality loss": Variant("instructmole", {"orthogonality_weight": 0.0}),
     "no balance loss": Variant("instructmole", {"balance_weight": 0.0}),
@@ -107,7 +108,7 @@ FOR_EACH = "a LoRA for each task"                        # of a fifth of the siz
 FREE_POOLED = FREE | {"rank": 9, "resampler": False}     # as large as the plain LoRA
 REGIMES = {
     "standardised": Variant("standardised", FREE_POOLED),            # by the pooled text only
-    "standardised balanced": Variant("standardised", {"lora_alpha": 128}),       # the whole, too
+    "standardised balanced": Variant("standardised", STRONG),    # the whole, too
     "standardised as drawn": Variant("standardised", FREE_POOLED, ("--router-lr", "0")),
     "free": Variant("pooled", FREE_POOLED),
     "free with resampler": Variant("instructmole", FREE),

@@ -60,19 +60,26 @@ class Interval(NamedTuple):
     middle: float
     half: float
 
+    @property
+    def least(self) -> float:
+        return self.middle - self.half
+
+    @property
+    def most(self) -> float:
+        return self.middle + self.half
+
     def __str__(self) -> str:
-        least, most = self.middle - self.half, self.middle + self.half
-        return f"{self.middle:+.1f} ({least:+.1f} to {most:+.1f})"
+        return f"{self.middle:+.1f} ({self.least:+.1f} to {self.most:+.1f})"
 
     @property
     def answer(self) -> str:
         """By the rule that was fixed beforehand."""
-        least, most = self.middle - self.half, self.middle + self.half
-        if least > MATTERS:
+        if self.least > MATTERS:
             return "yes"
-        if most < -MATTERS:
+        if self.most < -MATTERS:
             return "no, the contrary"
-        return "it does not matter" if max(-least, most) <= MATTERS else "undecided"
+        within = -MATTERS <= self.least and self.most <= MATTERS
+        return "it does not matter" if within else "undecided"
 
 
 # ----------------------------------------------------------------------------------------- numbers
@@ -295,9 +302,9 @@ def over_layers(results: list[dict], key: str) -> float:
 def routers_table(stage: str = "table") -> str:
     """What the routers have learned, means over layers and seeds; see probe.by_task().
 
-    Bits are of a picture, or where tokens route of a token; those of routing as drawn are what no
-    learning gives. The noise of training is 1/E: which part of the kept experts it would change
-    says how decided a routing is, not what it has learned.
+    Bits are of a picture, or where tokens route of a token; those of routing as drawn are few, as
+    drawn routers keep about the same experts for all. The noise of training is 1/E: which part of
+    the kept experts it would change says how decided a routing is, not what it has learned.
     """
     rows = []
     for name, results in with_routing(stage).items():
