@@ -44,6 +44,11 @@ class Sample:
     task: str = ""
     scene: object = None                                 # tiny world only: the scene of `target`
 
+    @property
+    def given(self) -> list[np.ndarray]:
+        """All pictures that it comes with."""
+        return [*self.images, *self.conds]
+
 
 class Source(Protocol):
     """What batches are drawn from.
@@ -86,9 +91,9 @@ class Folder:
     support/names.py lists the names that others use. size: (W, H) that every picture takes, or None
     to keep each near its own size, the longer side at most `longest`; the first reference takes the
     target's, as in sampling. root: the folder that no path may leave, by default the file's own.
-    bad: a list that takes what is wrong with lines, now and when they are drawn; one in ten may be
-    bad. unread: entries without a known name, in how many rows.
-    Raises: FileNotFoundError, ValueError; they name the line.
+    bad: a list that takes what is wrong with lines, now and when they are drawn; of ten, one may
+    be. unread: entries without a known name, in how many rows. Raises: FileNotFoundError,
+    ValueError; they name the line.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
@@ -137,10 +142,9 @@ class Folder:
         return left_out(self.path, self.file, self.named)
 
     def read(self, row: Row) -> Sample:
-        pictures = [resize(load_image(path, row.where), size)
-                    for path, size in zip(row.paths, row.sizes)]
-        images, conds = pictures[1:1 + row.natives], pictures[1 + row.natives:]
-        return Sample(row.instruction, pictures[0], images, conds, row.task)
+        target, *given = (resize(load_image(path, row.where), size)
+                          for path, size in zip(row.paths, row.sizes))
+        return Sample(row.instruction, target, given[:row.natives], given[row.natives:], row.task)
 
     def draw(self, rng: Random, size: int, nearby: Random | None = None) -> list[Sample]:
         """Up to `size` different rows of one group; a group is as likely as it is large.

@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from data import Sample, open_one, stack
-from sample import Pipeline, condition, encode_text, generate, load_pipeline, prepare, seeded_noise
-from support import (benchmark_table, benchmarks, distributed, layouts, omnicontext, options,
-                     origin, routing_maps, spatial, xversebench)
+from sample import Pipeline, condition, generate, load_pipeline, prepare, seeded_noise
+from support import (benchmark_table, benchmarks, distributed, omnicontext, options, origin,
+                     routing_maps, spatial, xversebench)
 from support.bad_rows import tell_skipped
 from support.pairs import open_pairs, score_source
 from support.pictures import grid
@@ -49,11 +49,6 @@ ONLY = {"tasks": ["tiny"], "number": ["tiny", ""], "route_by": ["tiny", ""], "da
         **dict.fromkeys(("limit", "scores", "native", "size"), list(BENCHES))}
 
 
-def pictures_given(sample: Sample) -> list[np.ndarray]:
-    """All pictures that a sample comes with."""
-    return [*sample.images, *sample.conds]
-
-
 def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
                   first: int = 0, batch_size: int = 64,
                   route_by: str | None = None) -> list[np.ndarray]:
@@ -65,9 +60,7 @@ def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: f
     for start in range(0, len(samples), batch_size):
         batch = samples[start:start + batch_size]
         given = condition(pipe, [s.instruction for s in batch], stack(s.images for s in batch),
-                          stack(s.conds for s in batch))
-        if route_by:
-            given.routed_by = encode_text(pipe, [route_by] * len(batch))
+                          stack(s.conds for s in batch), route_by)
         seeds = list(range(first + start, first + start + len(batch)))
         noise = seeded_noise(seeds, size, pipe.vae.config.latent_channels)
         pictures += list(generate(pipe, given, noise, steps, guidance)[0])
@@ -91,8 +84,7 @@ def success(picture: np.ndarray, sample: Sample) -> bool:
     """Whether a picture (H, W, 3) uint8 is what a tiny-world sample asks for."""
     error = squared_error(picture, sample.target)
     near = map(world.draw, world.neighbours(sample.scene))
-    others = chain(pictures_given(sample),
-                   (p for p in near if not np.array_equal(p, sample.target)))
+    others = chain(sample.given, (p for p in near if not np.array_equal(p, sample.target)))
     return error < THRESHOLD and all(squared_error(picture, p) > error for p in others)
 
 
@@ -101,7 +93,7 @@ def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Sco
     def means(made: list[np.ndarray]) -> list[float]:
         return np.mean([(success(p, s), psnr(p, s.target)) for p, s in zip(made, samples)],
                        axis=0).tolist()
-    first = [given[0] for s in samples if (given := pictures_given(s))]      # of all, or of none
+    first = [s.given[0] for s in samples if s.given]     # of all, or of none
     return Score(task, len(samples), *means(pictures), *(means(first) if first else (None, None)))
 
 
@@ -125,7 +117,7 @@ def contact_sheet(results: dict[str, tuple[list[Sample], list[np.ndarray]]],
     """Given / result / truth for the first samples of each task; failures have a red frame."""
     shown = [(s, p) for samples, pictures in results.values()
              for s, p in list(zip(samples, pictures))[:each]]
-    return grid([[*pictures_given(s), p, s.target] for s, p in shown],
+    return grid([[*s.given, p, s.target] for s, p in shown],
                 [s.instruction for s, _ in shown], min(each, len(shown) // len(results)),
                 lines=2, gap=4, failed=[not success(p, s) for s, p in shown])
 
@@ -173,7 +165,7 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
         before = benchmark_table.earlier(args)
         check_out(args, kept=bool(before))
         args.native = bench.NATIVE if args.native is None else args.native
-        whole = bench.read(args, layouts.only_size(args.vae or args.model))
+        whole = bench.read(args, options.only_size(args))
         args.scores = benchmark_table.answers_of(args, bench, before)
         prompts = benchmarks.first_of_each(whole, args.limit)
         todo = benchmarks.missing(prompts)
@@ -224,7 +216,7 @@ def main() -> None:
     bad: list[str] | None = [] if args.skip_bad else None
     source = open_pairs(args, bad, open_one) if args.data else None
     pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
-    if args.route_by:
+    if args.route_by:                                    # before any picture is begun
         routing_maps.check_routed(pipe.adapter, f"--route-by {args.route_by!a}")
     if source:
         try:

@@ -149,15 +149,20 @@ def encode_picture(pipe: Pipeline, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
-              conds: list[Tensor]) -> Conditioning:
+              conds: list[Tensor], route_by: str | None = None) -> Conditioning:
     """Encode instructions and pictures, once for all steps.
 
     Shapes: instructions B texts; images, conds: for each native reference and each clean condition
-    one tensor (B, 3, H, W). Units: pictures in [-1, 1].
+    one tensor (B, 3, H, W). Units: pictures in [-1, 1]. route_by: the text that chooses the
+    experts, where another. Raises: ValueError where no text can.
     """
     txt, pooled = encode_text(pipe, instructions)        # (B, T, D), (B, D')
     latents = [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)]
-    return as_tokens(txt, pooled, latents, len(images))
+    given = as_tokens(txt, pooled, latents, len(images))
+    if route_by:
+        routing_maps.check_routed(pipe.adapter, f"--route-by {route_by!a}")
+        given.routed_by = encode_text(pipe, [route_by] * len(instructions))
+    return given
 
 
 def as_tokens(txt: Tensor, pooled: Tensor, latents: list[Tensor], natives: int) -> Conditioning:
@@ -209,10 +214,7 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:
-    """Standard normal (B, C, H / 8, W / 8), drawn on the CPU: a seed means the same everywhere.
-
-    size: (W, H).
-    """
+    """Standard normal (B, C, H / 8, W / 8) for a size (W, H); of the CPU, so alike everywhere."""
     shape = (1, channels, size[1] // 8, size[0] // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
                       for seed in seeds])
@@ -259,10 +261,8 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     conds = [read_cond(one, partial(cond_size, only, longest=pipe.longest)) for one in each(conds)]
     mask = masks.read_mask(mask, images, mask_blur) if mask is not None else None
     made_at = output_size(only, images, size)
-    given = condition(pipe, [instruction], *prepare(only, images, conds, made_at, pipe.longest))
-    if route_by:
-        routing_maps.check_routed(pipe.adapter, f"--route-by {route_by!a}")
-        given.routed_by = encode_text(pipe, [route_by])
+    given = condition(pipe, [instruction], *prepare(only, images, conds, made_at, pipe.longest),
+                      route_by)
     for seed in map(int, seeds):
         noise = seeded_noise([seed], made_at, pipe.vae.config.latent_channels)
         hold = masks.held(mask, made_at, given.ref, noise) if mask else None

@@ -39,7 +39,7 @@ from data import Sample, Source, stack
 from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
-from support import (adapters, caching, devices, distributed, layouts, offload, options, record,
+from support import (adapters, caching, devices, distributed, offload, options, record,
                      report, resume, routing_maps, sizes, streaming, summary)
 from support.bad_rows import tell_skipped
 from support.casts import casting
@@ -227,7 +227,7 @@ def answer(pipe: Pipeline, s: Sample) -> np.ndarray:
 
 def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
     """One row per sample: what was given, what the model makes of it, what was wanted."""
-    return grid([[*s.images, *s.conds, answer(pipe, s), s.target] for s in samples],
+    return grid([[*s.given, answer(pipe, s), s.target] for s in samples],
                 [s.instruction for s in samples], lines=2)
 
 
@@ -276,7 +276,7 @@ def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Ten
 
 def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     """What --data names; bad takes what is wrong with rows. Raises: as data.open_source() does."""
-    size = layouts.only_size(args.vae or args.model)
+    size = options.only_size(args)
     sources = [data.open_source(
         text, {"tiny": TinyWorld}, PUBLIC, size=size, root=args.data_root, bad=bad,
         longest=args.longest, draws=args.cache_draws) for text in args.data]

@@ -119,7 +119,7 @@ def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
     with visit, tqdm(desc="encoding", unit=" samples", disable=rank > 0) as bar:
         while some := list(islice(samples, 4)):          # few: pictures are large on their way
             encode_text(pipe, [s.instruction for s in some] + [""])          # "" for dropout
-            for picture in (p for s in some for p in (s.target, *s.images, *s.conds)):
+            for picture in (p for s in some for p in (s.target, *s.given)):
                 encode_picture(pipe, to_tensor([picture]))
             bar.update(len(some))
     pipe.cache.save()

@@ -65,7 +65,7 @@ def step_bytes(loss_of: Callable[[int], Tensor], batch: int, adapter: Adapter,
 def largest(batches: Iterator[list]) -> object:
     """Of 16 batches' first samples the one with most pixels."""
     found = max((next(batches)[0] for _ in range(16)), key=lambda s: sum(
-        picture.size for picture in (s.target, *s.images, *s.conds)))
+        picture.size for picture in (s.target, *s.given)))
     batches.close()
     return found
 
@@ -78,7 +78,7 @@ def empty_batch(pipe: object, like: object, batch: int, as_tokens: Callable
     """
     c = pipe.dit.config
     x0, *latents = (torch.empty(batch, c.in_channels // 4, p.shape[0] // 8, p.shape[1] // 8)
-                    for p in (like.target, *like.images, *like.conds))
+                    for p in (like.target, *like.given))
     txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
     pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
     return x0, as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))

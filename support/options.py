@@ -42,6 +42,11 @@ def model_of(args: argparse.Namespace) -> dict[str, Path | str | None]:
                                                    "tokenizers", "device", "dtype", "matmul")}
 
 
+def only_size(args: argparse.Namespace) -> tuple[int, int] | None:
+    """The (W, H) of all its pictures, before a weight is read; None where it takes any."""
+    return layouts.only_size(args.vae or args.model)
+
+
 def add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", action="append", metavar="FILE[:STRENGTH]",
                         help="adapter file or folder, or none; by default adapter.safetensors "

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from support import adapters, layouts, options, summary
+from support import adapters, options, summary
 from support.pictures import grid, resize
 from support.public_sets import PUBLIC
 from support.results import HOLE, cell, markdown, write
@@ -35,7 +35,7 @@ def open_pairs(args: argparse.Namespace, bad: list[str] | None, open_one: Callab
 
     Raises: as it does.
     """
-    size = layouts.only_size(args.vae or args.model)
+    size = options.only_size(args)
     longest = adapters.longest(path for path, _ in options.adapters_of(args))
     source = open_one(args.data[0], {}, PUBLIC, size, args.data_root, bad, longest)
     number = number_of(source)
@@ -65,12 +65,12 @@ def score_pairs(make: Callable, samples: Iterable, total: int) -> tuple[list[dic
     rows, shown, texts = [], [], []
     with tqdm(samples, desc="pictures", total=total) as bar:     # closed before an error is told
         for place, s in enumerate(bar):
-            picture, given = make(s, place), [*s.images, *s.conds]
+            picture = make(s, place)
             about = {"place": place, "instruction": s.instruction, "task": s.task,
                      "size": list(s.target.shape[1::-1])}
-            rows.append(about | compare(picture, s.target, given))
+            rows.append(about | compare(picture, s.target, s.given))
             if place < SHOWN:
-                shown.append([*given, picture, s.target])
+                shown.append([*s.given, picture, s.target])
                 texts.append(f"{place}, {rows[-1]['model']['psnr']:.1f} dB: {s.instruction}")
     if not rows:
         raise ValueError("--data: holds no row that can be used")

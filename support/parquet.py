@@ -202,7 +202,7 @@ class Public:
 
 
 def shapes_of(sample: object) -> list[tuple[int, ...]]:
-    return [picture.shape for picture in (sample.target, *sample.images, *sample.conds)]
+    return [picture.shape for picture in (sample.target, *sample.given)]
 
 
 def text_of(value: object, column: str, where: str) -> str:

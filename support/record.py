@@ -105,7 +105,7 @@ def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:
         end = max(end for _, end in read.offsets) if read.overflowing else len(s.instruction)
         rest = s.instruction[end:]
         texts.append(s.instruction[:end] + (f" | not read: {rest}" if rest else ""))
-    rows = [[*s.images, *s.conds, s.target] for s in samples]
+    rows = [[*s.given, s.target] for s in samples]
     save_picture(grid(rows, texts, lines=4, gap=2), out / "data.png")
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from support import devices, layouts, resume
+from support import devices, resume
 from support.commands import (COUNT, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, Parser, checked,
                               source_and_weight)
 from support.fp8 import check_device
-from support.options import SOURCE, add_compile, add_model, add_reading
+from support.options import SOURCE, add_compile, add_model, add_reading, only_size
 from support.pictures import LONGEST
 
 STEPS_OF_A_RUN = 100_000
@@ -124,7 +124,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise ValueError("--compile: not together with --shard")
     if args.shard and "WORLD_SIZE" not in os.environ:
         raise ValueError("--shard: splits the model over processes; start them with torchrun")
-    size = layouts.only_size(args.vae or args.model)
+    size = only_size(args)
     if args.longest and size:
         raise ValueError(f"--longest {args.longest}: this model takes pictures of {size[0]}x"
                          f"{size[1]} alone; leave it out")

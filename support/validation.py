@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import dit
-from support import layouts
+from support import options
 from support.pictures import grid, to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
@@ -121,7 +121,7 @@ class HeldOut:
         rows, texts = [], []
         for s in self.samples[:SHOWN]:
             picture = answer(s)
-            rows.append([*s.images, *s.conds, picture, s.target])
+            rows.append([*s.given, picture, s.target])
             texts.append(f"{psnr(picture, s.target):.1f} dB: {s.instruction}")
         return grid(rows, texts)
 
@@ -136,5 +136,5 @@ def open_held_out(args: argparse.Namespace, open_one: Callable, tiny: type,
         return HeldOut(None)
     return HeldOut(args.validate, open_one(
         args.validate, {"tiny": lambda: tiny(held_out=True)}, public,
-        layouts.only_size(args.vae or args.model), args.data_root, bad,
+        options.only_size(args), args.data_root, bad,
         longest=args.longest, option="--validate"))
