@@ -131,13 +131,13 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
         results[task] = samples, make_pictures(pipe, samples, steps, guidance, route_by=route_by)
         found.append(measure(task, results[task][1], samples))
         print(f"{task:12} {found[-1].success:6.1%}  {found[-1].psnr:5.1f} dB", flush=True)
-    write(out, [vars(score) for score in found], table(found), contact_sheet(results))
+    write(out, [vars(score) for score in found], table(found), contact_sheet(results), route_by)
     return found
 
 
 # --------------------------------------------------------------------------- the paper's benchmarks
 
-def benchmark_pictures(pipe: Pipeline, prompt: benchmarks.Prompt, given: benchmarks.Given,
+def benchmark_pictures(pipe: Pipeline, prompt: benchmarks.Prompt, given: benchmarks.Inputs,
                        args: argparse.Namespace, callback: Callable) -> list[Image.Image]:
     """A prompt's pictures, one for each seed; each says in .info how it was made."""
     natives, conds = given.references[:args.native], given.references[args.native:]

@@ -30,7 +30,7 @@ SAME = {"model": {"model"}, "adapters": {"adapter"}, "steps": {"steps"}, "guidan
 
 
 @dataclass
-class Given:
+class Inputs:
     """What a prompt comes with."""
     references: list[Image.Image]
     size: tuple[int, int]                                # (W, H) of what is to be made
@@ -45,7 +45,7 @@ class Prompt:
     text: str
     out: Path                                            # one picture, or a grid of several
     seeds: range                                         # of each picture
-    given: Callable[[], Given]                           # read when asked for
+    given: Callable[[], Inputs]                           # read when asked for
     truth: Path | None = None                            # where the truth goes, for scorers
     about: object = None                                 # what answers are checked by
 
@@ -187,7 +187,7 @@ def make(todo: list[Prompt], share: tuple[int, int], pictures_of: Callable,
     """Make this process's share of the pictures that are missing -> seconds that all took.
 
     share: its rank, and of how many processes. One bar tells of all. pictures_of: a Prompt, its
-    Given, args, what generate() calls after each step -> pictures, one for each seed.
+    Inputs, args, what generate() calls after each step -> pictures, one for each seed.
     """
     start = last_count = time.time()
     rank, workers = share

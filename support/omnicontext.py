@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from support.benchmark_table import Scored, command_again
-from support.benchmarks import Given, Prompt
+from support.benchmarks import Inputs, Prompt
 from support.resolutions import output_size
 from support.results import cell
 from support.rows import Rows
@@ -30,10 +30,10 @@ LANGUAGE = "en"                                          # the only one that its
 # ------------------------------------------------------------------------------------------ prompts
 
 def given(rows: Rows, i: int, wanted: tuple[int, int] | None, only: tuple[int, int] | None
-          ) -> Given:
+          ) -> Inputs:
     """A row's pictures; without a wanted size the preferred one nearest to the first of them."""
     pictures = rows.pictures(i, "input_images")
-    return Given(pictures, output_size(only, pictures[:1], wanted))
+    return Inputs(pictures, output_size(only, pictures[:1], wanted))
 
 
 def file_part(row: dict, name: str, where: str) -> str:

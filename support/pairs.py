@@ -91,7 +91,7 @@ def score_source(args: argparse.Namespace, source: object, pipe: object, make: C
         "data": args.data[0], "model": str(args.model), "steps": args.steps,
         "adapters": [f"{file}:{strength:g}" for file, strength in options.adapters_of(args)],
         "guidance": args.guidance, "route_by": args.route_by, "means": means(rows), "rows": rows},
-        pairs_table(rows), sheet)
+        pairs_table(rows), sheet, args.route_by)
     for line in left_open(rows) + unread((row["instruction"] for row in rows), pipe.t5_tokens):
         note(line)
     print(f"{args.out}/sheet.png: given, result, truth of the first {min(SHOWN, len(rows))}")

@@ -80,6 +80,8 @@ def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: floa
 
     What the model does not read of the instruction is said.
     """
+    if not isinstance(instruction, str):
+        raise ValueError(f"instruction {instruction!r}: must be a text")
     if not checked_text(instruction, "instruction").strip():
         raise ValueError("instruction is empty: say what to show, or what to change")
     for name, value, kind, limits in (("steps", steps, Integral, STEPS),

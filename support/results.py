@@ -46,8 +46,10 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def write(out: Path, numbers: object, text: str, sheet: np.ndarray) -> None:
-    """FILES, each whole or not at all; the table is printed too."""
+def write(out: Path, numbers: object, text: str, sheet: np.ndarray,
+          route_by: str | None = None) -> None:
+    """FILES, each whole or not at all; the table is printed too, and what it was routed by."""
+    text += f"\n\nRouted by: {route_by}" if route_by else ""
     write_json(out / "scores.json", numbers)
     write_text(out / "table.md", text + "\n")
     save_picture(sheet, out / "sheet.png")

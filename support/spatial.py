@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from support.alignment import THRESHOLDS, area, depth_rmse, edge_scores, edges, pose_scores
 from support.benchmark_table import Scored, command_again
-from support.benchmarks import Given, Prompt
+from support.benchmarks import Inputs, Prompt
 from support.conditions import EDGES, canny
 from support.estimates import found_in, people_in
 from support.parquet import text_of
@@ -56,7 +56,7 @@ def sources(data: list[str]) -> dict[str, Path]:
     return found
 
 
-def given(rows: Rows, i: int, kind: str, wanted: tuple[int, int] | None) -> Given:
+def given(rows: Rows, i: int, kind: str, wanted: tuple[int, int] | None) -> Inputs:
     """The map and the picture of a row, both at the size that is made."""
     _, _, truth, column = SETS[kind]
     picture, = rows.pictures(i, truth)
@@ -64,7 +64,7 @@ def given(rows: Rows, i: int, kind: str, wanted: tuple[int, int] | None) -> Give
     shown = resize(picture, size)
     drawn = (canny(shown, *EDGES) if column is None
              else resize(rows.pictures(i, column)[0], size))
-    return Given([Image.fromarray(drawn)], size, Image.fromarray(shown))
+    return Inputs([Image.fromarray(drawn)], size, Image.fromarray(shown))
 
 
 def caption_of(row: dict, column: str, where: str) -> str:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from support.benchmark_table import Scored, command_again
-from support.benchmarks import Given, Prompt
+from support.benchmarks import Inputs, Prompt
 from support.files import parse_json
 from support.pictures import checked_size, load_image
 from support.results import cell
@@ -80,8 +80,8 @@ def file_name(place: int, prompt: str) -> str:
     return f"{place}_" + re.sub(r"[\s/\\:*?\"<>|\x00-\x1f]", "_", prompt[:40]) + ".png"
 
 
-def given(photographs: list[Path], size: tuple[int, int]) -> Given:
-    return Given([load_image(path) for path in photographs], size)
+def given(photographs: list[Path], size: tuple[int, int]) -> Inputs:
+    return Inputs([load_image(path) for path in photographs], size)
 
 
 def read(args: argparse.Namespace, only: tuple[int, int] | None) -> list[Prompt]:

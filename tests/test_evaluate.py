@@ -102,7 +102,7 @@ def test_pictures_may_be_routed_by_another_text(trained):
 
 
 def test_scores_may_be_of_another_routing(tmp_path, monkeypatch, capsys, trained):
-    """So says scores.json; an adapter without a routing has no other."""
+    """So say scores.json and the table; an adapter without a routing has no other."""
     monkeypatch.setattr(evaluate, "load_pipeline", lambda **_: trained)
     asked = []
     monkeypatch.setattr(evaluate, "make_pictures", lambda _, samples, *rest, route_by: (
@@ -111,6 +111,8 @@ def test_scores_may_be_of_another_routing(tmp_path, monkeypatch, capsys, trained
         code, _, err = run(monkeypatch, capsys, *arguments, "--route-by", OTHER,
                            "--out", tmp_path / arguments[0])
         assert code == 0, err
+        table = (tmp_path / arguments[0] / "table.md").read_text()
+        assert table.endswith(f"|\n\nRouted by: {OTHER}\n")
     assert asked == 5 * [OTHER]
     assert json.loads((tmp_path / "--data/scores.json").read_text())["route_by"] == OTHER
     monkeypatch.setattr(trained, "adapter", None)

@@ -67,7 +67,7 @@ def test_pictures_lie_where_the_judge_looks(made, seen):
 
 def test_the_size_is_the_preferred_one_nearest_the_first_reference(tmp_path, monkeypatch, capsys,
                                                                    seen):
-    monkeypatch.setattr(evaluate.layouts, "only_size", lambda vae: None)
+    monkeypatch.setattr(evaluate.options, "only_size", lambda args: None)
     data = omnicontext(tmp_path / "data")
     assert run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "a", "--limit", 1)[0] == 0
     assert [size for *_, size in seen] == [(1456, 720)] * 2                  # of 96x48

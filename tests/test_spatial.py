@@ -62,7 +62,7 @@ def maps_of(out: Path, which: str, shift: int = 0) -> None:
 
 def test_a_map_is_one_clean_condition_of_its_size(tmp_path, monkeypatch, capsys, data, truth_of):
     seen, out = truth_of(), tmp_path / "out"
-    monkeypatch.setattr(evaluate.layouts, "only_size", lambda vae: None)
+    monkeypatch.setattr(evaluate.options, "only_size", lambda args: None)
     code, told, err = run(monkeypatch, capsys, "--data", *data, "--out", out)
     assert code == 0 and "--bench spatial: 9 prompts; 0 made before, 9 to make" in told, err
     texts = {prompt.part: prompt.text for prompt, *_ in seen}
@@ -93,7 +93,7 @@ def test_a_small_model_s_size_and_a_long_side_of_512(tmp_path, monkeypatch, caps
     rows = [{"image": content(drawn(0, (1000, 600))), "text": "a"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), large / "validation-0.parquet")
     assert run(monkeypatch, capsys, "--data", f"canny={large}", "--out", tmp_path / "a")[0] == 0
-    monkeypatch.setattr(evaluate.layouts, "only_size", lambda vae: None)
+    monkeypatch.setattr(evaluate.options, "only_size", lambda args: None)
     assert run(monkeypatch, capsys, "--data", f"canny={large}", "--out", tmp_path / "b")[0] == 0
     assert [given.size for _, given, _ in seen] == [(64, 64), (512, 304)]
 
