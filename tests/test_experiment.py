@@ -19,18 +19,19 @@ from helpers import MODEL, ROOT
 from support import adapters, routing_maps
 from support.files import read_json, write_json
 from support.pictures import load_image
-from tiny import conflict, experiment, findings, probe, world
-from tiny.experiment import Piece
+from tiny import conflict, design, drawings, experiment, findings, leads, probe, world
+from tiny.design import Piece
 
 PIECE = Piece("table", "token", 0, 2, 1e-3, 1.0, 2, 4, tasks=("canny", "pose"))
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "MODEL", MODEL)
-    monkeypatch.setattr(experiment, "RESULTS", tmp_path / "results")
+    for module in (design, experiment):
+        monkeypatch.setattr(module, "MODEL", MODEL)
+        monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    monkeypatch.setattr(design, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(experiment, "WORK", tmp_path / "work")
     monkeypatch.setattr(probe, "STEPS", 1)
     monkeypatch.setattr(experiment.train, "previews", lambda *_: {})         # slow, and not asked
     return tmp_path
@@ -41,9 +42,9 @@ def folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_variants_have_as_many_parameters(scale, folders):
     sizes, rates = {}, {}
-    for variant in experiment.VARIANTS:
-        config = experiment.configuration(replace(PIECE, variant=variant, scale=scale))
-        sizes[variant] = experiment.count(config)
+    for variant in design.VARIANTS:
+        config = design.configuration(replace(PIECE, variant=variant, scale=scale))
+        sizes[variant] = design.count(config)
         rates[variant] = (config.alpha / config.rank, config.lora_alpha / config.lora_rank)
     own = sizes["InstructMoLE"]
     assert all(abs(size / own - 1) < 0.05 for size in sizes.values()), sizes
@@ -54,20 +55,20 @@ def test_variants_have_as_many_parameters(scale, folders):
 
 def test_regimes_are_as_large_as_a_plain_lora(folders):
     def size(variant: str) -> int:
-        return experiment.count(experiment.configuration(replace(PIECE, variant=variant)))
+        return design.count(design.configuration(replace(PIECE, variant=variant)))
     plain = size("plain LoRA")
-    for name in (*experiment.FIRST["conflict"], "free", "standardised as drawn"):    # compared
+    for name in (*design.FIRST["conflict"], "free", "standardised as drawn"):    # compared
         assert abs(size(name) / plain - 1) < 0.05, name
-    assert abs(5 * size(experiment.FOR_EACH) / plain - 1) < 0.05
-    for name in experiment.SEARCHES["regimes"]:
-        assert name == experiment.FOR_EACH or abs(size(name) / size("InstructMoLE") - 1) < 0.05
-    assert not experiment.VARIANTS.keys() & experiment.REGIMES.keys()
+    assert abs(5 * size(design.FOR_EACH) / plain - 1) < 0.05
+    for name in design.SEARCHES["regimes"]:
+        assert name == design.FOR_EACH or abs(size(name) / size("InstructMoLE") - 1) < 0.05
+    assert not design.VARIANTS.keys() & design.REGIMES.keys()
 
 
 def search_all() -> None:
     """Every variant is best at the rate 3e-3, in conflict at 1e-3."""
     for stage, lr in (("search", 3e-3), ("regimes", 1e-3)):
-        while todo := [piece for piece in experiment.pieces(stage) if not piece.there()]:
+        while todo := [piece for piece in design.pieces(stage) if not piece.there()]:
             for piece in todo:
                 write_json(piece.file, {"piece": vars(piece), "flow": dict.fromkeys(
                     piece.tasks, 0.5 + 0.1 * (piece.lr != lr))})
@@ -75,20 +76,20 @@ def search_all() -> None:
 
 def test_tasks_in_conflict_are_trained_alone_and_together(folders):
     search_all()
-    assert {p.tasks for p in experiment.pieces("regimes")} == {conflict.TASKS}
-    stage = list(experiment.pieces("conflict"))
-    together = [p for p in stage if p.variant != experiment.FOR_EACH]
+    assert {p.tasks for p in design.pieces("regimes")} == {conflict.TASKS}
+    stage = list(design.pieces("conflict"))
+    together = [p for p in stage if p.variant != design.FOR_EACH]
     assert {(p.tasks, p.steps, p.batch) for p in together} == {(conflict.TASKS, 1500, 24)}
-    for name in experiment.SEARCHES["regimes"]:
-        seeds = 8 if name in experiment.FIRST["conflict"] else 3
-        assert sum(p.variant == name for p in together) == seeds * (name != experiment.FOR_EACH)
+    for name in design.SEARCHES["regimes"]:
+        seeds = 8 if name in design.FIRST["conflict"] else 3
+        assert sum(p.variant == name for p in together) == seeds * (name != design.FOR_EACH)
     alone = [p for p in stage if p not in together]      # as many steps, 5 of 24 pictures
     assert {(p.tasks, p.steps, p.batch) for p in alone} == {
         ((task,), 1500, 5) for task in conflict.TASKS} and len(alone) == 15
     assert {p.lr for p in stage} == {1e-3}               # what the search on such tasks has found
     assert all(bool(p.ways) == (p in together and p.seed < 4 and p.variant not in (
         "plain LoRA", "free as one")) for p in stage)    # what routing decides
-    assert experiment.left("conflict") == (stage, 0)
+    assert design.left("conflict") == (stage, 0)
 
 
 def test_tests_in_conflict_are_not_what_the_setting_was_looked_for_on():
@@ -119,33 +120,33 @@ def test_a_piece_in_conflict_is_trained_on_such_tasks(folders, monkeypatch):
 
 
 def test_every_piece_has_a_name_of_its_own(folders):
-    grid = list(experiment.pieces("search"))
-    assert not list(experiment.pieces("table"))          # the search is not complete
-    while todo := [piece for piece in experiment.pieces("search") if not piece.there()]:
+    grid = list(design.pieces("search"))
+    assert not list(design.pieces("table"))          # the search is not complete
+    while todo := [piece for piece in design.pieces("search") if not piece.there()]:
         for piece in todo:                               # the best: the second rate, scale 8
-            good = (piece.lr, piece.scale) == (experiment.RATES[1], 8.0)
+            good = (piece.lr, piece.scale) == (design.RATES[1], 8.0)
             write_json(piece.file, {"piece": vars(piece), "flow": dict.fromkeys(
-                experiment.ALL, 0.5 - 0.1 * good)})
-    search = list(experiment.pieces("search"))           # beyond the best, which lay on an edge
-    assert [(p.lr, p.scale) for p in search if p not in grid] == len(experiment.VARIANTS) * [
-        (experiment.RATES[1], 64.0)]
+                design.ALL, 0.5 - 0.1 * good)})
+    search = list(design.pieces("search"))           # beyond the best, which lay on an edge
+    assert [(p.lr, p.scale) for p in search if p not in grid] == len(design.VARIANTS) * [
+        (design.RATES[1], 64.0)]
     assert list(findings.tables(finished=True).values())[1:] == [findings.search_table()]
-    found = [piece for stage in experiment.STAGES if stage != "regimes"
-             for piece in experiment.pieces(stage)]
+    found = [piece for stage in design.STAGES if stage != "regimes"
+             for piece in design.pieces(stage)]
     assert len({piece.name for piece in found}) == len(found)
     rest = found[len(search):]
-    assert {(p.lr, p.scale) for p in rest} == {(experiment.RATES[1], 8.0)}
+    assert {(p.lr, p.scale) for p in rest} == {(design.RATES[1], 8.0)}
     seeds = {variant: {p.seed for p in rest if p.variant == variant}
-             for variant in experiment.VARIANTS}
+             for variant in design.VARIANTS}
     for variant, own in seeds.items():                   # the search's is none of them
-        more = experiment.MORE_SEEDS if variant in experiment.FIRST["table"] else ()
-        assert own == {*experiment.SEEDS, *more} and experiment.SEARCH_SEED not in own
+        more = design.MORE_SEEDS if variant in design.FIRST["table"] else ()
+        assert own == {*design.SEEDS, *more} and design.SEARCH_SEED not in own
     assert {(p.variant, p.seed, p.steps) for p in rest if p.stage == "longer"} == {
         (name, seed, 4500) for name in ("InstructMoLE", "strong LoRA beside", "plain LoRA")
-        for seed in experiment.SEEDS}
+        for seed in design.SEEDS}
     for p in rest:                                       # its own pictures: the same number
         assert p.stage != "interference" or (
-            p.steps * p.batch == len(p.tasks) * experiment.TOGETHER_STEPS * experiment.OWN)
+            p.steps * p.batch == len(p.tasks) * design.TOGETHER_STEPS * design.OWN)
 
 
 # ------------------------------------------------------------------------------------ one piece
@@ -167,7 +168,7 @@ def test_a_piece_is_trained_scored_and_goes_on_where_it_stopped(folders, monkeyp
     found = read_json(alone.file)
     assert found["tasks"]["pose"]["success"] == 1 and found["tasks"]["pose"]["number"] == 2
     assert found["config"]["routing"] == "token"
-    assert found["parameters"] == experiment.count(experiment.configuration(alone))
+    assert found["parameters"] == design.count(design.configuration(alone))
     assert found["tasks"]["pose"]["right"] == "11" and found["flow"].keys() == {"canny", "pose"}
     assert {name: len(tenths) for name, tenths in found["losses"].items()} == {
         "flow": 2, "balance": 2, "orthogonality": 2}
@@ -177,13 +178,13 @@ def test_a_piece_is_trained_scored_and_goes_on_where_it_stopped(folders, monkeyp
 
 
 def test_a_search_s_piece_is_measured_by_what_decides_it(folders, monkeypatch):
-    piece, *_ = experiment.tried("search", "token")
+    piece, *_ = design.tried("search", "token")
     monkeypatch.setattr(experiment, "fit", lambda *_: ROOT / "tiny")
     monkeypatch.setattr(experiment, "progress", lambda _: {})
     asked = []
     monkeypatch.setattr(probe, "flow_losses", lambda pipe, *what: asked.append(what) or {})
     experiment.run(piece)
-    assert asked == [(experiment.ALL, True)] and "tasks" not in read_json(piece.file)
+    assert asked == [(design.ALL, True)] and "tasks" not in read_json(piece.file)
     assert piece.there()
     with pytest.raises(ValueError, match="made with another steps, 500 and not 501; move it and "):
         replace(piece, steps=501).there()
@@ -193,11 +194,11 @@ def test_a_rate_that_diverges_is_no_winner_and_stops_nothing(folders, monkeypatc
     def diverge(*_):
         raise ValueError("step 7: the loss is no number any more; the last checkpoint, if any, ...")
     monkeypatch.setattr(experiment, "fit", diverge)
-    first, second, *_ = experiment.tried("search", "token")
+    first, second, *_ = design.tried("search", "token")
     experiment.run(first)
     assert first.there() and "step 7" in read_json(first.file)["diverged"]
-    write_json(second.file, {"piece": vars(second), "flow": dict.fromkeys(experiment.ALL, 9.0)})
-    assert min(first, second, key=experiment.validation_loss) == second
+    write_json(second.file, {"piece": vars(second), "flow": dict.fromkeys(design.ALL, 9.0)})
+    assert min(first, second, key=design.validation_loss) == second
     again = replace(first, stage="table")                # nor is it tried for ever
     experiment.run(again)
     assert again.there() and read_json(again.file)["parameters"] > 0
@@ -211,17 +212,17 @@ def test_a_rate_that_diverges_is_no_winner_and_stops_nothing(folders, monkeypatc
 
 def test_a_search_around_its_best_tries_nothing_twice(folders):
     """Three times a third of a rate is that rate, not 0.000999999."""
-    while todo := [p for p in experiment.tried("search", "token") if not p.there()]:
+    while todo := [p for p in design.tried("search", "token") if not p.there()]:
         for piece in todo:                               # the best: a third of the first rate
             loss = abs(np.log(piece.lr / 0.000333333)) + np.log(piece.scale) ** 2
             write_json(piece.file, {"piece": vars(piece),
-                                    "flow": dict.fromkeys(experiment.ALL, loss)})
-    places = {(piece.lr, piece.scale) for piece in experiment.tried("search", "token")}
+                                    "flow": dict.fromkeys(design.ALL, loss)})
+    places = {(piece.lr, piece.scale) for piece in design.tried("search", "token")}
     assert places == {(0.001, 1), (0.003, 1), (0.009, 1), (0.001, 8), (0.003, 8), (0.009, 8),
                       (0.000333333, 1), (0.001, 0.125),  # around the first best, (0.001, 1)
                       (0.000111111, 1), (0.000333333, 8), (0.000333333, 0.125)}
-    assert len(experiment.tried("search", "token")) == len(places)
-    found = experiment.best("token", "table")
+    assert len(design.tried("search", "token")) == len(places)
+    found = design.best("token", "table")
     assert (found.lr, found.scale) == (0.000333333, 1)
 
 
@@ -247,7 +248,7 @@ def test_routing_as_drawn_stays_so_and_that_of_instructmole_does_not(folders, ba
         experiment.fit(piece)
         _, trained = adapters.read(experiment.WORK / piece.name)
         torch.manual_seed(piece.seed)
-        drawn = weights.build_adapter(bare.dit, experiment.configuration(piece)).tensors()
+        drawn = weights.build_adapter(bare.dit, design.configuration(piece)).tensors()
         moved = {name for name in drawn if not torch.equal(trained[name], drawn[name])}
         deciding = {name for name in drawn if "router" in name or "instruction" in name}
         assert deciding and stays == (not deciding & moved)
@@ -470,13 +471,13 @@ def result(variant: str, seed: int, right: float, **more: object) -> dict:
                     "success_unseen": 1.0, "psnr": 30.0} for task in world.EDITS + world.NEW_TASKS}
     piece = vars(Piece("table", variant, seed, 9, 3e-3, 8.0, 4))
     return {"piece": piece, "parameters": 1234, "tasks": tasks, "training_seconds": 90,
-            "flow": dict.fromkeys(experiment.ALL, right),
+            "flow": dict.fromkeys(design.ALL, right),
             "config": {"balance_weight": 0.1}} | more
 
 
 @pytest.fixture
 def results(folders, monkeypatch):
-    monkeypatch.setattr(findings, "RESULTS", experiment.RESULTS)
+    monkeypatch.setattr(findings, "RESULTS", design.RESULTS)
     routing = {"right": {way: {"pose": i * "1" + (10 - i) * "0"}
                          for i, way in enumerate(probe.WAYS)},
                "flow": {way: 0.5 + i / 4 for i, way in enumerate(probe.WAYS)},
@@ -488,18 +489,18 @@ def results(folders, monkeypatch):
         for variant in ("token", "InstructMoLE", "plain LoRA"):
             more = ({"routing": routing, "cosine": 0.125}
                     if variant != "plain LoRA" and seed < 4 else {})         # one of MORE_SEEDS
-            write_json(experiment.RESULTS / f"table-{variant}-{seed}.json",
+            write_json(design.RESULTS / f"table-{variant}-{seed}.json",
                        result(variant, seed, right, **more))
     lost = {"piece": vars(Piece("table", "plain LoRA", 2, 9, 3e-3, 8.0)), "diverged": "step 7"}
-    write_json(experiment.RESULTS / "table-lost.json", lost)
+    write_json(design.RESULTS / "table-lost.json", lost)
     for variant in ("plain LoRA", "InstructMoLE"):
         for tasks in (*((task,) for task in world.NEW_TASKS), world.NEW_TASKS):
             found = result(variant, 1, 1 / len(tasks))
             found["piece"]["tasks"] = tasks
-            write_json(experiment.RESULTS / f"interference-{variant}-{'+'.join(tasks)}.json", found)
+            write_json(design.RESULTS / f"interference-{variant}-{'+'.join(tasks)}.json", found)
     weighed = result("InstructMoLE", 1, 1.0, routing=routing)
     weighed["config"]["balance_weight"] = 0.01
-    write_json(experiment.RESULTS / "balance-0.json", weighed)
+    write_json(design.RESULTS / "balance-0.json", weighed)
 
 
 def rows(table: str) -> list[list[str]]:
@@ -517,7 +518,7 @@ def test_tables_say_what_the_results_hold(results):
         "InstructMoLE", "33.3 (0.0 to 66.7)", "100.0 (100.0 to 100.0)"]
     assert rows(findings.routing_table())[1:] == [       # pose: way i has 10 i of 10 right
         ["token", *(f"{i}0.0 ({i}0.0 to {i}0.0)".replace("00.0", "0.0") for i in range(7)),
-         findings.lead(*2 * [findings.by_variant()["token"]], *(
+         leads.lead(*2 * [leads.by_variant()["token"]], *(
              lambda _, i=i: 100 * (np.arange(10) < i) for i in (2, 1)))]]
     assert rows(findings.routers_table()) == [
         [name, "0.200", "0.015", "37.5%", "0.750 (0.100)"] for name in ("InstructMoLE", "token")]
@@ -527,7 +528,7 @@ def test_tables_say_what_the_results_hold(results):
         ["token", flow, "+50.0", "+100.0", "+150.0", "+200.0", "+250.0", "+300.0"]]
     assert rows(findings.cosines_table()) == [
         [name, "0.1250 (0.1250 to 0.1250)"] for name in ("InstructMoLE", "token")]
-    without, another = (findings.lead(*2 * [findings.by_variant()["token"]], *(
+    without, another = (leads.lead(*2 * [leads.by_variant()["token"]], *(
         lambda _, i=i: 100 * (np.arange(10) < i) for i in (0, way))) for way in (6, 1))
     assert rows(findings.summary_table()) == [
         ["InstructMoLE", "3", spread, "50.0", without, another, "0.750", "0.125"],
@@ -539,7 +540,7 @@ def test_tables_say_what_the_results_hold(results):
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
     longer = result("token", 1, 0.25)
-    write_json(experiment.RESULTS / "longer-0.json", longer)
+    write_json(design.RESULTS / "longer-0.json", longer)
     assert rows(findings.tasks_table("longer")) == [["token", *["25.0"] * 7]]
     assert len(findings.tables()) == 15
     begun, *_, last = rows(findings.stages_table())
@@ -551,29 +552,29 @@ def test_tables_say_what_the_results_hold(results):
 def test_a_lead_is_paired_by_seed_and_picture(results):
     """Nothing differs; each seed loses another picture of four; seeds lose none, one, two."""
     def marks(one: dict) -> np.ndarray:
-        return findings.percents(one["tasks"][task]["right"] for task in world.NEW_TASKS)
-    ours = findings.by_variant()["InstructMoLE"]
-    assert findings.lead(ours, ours[::-1], marks) == "+0.0 (+0.0 to +0.0)"
+        return leads.percents(one["tasks"][task]["right"] for task in world.NEW_TASKS)
+    ours = leads.by_variant()["InstructMoLE"]
+    assert leads.lead(ours, ours[::-1], marks) == "+0.0 (+0.0 to +0.0)"
     worse = [result("token", seed, right - 0.25)
              for seed, right in enumerate((0.25, 0.5, 0.75), 1)]
     lost = 100 * np.eye(3, 4)                            # seed i loses picture i of each task
     half = 1.96 * np.tile(lost.mean(0), 7).std(ddof=1) / np.sqrt(28)
-    assert findings.lead(ours, worse, marks) == (
+    assert leads.lead(ours, worse, marks) == (
         f"+25.0 ({25 - half:+.1f} to {25 + half:+.1f})")
     even = [result("token", seed, 0.25) for seed in (1, 2, 3)]               # lost: 0, 25, 50 %
     lost = np.tile([[0, 0, 0, 0], [0, 100, 0, 0], [0, 100, 100, 0]], 7)
     half = np.hypot(4.30 * 25 / np.sqrt(3), 1.96 * lost.mean(0).std(ddof=1) / np.sqrt(28))
-    assert findings.lead(ours, even, marks) == (
+    assert leads.lead(ours, even, marks) == (
         f"+25.0 ({25 - half:+.1f} to {25 + half:+.1f})")
-    assert findings.lead(ours[:1], worse, marks) == "–"
+    assert leads.lead(ours[:1], worse, marks) == "–"
     assert rows(findings.leads_table())[1:] == [
         ["InstructMoLE over token", "4", *3 * ["+0.0 (+0.0 to +0.0)"]],
         *([f"{name} over plain LoRA", "0", *3 * ["–"]]
           for name in ("strong LoRA beside", "standardised whole"))]
     losses = [result("token", seed, loss) for seed, loss in enumerate((0.251, 0.503, 0.755), 1)]
     half = 4.30 * 2 / np.sqrt(3)                         # of differences of 1, 3, 5: by seed alone
-    less = findings.lead(ours, losses, lambda one: np.array(
-        [-1000 * experiment.flow_loss(one, world.NEW_TASKS)]))
+    less = leads.lead(ours, losses, lambda one: np.array(
+        [-1000 * design.flow_loss(one, world.NEW_TASKS)]))
     assert less == f"+3.0 ({3 - half:+.1f} to {3 + half:+.1f})"
 
 
@@ -582,32 +583,32 @@ def test_a_lead_is_paired_by_seed_and_picture(results):
     (0, 3, "it does not matter"), (-2, 2, "undecided"), (2, 0.5, "it does not matter")])
 def test_a_question_is_answered_by_the_rule(middle, half, answer):
     """Wholly above 3 points, wholly below -3, wholly between, or neither."""
-    assert findings.Interval(middle, half).answer == answer
+    assert leads.Interval(middle, half).answer == answer
 
 
 def test_answers_are_of_the_seeds_that_both_have(results):
     """Four seeds alike; of longer training two, one of which is better by a picture in four."""
     for seed, ours in ((1, 0.5), (2, 0.75)):
         for variant, right in (("InstructMoLE", ours), ("plain LoRA", 0.5)):
-            write_json(experiment.RESULTS / f"longer-{variant}-{seed}.json",
+            write_json(design.RESULTS / f"longer-{variant}-{seed}.json",
                        result(variant, seed, right))
     first, drawn, _, longer, _, in_conflict, *_ = rows(findings.answers_table())
     about = ["does it pay?", "before", "InstructMoLE over plain LoRA", "+0.0 (+0.0 to +0.0)"]
     assert first == [*about, "undecided: a training diverged"]
     assert drawn[3:] == in_conflict[3:] == ["–", "not measured yet"]
     assert longer[3].startswith("+12.5 (") and longer[4] == "open: 2 of 3 seeds"
-    (experiment.RESULTS / "table-lost.json").unlink()
+    (design.RESULTS / "table-lost.json").unlink()
     assert rows(findings.answers_table())[0] == [*about, "open: 4 of 8 seeds"]
     for seed in range(5, 9):
         for variant in ("InstructMoLE", "plain LoRA"):
-            write_json(experiment.RESULTS / f"table-{variant}-{seed}.json",
+            write_json(design.RESULTS / f"table-{variant}-{seed}.json",
                        result(variant, seed, 0.5))
     assert rows(findings.answers_table())[0] == [*about, "it does not matter"]
 
 
 def test_what_company_costs_is_paired_by_seed_and_picture(results):
     """Alone all are right; with all a plain LoRA loses 1 picture of 4, or 3; InstructMoLE 1."""
-    for file in experiment.RESULTS.glob("interference-*"):
+    for file in design.RESULTS.glob("interference-*"):
         file.unlink()
     for variant, lost in (("plain LoRA", (1, 3)), ("InstructMoLE", (1, 1))):
         for seed in (1, 2):
@@ -616,7 +617,7 @@ def test_what_company_costs_is_paired_by_seed_and_picture(results):
                 found = result(variant, seed, right)
                 found["piece"]["tasks"] = tasks
                 found["tasks"] = {task: found["tasks"][task] for task in tasks}
-                write_json(experiment.RESULTS
+                write_json(design.RESULTS
                            / f"interference-{variant}-{seed}-{'+'.join(tasks)}.json", found)
     plain, routed, less, alone = rows(findings.company_table())
 
@@ -639,31 +640,31 @@ def test_in_conflict_a_lora_for_each_task_counts_as_one(results):
         one["piece"]["tasks"] = tasks
         one["tasks"] = dict.fromkeys(tasks, one["tasks"]["pose"])
         one["flow"] = dict.fromkeys(tasks, right)
-        write_json(experiment.RESULTS / f"conflict-{variant}-{seed}-{'+'.join(tasks)}.json", one)
+        write_json(design.RESULTS / f"conflict-{variant}-{seed}-{'+'.join(tasks)}.json", one)
     for seed in (1, 2):
         write("plain LoRA", seed, conflict.TASKS, 0.5)
         write("standardised whole", seed, conflict.TASKS, 0.75)
         for task in conflict.TASKS[seed - 1:]:           # of the second one is not there yet
-            write(experiment.FOR_EACH, seed, (task,), float(task == "grown"))
+            write(design.FOR_EACH, seed, (task,), float(task == "grown"))
     plain, other, each = rows(findings.conflict_table())
     assert plain == ["plain LoRA", *5 * ["50.0"], "50.0 (50.0 to 50.0)"]
     assert other == ["standardised whole", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
-    assert each == [experiment.FOR_EACH, *4 * ["0.0"], "100.0", "20.0 (20.0 to 20.0)"]
+    assert each == [design.FOR_EACH, *4 * ["0.0"], "100.0", "20.0 (20.0 to 20.0)"]
     first, *_, last = rows(findings.leads_table("conflict"))
     assert first[:2] == ["standardised whole over plain LoRA", "2"]
     assert first[2].startswith("+25.0 (")
     assert first[3] == "-250.0 (-250.0 to -250.0)"       # the flow loss is called as success here
-    assert last == [f"{experiment.FOR_EACH} over plain LoRA", "1", "–", "–"]
-    assert len(np.unique(findings.FIGURES["conflict"][1]())) > 10
+    assert last == [f"{design.FOR_EACH} over plain LoRA", "1", "–", "–"]
+    assert len(np.unique(drawings.FIGURES["conflict"][1]())) > 10
 
 
 def test_regimes_are_told_as_the_search_is(results):
     searched = result("free", 0, 0.5)
-    searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0, "tasks": conflict.TASKS}
+    searched["piece"] |= {"lr": design.RATES[1], "scale": 1.0, "tasks": conflict.TASKS}
     searched["flow"] = dict.fromkeys(conflict.TASKS, 0.5)
-    write_json(experiment.RESULTS / "regimes-0.json", searched)
+    write_json(design.RESULTS / "regimes-0.json", searched)
     compared = rows(findings.search_table("regimes"))
-    assert [row[0] for row in compared] == [*experiment.SEARCHES["regimes"]]
+    assert [row[0] for row in compared] == [*design.SEARCHES["regimes"]]
     assert compared[7] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("conflict")) == []        # these have none
     assert len(findings.tables()) == 13                  # nothing is there of longer training
@@ -671,21 +672,21 @@ def test_regimes_are_told_as_the_search_is(results):
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["findings"])
-    for file in experiment.RESULTS.glob("interference-InstructMoLE-pose*"):
+    for file in design.RESULTS.glob("interference-InstructMoLE-pose*"):
         file.unlink()
     table = rows(findings.interference_table())
     assert table[world.NEW_TASKS.index("pose")] == ["pose", "100.0", "14.3", "–", "14.3"]
     assert table[-1] == ["mean", "100.0", "14.3", "–", "14.3"]
     searched = result("token", 0, 0.5)
-    searched["piece"] |= {"lr": experiment.RATES[1], "scale": 1.0}
-    write_json(experiment.RESULTS / "search-0.json", searched)
-    token = rows(findings.search_table())[list(experiment.VARIANTS).index("token")]
+    searched["piece"] |= {"lr": design.RATES[1], "scale": 1.0}
+    write_json(design.RESULTS / "search-0.json", searched)
+    token = rows(findings.search_table())[list(design.VARIANTS).index("token")]
     assert token == ["token", "–", "–", "0.5000", *4 * ["–"]]
     for lr, scale, loss in ((3e-3, 64.0, 0.375), (1 / 3e3, 1.0, 0.25)):      # around the grid
         searched = result("token", 0, loss)
         searched["piece"] |= {"lr": lr, "scale": scale}
-        write_json(experiment.RESULTS / f"search-{scale}.json", searched)
-    token = rows(findings.search_table())[list(experiment.VARIANTS).index("token")]
+        write_json(design.RESULTS / f"search-{scale}.json", searched)
+    token = rows(findings.search_table())[list(design.VARIANTS).index("token")]
     assert token[3:] == ["0.5000", *3 * ["–"], "0.2500 at 0.00033, 1"]
     findings.main()                                      # draws what there is
 
@@ -702,7 +703,7 @@ def test_figures_are_drawn_and_tables_told(results, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(table in out for table in [findings.answers_table(), *findings.tables().values()])
     for name in ("variants", "tasks", "routing", "cosines", "interference"):
-        assert len(np.unique(load_image(experiment.RESULTS / f"{name}.png"))) > 10
+        assert len(np.unique(load_image(design.RESULTS / f"{name}.png"))) > 10
 
 
 def test_the_record_holds_the_tables():
@@ -720,7 +721,7 @@ def test_the_pages_hold_what_was_found(page, tables):
         table = getattr(findings, f"{name}_table")()
         assert table in text, table
     for shown in re.findall(r"\]\((?:tiny/)?results/(.*)\.png\)", text):
-        drawn = findings.FIGURES[shown][1]()
+        drawn = drawings.FIGURES[shown][1]()
         assert np.array_equal(drawn, load_image(ROOT / f"tiny/results/{shown}.png")), shown
 
 
@@ -736,13 +737,13 @@ COMMITS = {"1a937d44df18c01c51b27ea7537c22ec0d508768",
 
 def test_the_results_that_are_committed_are_of_one_design():
     """Each is a piece, with its settings, of its size, trained by the same code."""
-    own = experiment.count(experiment.base_config())
+    own = design.count(design.base_config())
     commits = set()
-    for stage in experiment.STAGES:
-        files = {piece.file for piece in experiment.pieces(stage) if piece.there()}
-        assert files == set(experiment.RESULTS.glob(f"{stage}-*.json"))
-        found = experiment.found(stage)
+    for stage in design.STAGES:
+        files = {piece.file for piece in design.pieces(stage) if piece.there()}
+        assert files == set(design.RESULTS.glob(f"{stage}-*.json"))
+        found = design.found(stage)
         commits |= {one[when]["commit"] for one in found for when in ("begun", "ended")}
         assert all(abs(one["parameters"] / own - 1) < 0.05 for one in found
-                   if experiment.ADAPTERS[one["piece"]["variant"]].sized)
+                   if design.ADAPTERS[one["piece"]["variant"]].sized)
     assert commits <= COMMITS

@@ -361,7 +361,8 @@ def allowed(name: str) -> set[str]:
     """Where a module's arrows may go."""
     models, commands = {"mole", "dit", "vae", "text_encoder"}, {"train", "evaluate"}
     studies = {f"tiny.{name}" for name in (
-        "conflict", "experiment", "findings", "pages", "pretrain", "probe")}
+        "conflict", "design", "drawings", "experiment", "findings", "leads", "pages", "pretrain",
+        "probe")}
     below = {module for module in MODULES if module.startswith("support.")} | models
     own = {"mole": set(), "dit": set(), "vae": set(), "text_encoder": {"support.files"},
            "baselines": {"mole"}, "weights": below | {"baselines"}, "data": below - models,
@@ -370,7 +371,11 @@ def allowed(name: str) -> set[str]:
            "tiny.pages": below | {"sample", "tiny.world"},
            "tiny.conflict": below | {"data", "tiny.world"},
            "tiny.probe": MODULES - studies | {"tiny.conflict"},
-           "tiny.experiment": MODULES, "tiny.findings": MODULES}
+           "tiny.design": MODULES - studies | {"tiny.conflict", "tiny.probe"},
+           "tiny.experiment": MODULES - {"tiny.findings", "tiny.leads", "tiny.drawings"},
+           "tiny.leads": below | {"tiny.conflict", "tiny.design"},
+           "tiny.drawings": below | {"tiny.conflict", "tiny.design", "tiny.leads", "tiny.world"},
+           "tiny.findings": MODULES - commands - {"tiny.experiment"}}
     if name in commands:
         return MODULES - commands - studies
     return own.get(name, below if name.startswith("support.") else set())

@@ -1,4 +1,4 @@
-"""What the experiment has found, as tables and figures, from the JSON of tiny/results alone.
+"""What the experiment has found, as tables, from the JSON of tiny/results alone.
 
 A test compares the tables in tiny/EXPERIMENT.md with what this makes.
 
@@ -7,7 +7,6 @@ Run: python -m tiny.findings                             # prints the tables, dr
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,13 +15,14 @@ from support.pictures import save_picture
 from support.results import HOLE, markdown
 from support.words import note
 from tiny import conflict, probe
-from tiny.experiment import (ADAPTERS, COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS,
-                             SCALES, SEARCHES, SEEDS, STAGES, flow_loss, found, left, pieces)
+from tiny.design import (COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS, SCALES, SEARCHES,
+                         SEEDS, STAGES, flow_loss, found, left, pieces)
+from tiny.drawings import FIGURES
+from tiny.leads import (ALL_KEPT, Interval, by_variant, by_way, difference, ended, in_company,
+                        interference, lead, means, over_layers, over_seeds, right, seeds_of,
+                        success, with_routing)
 from tiny.world import EDITS, NEW_TASKS
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
-       7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
 # LoRAs for one task win.
 LADDER = (("standardised whole", "plain LoRA"), ("standardised whole", "free as one"),
@@ -52,125 +52,7 @@ QUESTIONS = (
      "plain LoRA"),
     ("on the world's own tasks, does that pay?", "after pilots", "table", "standardised whole",
      "plain LoRA"))
-MATTERS = 3                                              # points; a lead within them does not
 
-
-class Interval(NamedTuple):
-    """Of at least 95 %."""
-    middle: float
-    half: float
-
-    @property
-    def least(self) -> float:
-        return self.middle - self.half
-
-    @property
-    def most(self) -> float:
-        return self.middle + self.half
-
-    def __str__(self) -> str:
-        return f"{self.middle:+.1f} ({self.least:+.1f} to {self.most:+.1f})"
-
-    @property
-    def answer(self) -> str:
-        """By the rule that was fixed beforehand."""
-        if self.least > MATTERS:
-            return "yes"
-        if self.most < -MATTERS:
-            return "no, the contrary"
-        within = -MATTERS <= self.least and self.most <= MATTERS
-        return "it does not matter" if within else "undecided"
-
-
-# ----------------------------------------------------------------------------------------- numbers
-
-def ended(stage: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
-    """A stage's results of these seeds, but for those whose training diverged."""
-    return [r for r in found(stage) if "diverged" not in r and r["piece"]["seed"] in seeds]
-
-
-def joined(results: Iterable[dict], tasks: tuple[str, ...]) -> list[dict]:
-    """The results of a seed as if they were of one adapter; of seeds that have all the tasks."""
-    by_seed: dict[int, dict] = {}
-    for result in results:
-        one = by_seed.setdefault(result["piece"]["seed"], result | {"tasks": {}, "flow": {}})
-        for what in ("tasks", "flow"):
-            one[what] |= result[what]
-    return [one for one in by_seed.values() if one["tasks"].keys() >= set(tasks)]
-
-
-def by_variant(stage: str = "table", seeds: Iterable[int] = SEEDS) -> dict[str, list[dict]]:
-    """A stage's results, the seeds of each variant together, in the order of ADAPTERS.
-
-    In conflict, five adapters for a task each count as one.
-    """
-    results = ended(stage, seeds)
-    each = {name: [r for r in results if r["piece"]["variant"] == name] for name in ADAPTERS}
-    if stage == "conflict":
-        each = {name: joined(own, conflict.TASKS) for name, own in each.items()}
-    return {name: own for name, own in each.items() if own}
-
-
-def success(result: dict, tasks: Iterable[str], key: str = "success") -> float:
-    """Mean over the tasks, in percent."""
-    return 100 * float(np.mean([result["tasks"][task][key] for task in tasks]))
-
-
-def means(results: list[dict], tasks: Iterable[str]) -> list[float]:
-    """Success on each of the tasks, a mean over the seeds, in percent."""
-    return [float(np.mean([success(result, [task]) for result in results])) for task in tasks]
-
-
-def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int = 1) -> str:
-    """The mean of the seeds' values and the least and greatest of them."""
-    values = [value(result) for result in results]
-    mean, least, most = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
-    return f"{mean} ({least} to {most})"
-
-
-def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarray],
-               of_theirs: Callable[[dict], np.ndarray] | None = None) -> Interval | None:
-    """By how much ours is more, a mean over seeds and cases; None without two seeds.
-
-    cases: a result's values, one or many, in the same order for all; of_theirs: another's, if not
-    so. Differences are taken within a seed and a case, as both drew the same. Half the interval is
-    the root of (t SE over seeds)^2 + (1.96 SE over cases)^2: what is chance of one seed on one case
-    counts in both, so that it is somewhat too wide. It speaks of new seeds and cases at the rates
-    and scales that the search chose, on this base, and of one comparison: of twenty such intervals
-    one may miss.
-    """
-    by_seed = {result["piece"]["seed"]: (of_theirs or cases)(result) for result in theirs}
-    leads = np.array([cases(result) - by_seed[result["piece"]["seed"]] for result in ours
-                      if result["piece"]["seed"] in by_seed])                # (seeds, cases)
-    if len(leads) < 2:
-        return None
-    number, many = leads.shape
-    by_chance = T95[number] * leads.mean(1).std(ddof=1) / np.sqrt(number)
-    by_case = 1.96 * leads.mean(0).std(ddof=1) / np.sqrt(many) if many > 1 else 0
-    return Interval(float(leads.mean()), float(np.hypot(by_chance, by_case)))
-
-
-def lead(*args: object) -> str:
-    """difference() as a table says it."""
-    return str(difference(*args) or HOLE)
-
-
-def seeds_of(*several: list[dict]) -> int:
-    """How many seeds all have."""
-    return len(set.intersection(*({one["piece"]["seed"] for one in own} for own in several)))
-
-
-def percents(marks: Iterable[str]) -> np.ndarray:
-    """probe.marks() as 0 or 100 for each picture."""
-    return 100 * np.array([int(mark) for mark in "".join(marks)])
-
-
-def right(tasks: Iterable[str]) -> Callable[[dict], np.ndarray]:
-    """Of a result, percents() of its pictures of the tasks."""
-    return lambda result: percents(result["tasks"][task]["right"] for task in tasks)
-
-
-# ------------------------------------------------------------------------------------------ tables
 
 def stages_table() -> str:
     """How much of the experiment is there, and what it took, two pieces side by side."""
@@ -268,17 +150,6 @@ def wordings_table() -> str:
         for name, results in by_variant().items()))
 
 
-def with_routing(stage: str = "table") -> dict[str, list[dict]]:
-    """by_variant(), of the variants that route."""
-    return {name: routed for name, results in by_variant(stage).items()
-            if (routed := [result for result in results if "routing" in result])}
-
-
-def by_way(way: str) -> Callable[[dict], np.ndarray]:
-    """Of a result, percents() of its pictures when routed so: one of probe.WAYS."""
-    return lambda result: percents(result["routing"]["right"][way].values())
-
-
 def routing_table(stage: str = "table") -> str:
     """What becomes of success on the tasks when the routing is changed at test time.
 
@@ -292,11 +163,6 @@ def routing_table(stage: str = "table") -> str:
          *(over_seeds(results, lambda r, way=way: by_way(way)(r).mean()) for way in probe.WAYS),
          lead(results, results, by_way("its task's"), by_way("another's"))]
         for name, results in with_routing(stage).items()))
-
-
-def over_layers(results: list[dict], key: str) -> float:
-    """A measure of probe.by_task(), a mean over seeds and layers."""
-    return float(np.mean([list(result["routing"][key].values()) for result in results]))
 
 
 def routers_table(stage: str = "table") -> str:
@@ -391,17 +257,6 @@ def search_table(stage: str = "search") -> str:
                      "the least around them"], rows)
 
 
-def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
-    """Success in percent, by variant, by how many tasks were trained together, by task."""
-    values: dict[str, dict[int, dict[str, list[float]]]] = {}
-    for result in ended("interference"):
-        variant, together = result["piece"]["variant"], result["piece"]["tasks"]
-        for task in together:
-            values.setdefault(variant, {}).setdefault(len(together), {}).setdefault(
-                task, []).append(success(result, [task]))
-    return values
-
-
 def interference_table() -> str:
     """Success of a task trained alone, with two others, with all, by variant.
 
@@ -419,12 +274,6 @@ def interference_table() -> str:
     return markdown(["task", *(f"{variant}, {words[number]}, %" for variant, number in columns)], (
         [name, *(cell(values[variant][number], tasks) for variant, number in columns)]
         for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
-
-
-def in_company(variant: str, number: int, tasks: tuple[str, ...]) -> list[dict]:
-    """Of each seed, the results of the tasks in companies of so many, as if of one adapter."""
-    return joined((r for r in ended("interference") if r["piece"]["variant"] == variant
-                   and len(r["piece"]["tasks"]) == number), tasks)
 
 
 def company_table() -> str:
@@ -489,118 +338,6 @@ def tables(finished: bool = False) -> dict[str, str]:
                 about = getattr(make, "func", make).__doc__.partition("\n")[0]
                 told[f"{stage}: {about}"] = make()
     return told
-
-
-# ----------------------------------------------------------------------------------------- figures
-
-def draw_variants() -> np.ndarray:
-    """Success by variant: a dot for each seed, a stroke at their mean -> (height, width, 3)."""
-    from matplotlib.figure import Figure
-    table, figure = by_variant(), Figure((8, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (what, tasks) in zip(panels, (("new tasks", NEW_TASKS), ("edits", EDITS))):
-        for row, results in enumerate(table.values()):
-            values = [success(result, tasks) for result in results]
-            panel.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)
-            panel.plot(np.mean(values), row, "|", color="black", markersize=16)
-        panel.set(title=f"success on the {what}, %")
-        panel.set_yticks(range(len(table)), table)
-    panels[0].invert_yaxis()
-    figure.supxlabel("dots: seeds; strokes: their means", fontsize=9)
-    return report.pixels(figure)
-
-
-def draw_interference() -> np.ndarray:
-    """Success by the number of tasks trained together, a line for each task."""
-    from matplotlib.figure import Figure
-    figure = Figure((8, 4), layout="constrained")
-    values = interference()
-    for panel, variant in zip(figure.subplots(1, 2, sharey=True), COMPARED["interference"]):
-        numbers = values.get(variant, {})
-        for task in NEW_TASKS:
-            there = [number for number in sorted(numbers) if task in numbers[number]]
-            panel.plot([str(number) for number in there],
-                       [np.mean(numbers[number][task]) for number in there], "o-", label=task)
-        panel.set(title=variant, xlabel="tasks trained together", ylabel="success, %")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center")
-    return report.pixels(figure)
-
-
-def draw_tasks(stage: str = "table", tasks: tuple[str, ...] = EDITS + NEW_TASKS) -> np.ndarray:
-    """Success by variant and task, a mean over the seeds, in percent."""
-    from matplotlib.figure import Figure
-    table = by_variant(stage)
-    values = [means(results, tasks) for results in table.values()]
-    figure = Figure((9, 4), layout="constrained")
-    panel = figure.subplots()
-    panel.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        panel.text(column, row, f"{value:.0f}", ha="center", va="center",
-                   color="black" if value > 60 else "white")
-    panel.set_xticks(range(len(tasks)), tasks, rotation=45)
-    panel.set_yticks(range(len(table)), table)
-    panel.set(title="success, %")
-    return report.pixels(figure)
-
-
-def choosing(stage: str = "table") -> dict[str, list[dict]]:
-    """with_routing(), of the variants that keep some experts and others not."""
-    return {name: results for name, results in with_routing(stage).items() if name not in ALL_KEPT}
-
-
-def draw_routing(stage: str = "table") -> np.ndarray:
-    """What an expert's being kept tells of the task, by layer; which are kept, where it tells most.
-
-    Left: each variant in its first seed, and its shuffled tasks, dotted. Right: that of FIRST, in
-    the table InstructMoLE.
-    """
-    from matplotlib.figure import Figure
-    routed = {name: results[0]["routing"] for name, results in choosing(stage).items()}
-    figure = Figure((9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, routing in routed.items():
-        line, = left.plot(list(routing["information"].values()), label=name)
-        left.plot(list(routing["information of shuffled tasks"].values()), ":",
-                  color=line.get_color())
-    left.set(xlabel="layer", ylim=0)
-    left.set_title("bits that an expert's being kept tells of the task\n(dotted: by chance)",
-                   fontsize=9)
-    figure.legend(loc="outside left center", fontsize=8)
-    name = next((name for name in FIRST[stage] if name in routed), next(iter(routed)))
-    routing = routed[name]
-    told, tasks = routing["information"], list(routing["right"]["as trained"])
-    layer = max(told, key=told.get)
-    image = right.imshow(routing["kept"][layer], vmin=0, vmax=1, cmap="viridis")
-    right.set_yticks(range(len(tasks)), tasks)
-    right.set(xlabel="expert")
-    right.set_title(f"{name}: share of pictures that keep it\nin {layer}", fontsize=9)
-    figure.colorbar(image)
-    return report.pixels(figure)
-
-
-def draw_cosines() -> np.ndarray:
-    """Mean |cosine| of two experts' outputs, a dot for each seed."""
-    from matplotlib.figure import Figure
-    table = {name: [result["cosine"] for result in results]
-             for name, results in with_routing().items()}
-    figure = Figure((6, 3), layout="constrained")
-    panel = figure.subplots()
-    for row, values in enumerate(table.values()):
-        panel.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)
-    panel.set(title="mean |cosine| of two experts' outputs", xlim=0)
-    panel.set_yticks(range(len(table)), table)
-    panel.invert_yaxis()
-    return report.pixels(figure)
-
-
-FIGURES = {                                              # name: of what, and what draws it
-    "variants": (by_variant, draw_variants),
-    "tasks": (by_variant, draw_tasks),
-    "routing": (choosing, draw_routing),
-    "cosines": (with_routing, draw_cosines),
-    "interference": (interference, draw_interference),
-    "conflict": (partial(by_variant, "conflict"), partial(draw_tasks, "conflict", conflict.TASKS)),
-    "conflict_routing": (partial(choosing, "conflict"), partial(draw_routing, "conflict"))}
 
 
 def main() -> None:
