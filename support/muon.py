@@ -1,6 +1,6 @@
 """Muon, an optimizer for matrices.
 
-train.make_optimizers() takes it with --optimizer muon, tiny/pretrain.py always.
+train.make_optimizers() takes it with --optimizer muon, tiny/base.py always.
 """
 import torch
 import torch.distributed as dist

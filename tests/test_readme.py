@@ -361,13 +361,18 @@ def allowed(name: str) -> set[str]:
     """Where a module's arrows may go."""
     models, commands = {"mole", "dit", "vae", "text_encoder"}, {"train", "evaluate"}
     studies = {f"tiny.{name}" for name in (
-        "conflict", "design", "drawings", "experiment", "findings", "leads", "pages", "pretrain",
-        "probe")}
+        "autoencoder", "base", "conflict", "design", "drawings", "experiment", "findings", "leads",
+        "pages", "pretrain", "probe", "vocabularies")}
     below = {module for module in MODULES if module.startswith("support.")} | models
     own = {"mole": set(), "dit": set(), "vae": set(), "text_encoder": {"support.files"},
            "baselines": {"mole"}, "weights": below | {"baselines"}, "data": below - models,
            "sample": below | {"weights"}, "support.public_sets": below | {"data"},
-           "tiny.world": below | {"data"}, "tiny.pretrain": MODULES - commands,
+           "tiny.world": below | {"data"},
+           "tiny.vocabularies": below | {"tiny.world"},
+           "tiny.autoencoder": below | {"weights", "tiny.world"},
+           "tiny.base": below | {"weights", "sample", "tiny.world", "tiny.autoencoder",
+                                 "tiny.vocabularies"},
+           "tiny.pretrain": below | {"tiny.autoencoder", "tiny.base", "tiny.vocabularies"},
            "tiny.pages": below | {"sample", "tiny.world"},
            "tiny.conflict": below | {"data", "tiny.world"},
            "tiny.probe": MODULES - studies | {"tiny.conflict"},

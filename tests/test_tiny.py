@@ -12,7 +12,7 @@ from helpers import MODEL
 from sample import condition, encode_text, generate, load_pipeline, seeded_noise
 from support.texts import cuts
 from text_encoder import T5Tokenizer
-from tiny import conflict, pretrain, world
+from tiny import autoencoder, conflict, pretrain, vocabularies, world
 from tiny.world import BASE_TASKS, BIG, EDITS, NEW_TASKS, SMALL, Scene, Thing
 
 ALL = BASE_TASKS + NEW_TASKS
@@ -166,10 +166,10 @@ STAGES = ["--vae-steps", "2", "--samples", "200", "--no-compile"]
 @pytest.fixture
 def less_work(monkeypatch):
     """The stages as they are, on fewer pictures and texts."""
-    pictures, texts = pretrain.vae_pictures, pretrain.texts
-    monkeypatch.setattr(pretrain, "vae_pictures", lambda step, n: pictures(step, min(n, 16)))
-    monkeypatch.setattr(pretrain, "texts", lambda n: texts(n // 10))
-    monkeypatch.setattr(pretrain, "NUMBER", 4)
+    pictures, texts = autoencoder.vae_pictures, vocabularies.texts
+    monkeypatch.setattr(autoencoder, "vae_pictures", lambda step, n: pictures(step, min(n, 16)))
+    monkeypatch.setattr(vocabularies, "texts", lambda n: texts(n // 10))
+    monkeypatch.setattr(autoencoder, "NUMBER", 4)
 
 
 def test_every_stage_runs_and_the_result_is_a_model(tmp_path, monkeypatch, less_work):
