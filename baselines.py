@@ -4,7 +4,7 @@
     soft      w = softmax(G z / temperature): all experts, by the instruction; no auxiliary loss
     race      w = G x_n where it is among the B N k largest of a call: all samples, tokens, experts
     choice    w = softmax(G x_n) where x_n is among the N k / E best tokens of that expert
-    standardised  w = softmax(G (z - mean) / deviation + noise) on its k largest entries; ours
+    standardised  w = softmax(G ((z - mean) / deviation) + noise) on its k largest entries; ours
 
 Plain LoRA, and instruction routing by the pooled text alone, need no class: mole.py has them.
 
@@ -49,8 +49,8 @@ class SoftLinear(MoLELinear):
 class StandardisedLinear(MoLELinear):
     """InstructMoLE's router, fed with each entry of z less its mean, over its standard deviation.
 
-    Both are of the instructions of the last fifty or so training calls. Where a text encoder's
-    vectors are all alike, what they share drowns what tells them apart, and the noise decides.
+    Both are of the last fifty or so training calls. Without them, where all vectors of a text
+    encoder are alike, what they share drowns what tells them apart, and the noise decides.
     """
 
     def __init__(self, *args: object):
@@ -127,4 +127,4 @@ class ChoiceLinear(MoLELinear):
 KINDS: dict[str, type[MoLELinear]] = {
     "instruction": MoLELinear, "token": TokenLinear, "soft": SoftLinear, "race": RaceLinear,
     "choice": ChoiceLinear, "standardised": StandardisedLinear}
-METHODS = ["instructmole", "pooled", "lora", *list(KINDS)[1:]]               # for train.py
+METHODS = ["instructmole", "pooled", "lora", *(kind for kind in KINDS if kind != "instruction")]

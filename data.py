@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def given(self) -> list[np.ndarray]:
-        """All pictures that it comes with."""
+        """All pictures that are given with its instruction."""
         return [*self.images, *self.conds]
 
 
@@ -54,7 +54,7 @@ class Source(Protocol):
     """What batches are drawn from.
 
     A source that has an end also has all(first, stride) -> Iterator[Sample], every stride-th of its
-    samples, and contents() -> Iterator[tuple], which tells these data from others.
+    samples, and contents() -> Iterator[tuple], by which data are told from others.
     """
 
     def draw(self, rng: Random, size: int, nearby: Random) -> list[Sample]:
@@ -92,7 +92,7 @@ class Folder:
     to keep each near its own size, the longer side at most `longest`; the first reference takes the
     target's, as in sampling. root: the folder that no path may leave, by default the file's own.
     bad: a list that takes what is wrong with lines, now and when they are drawn; of ten, one may
-    be. unread: entries without a known name, in how many rows. Raises: FileNotFoundError,
+    be bad. unread: entries without a known name, in how many rows. Raises: FileNotFoundError,
     ValueError; they name the line.
     """
 
@@ -167,13 +167,13 @@ class Folder:
         """The row's sample; none if it is bad by now and such rows are skipped."""
         with skipping(self.bad):
             return [self.read(row)]
-        check_few(self.bad, self.number, self.all_bad)
+        check_few(self.bad, self.number, self.all_bad)   # only after a bad row
         return []
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator[Sample]:
         """Every row that is not bad, or every stride-th."""
-        return chain.from_iterable(
-            map(self.read_good, islice(self.checked_rows, first, None, stride)))
+        for row in self.checked_rows[first::stride]:
+            yield from self.read_good(row)
 
     def contents(self) -> Iterator[tuple]:
         for row in self.checked_rows:

@@ -219,7 +219,7 @@ def limit(x: Tensor) -> Tensor:
 
 
 class DoubleBlock(nn.Module):
-    """Text and image have own weights and meet in attention; clean conditions use the image's."""
+    """Text and image have their own weights, and meet in attention; conditions use the image's."""
 
     def __init__(self, c: DiTConfig):
         super().__init__()
@@ -243,7 +243,7 @@ class DoubleBlock(nn.Module):
         streams = [x + mod[0].gate * self.attn.to_out[0](out)
                    for x, mod, out in zip(streams, mods, outs)]
         streams = [x + mod[1].gate * self.ff(modulate(x, mod[1])) for x, mod in zip(streams, mods)]
-        return limit(txt), streams                       # the text's are those that overflow
+        return limit(txt), streams                       # only the text's overflow
 
 
 class SingleBlock(nn.Module):
@@ -263,7 +263,7 @@ class SingleBlock(nn.Module):
         mods = [self.norm(vec)[0] for vec in vecs]
         inputs = [modulate(x, mod) for x, mod in zip(streams, mods)]
         q, k, v = zip(*(self.attn.qkv(x) for x in inputs))       # of each stream (B, N, ., d)
-        q = q[:1] if last else q                         # cond is read still; none comes out again
+        q = q[:1] if last else q                         # the last block reads cond, and gives none
         sizes = [part.shape[2] for part in q]            # T+I+R and perhaps Q tokens
         q, k, v = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in (q, k, v))
         outs = self.attend(q, k, v, pe).split(sizes, dim=1)      # each (B, ., D)
@@ -283,7 +283,7 @@ class FinalModulation(nn.Module):
         self.linear = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        # Quirk: scale comes before shift here, the other way round than in every block.
+        # Quirk: scale comes before shift here, the reverse of every block.
         scale, shift = self.linear(F.silu(vec))[:, None].chunk(2, dim=-1)
         return modulate(x, ModulationOut(shift, scale))  # (B, ., D)
 
@@ -308,7 +308,7 @@ class FluxTransformer(nn.Module):
         self.proj_out = nn.Linear(c.width, c.in_channels)
 
     @property
-    def blocks(self) -> list[nn.Module]:                 # of both kinds, as they follow
+    def blocks(self) -> list[nn.Module]:                 # of both kinds, in order
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def forward(self, img: Tensor, txt: Tensor, pooled: Tensor, t: Tensor, guidance: Tensor,
@@ -318,7 +318,7 @@ class FluxTransformer(nn.Module):
 
         Shapes: img (B, I+R, P), txt (B, T, T5 width), pooled (B, CLIP width), t and guidance (B,),
         img_ids (I+R, 3), cond (B, Q, P), cond_ids (Q, 3) -> (B, I+R, P).
-        Units: t in [0, 1], 1 = pure noise; guidance is the scale itself, 2.5 by custom.
+        Units: t in [0, 1], 1 = pure noise; guidance is the scale itself, usually 2.5.
         run(block, *args) calls one block; others than the default recompute, or move weights about.
         Reference: arXiv 2506.15742; clean conditions: arXiv 2512.21788.
         """

@@ -91,10 +91,11 @@ def success(picture: np.ndarray, sample: Sample) -> bool:
 def measure(task: str, pictures: list[np.ndarray], samples: list[Sample]) -> Score:
     """Score pictures against their samples, of one task; and the first picture given, if any."""
     def means(made: list[np.ndarray]) -> list[float]:
-        return np.mean([(success(p, s), psnr(p, s.target)) for p, s in zip(made, samples)],
-                       axis=0).tolist()
+        marks = [(success(p, s), psnr(p, s.target)) for p, s in zip(made, samples, strict=True)]
+        return np.mean(marks, axis=0).tolist()           # of success, of PSNR
     first = [s.given[0] for s in samples if s.given]     # of all, or of none
-    return Score(task, len(samples), *means(pictures), *(means(first) if first else (None, None)))
+    of_copies = means(first) if first else (None, None)
+    return Score(task, len(samples), *means(pictures), *of_copies)
 
 
 def table(found: list[Score]) -> str:
@@ -128,8 +129,9 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
     results, found = {}, []
     for task in tasks:
         samples = world.tiny_test(task, number)
-        results[task] = samples, make_pictures(pipe, samples, steps, guidance, route_by=route_by)
-        found.append(measure(task, results[task][1], samples))
+        pictures = make_pictures(pipe, samples, steps, guidance, route_by=route_by)
+        results[task] = samples, pictures
+        found.append(measure(task, pictures, samples))
         print(f"{task:12} {found[-1].success:6.1%}  {found[-1].psnr:5.1f} dB", flush=True)
     write(out, [vars(score) for score in found], table(found), contact_sheet(results), route_by)
     return found
@@ -137,19 +139,19 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
 
 # --------------------------------------------------------------------------- the paper's benchmarks
 
-def benchmark_pictures(pipe: Pipeline, prompt: benchmarks.Prompt, given: benchmarks.Inputs,
+def benchmark_pictures(pipe: Pipeline, prompt: benchmarks.Prompt, inputs: benchmarks.Inputs,
                        args: argparse.Namespace, callback: Callable) -> list[Image.Image]:
     """A prompt's pictures, one for each seed; each says in .info how it was made."""
-    natives, conds = given.references[:args.native], given.references[args.native:]
-    encoded = condition(pipe, [prompt.text], *prepare(pipe.vae.config.only_size, natives, conds,
-                                                      given.size, pipe.longest))
+    natives, conds = inputs.references[:args.native], inputs.references[args.native:]
+    given = condition(pipe, [prompt.text], *prepare(pipe.vae.config.only_size, natives, conds,
+                                                    inputs.size, pipe.longest))
     pictures = []
     for seed in prompt.seeds:
-        noise = seeded_noise([seed], given.size, pipe.vae.config.latent_channels)
-        made, _ = generate(pipe, encoded, noise, args.steps, args.guidance, callback=callback)
+        noise = seeded_noise([seed], inputs.size, pipe.vae.config.latent_channels)
+        made, _ = generate(pipe, given, noise, args.steps, args.guidance, callback=callback)
         pictures.append(Image.fromarray(made[0]))
         pictures[-1].info = origin.texts(
-            pipe.names, prompt.text, seed, args.steps, args.guidance, given.size,
+            pipe.names, prompt.text, seed, args.steps, args.guidance, inputs.size,
             {"reference": len(natives), "condition": len(conds)})
     return pictures
 
@@ -199,8 +201,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--data {' '.join(args.data)}: name one; only --bench spatial takes more")
     for name, scored in ONLY.items():
         value = getattr(args, name)
-        given = value is not None and value is not False         # 0 is given, too
-        if given and (args.bench or "") not in scored:
+        is_set = value is not None and value is not False        # 0 is set, too
+        if is_set and (args.bench or "") not in scored:
             raise ValueError(f"--{name.replace('_', '-')}: not together with "
                              f"{f'--bench {args.bench}' if args.bench else '--data'}")
 

@@ -139,7 +139,7 @@ class InstructionVector(nn.Module):
 
 @dataclass
 class Routing:
-    """The instructions that all layers follow now, and the losses that they add up."""
+    """What all layers share during a call: whom they serve, and the sums of their own losses."""
     z: Tensor                                            # (B, D) instruction vectors
     losses: bool                                         # whether layers should add theirs
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))         # sum, times weight
@@ -228,7 +228,8 @@ class Adapter(nn.Module):
     def __init__(self, layers: dict[str, tuple[nn.Linear, type[LoRALinear] | type[MoLELinear]]],
                  config: AdapterConfig, text_width: int, pooled_width: int):
         super().__init__()
-        self.config, self.routings = config, []          # shared; all layers follow the last one
+        self.config = config
+        self.routings: list[Routing] = []                # all layers share it, and follow the last
         self.layers = nn.ModuleDict()                    # keys are module names with "/" for "."
         for name, (base, kind) in layers.items():
             routed = (name, pooled_width, self.routings) if issubclass(kind, MoLELinear) else ()
@@ -246,7 +247,7 @@ class Adapter(nn.Module):
         return self
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, by name; the frozen model's own weights are not in it."""
+        """What is saved, by name: all that is trained, and what routings count; not the model."""
         return {name.removeprefix("layers.").replace("/", "."): tensor
                 for name, tensor in self.named_parameters() if ".base." not in name}
 

@@ -93,8 +93,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     part lies that the model lacks: vae, text_encoder, text_encoder_2, tokenizers.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
-    visit the device in turn. encoders_stay: text encoders and autoencoder do so even where all
-    fits. weightless: shapes alone, on "meta". matmul: "fp8", where the device multiplies so.
+    visit the device in turn. encoders_stay: text encoders and autoencoder stay there even where
+    all fits. weightless: shapes alone, on "meta". matmul: "fp8", where the device multiplies so.
     Raises: FileNotFoundError, ValueError.
     """
     paths = layouts.model_paths(Path(model), **others)
@@ -104,7 +104,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     files = {file for part in weights.PARTS for file in files_of(paths[part])}
     stored = sum(file.stat().st_size for file in files)
     dtype = devices.choose_dtype(dtype, device, stored)
-    home, narrow = devices.home(device, stored * dtype.itemsize // 2)        # stored: 2 bytes each
+    home, narrow = devices.home(device, stored * dtype.itemsize // 2)        # taken as 2 bytes each
     home = torch.device("meta") if weightless else home
     encoders_home = torch.device("cpu") if encoders_stay else home
     devices.announce(f"loading {model}, {stored / 1e9:.1f} GB", 0 if weightless else stored)
@@ -154,12 +154,12 @@ def condition(pipe: Pipeline, instructions: list[str], images: list[Tensor],
 
     Shapes: instructions B texts; images, conds: for each native reference and each clean condition
     one tensor (B, 3, H, W). Units: pictures in [-1, 1]. route_by: the text that chooses the
-    experts, where another. Raises: ValueError where no text can.
+    experts, if not the instruction. Raises: ValueError where no text can.
     """
     txt, pooled = encode_text(pipe, instructions)        # (B, T, D), (B, D')
     latents = [pipe.vae.latents(*encode_picture(pipe, p)) for p in (*images, *conds)]
     given = as_tokens(txt, pooled, latents, len(images))
-    if route_by:
+    if route_by is not None:
         routing_maps.check_routed(pipe.adapter, f"--route-by {route_by!a}")
         given.routed_by = encode_text(pipe, [route_by] * len(instructions))
     return given
@@ -214,7 +214,7 @@ def denoise(pipe: Pipeline, noise: Tensor, given: Conditioning, steps: int, guid
 
 
 def seeded_noise(seeds: list[int], size: tuple[int, int], channels: int = 16) -> Tensor:
-    """Standard normal (B, C, H / 8, W / 8) for a size (W, H); of the CPU, so alike everywhere."""
+    """Standard normal (B, C, H / 8, W / 8) of a size (W, H); drawn on the CPU, alike everywhere."""
     shape = (1, channels, size[1] // 8, size[0] // 8)
     return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
                       for seed in seeds])
@@ -253,8 +253,8 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     images, conds: one or several files, PIL pictures or arrays; conds also "canny:FILE". size:
     (W, H); keep_size: the result takes that of the first picture. mask: of the first picture, white
     where it may change, fading over mask_blur pixels. route_by: the text that chooses the experts,
-    where another. watch, callback: as generate() takes them. In .info are texts of how it was made,
-    for pictures.save_picture(). Raises: ValueError, FileNotFoundError.
+    if not the instruction. watch, callback: as generate() takes them. In .info are texts of how it
+    was made, for pictures.save_picture(). Raises: ValueError, FileNotFoundError.
     """
     plans.check_call(pipe.t5_tokens, instruction, steps, guidance, size)
     only, images = pipe.vae.config.only_size, [given_picture(one) for one in each(images)]

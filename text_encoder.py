@@ -70,9 +70,9 @@ class CLIPTokenizer(Tokenizer):
                            for name in ("bos_token", "eos_token", "pad_token"))
         if not {start, end, pad} <= vocab.keys():
             raise ValueError(f"{folder}: vocab.json lacks one of {start}, {end}, {pad}")
-        model = read_tokenizer(folder / "merges.txt", lambda merges: clip_bpe(
-            *models.BPE.read_file(str(folder / "vocab.json"), merges), start, end))
-        try:                                             # normalized: found in any letter case
+        model = read_tokenizer(folder / "merges.txt", lambda file: clip_bpe(
+            *models.BPE.read_file(str(folder / "vocab.json"), file), start, end))
+        try:                                             # normalized: looked for in lower case
             normalized = {entry["content"]: entry.get("normalized", False)
                           for entry in settings.get("added_tokens_decoder", {}).values()}
         except (AttributeError, KeyError, TypeError):
@@ -179,7 +179,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        wide = wide.float() if x.dtype == torch.float16 else wide            # so load() keeps wo
+        wide = wide.float() if x.dtype == torch.float16 else wide            # wo is fp32 then
         return self.wo(wide).to(x.dtype)
 
 
@@ -292,7 +292,10 @@ class CLIPEncoder(nn.Module):
             "final_layer_norm": nn.LayerNorm(c.hidden_size, c.layer_norm_eps)})
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> pooled (B, D): the last layer's vector at the first end token."""
+        """ids (B, T) int64 -> pooled (B, D), after the final norm, at the first end token.
+
+        Raises: ValueError for tokens without one.
+        """
         table = self.text_model["embeddings"]
         x = table["token_embedding"](ids)                # (B, T, D)
         x = x + table["position_embedding"].weight[:ids.shape[1]]
@@ -301,5 +304,7 @@ class CLIPEncoder(nn.Module):
         x = self.text_model["final_layer_norm"](x)       # (B, T, D)
         # Quirk: the public file's eos_token_id is 2, a slip: the largest id marks the end.
         end = self.config.eos_token_id
-        at = ids.argmax(dim=1) if end == 2 else (ids == end).int().argmax(dim=1)     # (B,)
-        return x[torch.arange(len(x), device=x.device), at]                  # (B, D)
+        is_end = ids == (ids.amax(dim=1, keepdim=True) if end == 2 else end)         # (B, T)
+        if not is_end.any(dim=1).all():
+            raise ValueError(f"CLIP: a text has no end token {end}; is the tokenizer its own?")
+        return x[torch.arange(len(x), device=x.device), is_end.int().argmax(dim=1)]  # (B, D)

@@ -92,7 +92,7 @@ def matching_loss(pipe: Pipeline, given: Conditioning, x0: Tensor, noise: Tensor
     xt = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise              # (B, I, P)
     guidance = torch.full_like(t, GUIDANCE)                                  # (B,)
     with pipe.adapter.serve(given.txt, given.pooled, losses=True) as routing:
-        run = casting(pipe.dtype, pipe.run or call)      # calls a block of the transformer
+        run = casting(pipe.dtype, pipe.run or call)      # calls each block, in its type
         run = recomputing(pipe.adapter, routing, run) if recompute else run
         v = velocity(pipe.dit, xt.to(pipe.dtype), t, guidance, given, *size, run)  # (B, I, P)
     return {"flow": F.mse_loss(v.float(), noise - x0), "balance": routing.balance,
@@ -151,7 +151,7 @@ def make_optimizers(adapter: Adapter, lr: float, router_lr: float,
 
 def update(args: argparse.Namespace, adapter: Adapter, optimizers: Optimizers, step: int,
            loss: float) -> float:
-    """Follow the gradients, clipped to a norm of 1; -> their norm. Raises: ValueError."""
+    """Follow the gradients, clipped to a norm of 1; -> their norm before. Raises: ValueError."""
     norm = nn.utils.clip_grad_norm_(adapter.tensors().values(), 1.0).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(f"step {step}: the loss is no number any more; the last checkpoint, if "
@@ -182,7 +182,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
     batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
     seeded = ((args.seed * 2 ** 32 + i, samples)
               for i, samples in zip(count(number + rank, workers), batches))
-    spared = sparing(accumulate, args.recompute)         # once more where memory runs out
+    spared = sparing(accumulate, args.recompute)         # done again where memory runs out
     log, began = record.Log(args.out, start, rank), time.time()
     with resume.stop_signals() as asked, tqdm(
             range(start, args.steps), initial=start, total=args.steps, desc=args.method,
@@ -193,9 +193,8 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
             if step == 0 and rank == 0:
                 record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
             losses = spared(pipe, micro, auxiliary_factor(step, args.steps), args.shift)
-            # Gradients become means, too, over micro-batches and processes.
-            losses, stop = distributed.average(adapter.tensors().values(), losses,
-                                               args.accumulate, len(asked) > 0)
+            distributed.average(adapter.tensors().values(), args.accumulate)     # the gradients
+            losses, stop = distributed.agree(losses, stop=len(asked) > 0)
             norm = update(args, adapter, optimizers, step, losses["loss"])
             log.write(step, losses, norm, [s for _, batch in micro for s in batch],
                       time.time() - began)
@@ -233,7 +232,7 @@ def sample_sheet(pipe: Pipeline, samples: list[Sample]) -> np.ndarray:
 
 def previews(pipe: Pipeline, samples: list[Sample], held_out: HeldOut, log: record.Log,
              step: int) -> dict[str, np.ndarray]:
-    """Pictures of how training goes, by name, and plots; log takes the loss held out."""
+    """Pictures of how training goes, by name, and plots; the held-out loss is logged."""
     pipe.adapter.eval()
     pictures = held_out.check(log, step, pipe, condition, encode_picture, matching_loss, answer)
     with noted(f"no samples are shown after step {step}"):
@@ -285,8 +284,8 @@ def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
     return sources
 
 
-def prepare(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Tensor] | None,
-            sources: Sources, held_out: HeldOut) -> None:
+def run_training(args: argparse.Namespace, config: AdapterConfig, first: dict[str, Tensor] | None,
+                 sources: Sources, held_out: HeldOut) -> None:
     """Load the model, put an adapter on it, new or with `first` weights, and train that."""
     devices.keep_freed_memory()
     rank, workers = distributed.join(args)
@@ -329,7 +328,7 @@ def main() -> None:
     try:
         summary.tell(args, sources, held_out)
         if args.dry_run is None:
-            prepare(args, config, first, sources, held_out)
+            run_training(args, config, first, sources, held_out)
         elif commands.is_first():
             tell_memory(args, config, sources)
     finally:

@@ -56,8 +56,9 @@ def load(part: str, path: str | Path, device: torch.device | str = "cpu",
          dtype: torch.dtype | None = None, keep_narrow: bool = False) -> nn.Module:
     """Read one of PARTS from its folder (config.json and tensors) or from a single file.
 
-    dtype: by default the widest type in the file. Weights of linear layers in fp8 stay so and are
-    widened where they are used; with keep_narrow so do all that are narrower than dtype.
+    dtype: by default the one that holds all types of the file but fp8, which alone becomes bf16.
+    Weights of linear layers in fp8 stay so and are widened where they are used; with keep_narrow
+    so do all that are narrower than dtype.
     The model is built on the meta device, so that nothing is allocated twice; the result is frozen
     and in eval mode. Raises: FileNotFoundError, ValueError.
     """

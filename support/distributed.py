@@ -1,6 +1,6 @@
 """Several processes, each with its GPU: joining them, averaging, splitting the frozen blocks.
 
-train.py calls it by name at each of these places; with one process nothing here does anything.
+train.py calls it by name at each of these places.
 """
 import argparse
 import os
@@ -35,15 +35,17 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def average(trained: Iterable[Tensor], losses: dict[str, float], passes: int,
-            stop: bool = False) -> tuple[dict[str, float], bool]:
-    """Gradients and losses: from sums over a process's micro-batches to means over all of them.
+def processes() -> int:
+    """How many work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
-    What follows the batch without a gradient (Expert Race's thresholds) is averaged too. stop:
-    whether this process was asked to stop; -> the losses, and whether any process was.
+
+def average(trained: Iterable[Tensor], passes: int) -> None:
+    """Gradients: from sums over a process's micro-batches, `passes` of them, to means over all's.
+
+    What follows the batch without a gradient (Expert Race's thresholds) is averaged too.
     """
-    workers = dist.get_world_size() if dist.is_initialized() else 1
-    values = torch.tensor([*losses.values(), stop], dtype=torch.float64)
+    workers = processes()
     for p in trained:
         value = p.grad if p.requires_grad else p.data
         if workers > 1 and value is not None:
@@ -51,9 +53,14 @@ def average(trained: Iterable[Tensor], losses: dict[str, float], passes: int,
             value /= workers
         if p.grad is not None:
             p.grad /= passes
-    if workers > 1:
+
+
+def agree(losses: dict[str, float], stop: bool) -> tuple[dict[str, float], bool]:
+    """The means of all processes' losses; and whether any was asked to stop, as all then do."""
+    values = torch.tensor([*losses.values(), stop], dtype=torch.float64)
+    if processes() > 1:
         dist.all_reduce(values)
-    *means, stop = (values / workers).tolist()
+    *means, stop = (values / processes()).tolist()
     return dict(zip(losses, means)), stop > 0
 
 

@@ -49,7 +49,7 @@ def texts(names: dict[str, str], instruction: str, seed: int, steps: int, guidan
     found = {"instruction": instruction, "seed": str(seed), "steps": str(steps),
              "guidance": f"{guidance:g}", "size": f"{size[0]}x{size[1]}",
              "given": ", ".join(counted(n, kind) for kind, n in given.items() if n) or "nothing",
-             **names, **({ROUTED_BY: routed_by} if routed_by else {})}
+             **names, **({ROUTED_BY: routed_by} if routed_by is not None else {})}
     line = ", ".join(f"{name.capitalize()}: {text}" for name, text in found.items()
                      if name != "instruction")
     return {"parameters": f"{instruction}\n{line}", **found}

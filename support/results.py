@@ -49,7 +49,7 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 def write(out: Path, numbers: object, text: str, sheet: np.ndarray,
           route_by: str | None = None) -> None:
     """FILES, each whole or not at all; the table is printed too, and what it was routed by."""
-    text += f"\n\nRouted by: {route_by}" if route_by else ""
+    text += f"\n\nRouted by: {route_by}" if route_by is not None else ""
     write_json(out / "scores.json", numbers)
     write_text(out / "table.md", text + "\n")
     save_picture(sheet, out / "sheet.png")

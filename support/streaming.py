@@ -1,6 +1,6 @@
 """Transformers larger than the device: their blocks visit it one after another, copied ahead.
 
-sample.generate() calls visiting(); train.prepare() streams where offload.fits() finds no room.
+sample.generate() calls visiting(); train.run_training() streams where offload.fits() finds no room.
 """
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext

@@ -46,10 +46,10 @@ def run(model: Path, dtype: str, steps: int, mine: list[int], together: bool, sp
     optimizers, first = train.make_optimizers(pipe.adapter, 1e-3, 1e-3, kind), {}
     for step in range(steps):
         numbers = [2 * step + i for i in mine]
-        losses = train.accumulate(pipe, [
+        train.accumulate(pipe, [
             (i, TinyWorld().draw(np.random.default_rng(i), 1)) for i in numbers], 1.0)
         if together:
-            distributed.average(own.values(), losses, 1)
+            distributed.average(own.values(), 1)
         else:
             for p in own.values():
                 p.grad /= 2

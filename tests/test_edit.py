@@ -94,6 +94,8 @@ def test_experts_may_be_chosen_by_another_text(pipe) -> None:
     assert torch.equal(routed, wanted) and not torch.equal(routed, own)
     assert len({picture.tobytes() for picture in (plain, crossed, another)}) == 3
     assert crossed.info["routed by"] == other and "routed by" not in plain.info
+    nothing, by_nothing = weights_of(pipe, TEXT, route_by="")        # as where training drops it
+    assert not torch.equal(by_nothing, own) and nothing.info["routed by"] == ""
 
 
 def test_the_command_takes_it_and_a_lora_is_so_routed(tmp_path, monkeypatch, capsys, pipe) -> None:

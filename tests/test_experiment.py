@@ -228,7 +228,7 @@ def test_a_search_around_its_best_tries_nothing_twice(folders):
 
 def test_what_is_trained_together_is_drawn_as_often(folders, monkeypatch):
     seen = []
-    monkeypatch.setattr(experiment.train, "prepare", lambda args, config, first, sources, held:
+    monkeypatch.setattr(experiment.train, "run_training", lambda args, config, first, sources, held:
                         seen.append((args, sources[0][0])) or folders.joinpath(
                             "work", "x").mkdir(parents=True, exist_ok=True)
                         or args.out.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,7 @@ def test_training_and_its_dry_run_say_it(folder: Path, monkeypatch, capsys) -> N
     heads = []
     for more in ([], ["--dry-run"]):
         monkeypatch.setattr(sys, "argv", arguments + more)
-        monkeypatch.setattr(train, "prepare", lambda *_: None)
+        monkeypatch.setattr(train, "run_training", lambda *_: None)
         train.main()
         heads.append(capsys.readouterr().out.split("memory for")[0])
     assert heads[0] == heads[1] and heads[0].count("\n") == 6

@@ -131,6 +131,14 @@ def test_clip_equals_transformers(eos: int, end: int, length: int, eps: float) -
     assert_close(model(ids), clip_peer(model)(ids).pooler_output)
 
 
+def test_clip_refuses_tokens_without_an_end() -> None:
+    """As another model's tokenizer may give; the start token's vector would be the same for all."""
+    model, ids = small_clip(20), clip_ids(20, 12)
+    ids[1][ids[1] == 20] = 21
+    with pytest.raises(ValueError, match="no end token 20"):
+        model(ids)
+
+
 def test_clip_pools_at_the_first_end_token() -> None:
     """Attention is causal: what follows the end token changes nothing, what precedes it does."""
     for eos in (2, 49):

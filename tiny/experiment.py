@@ -76,7 +76,7 @@ def fit(piece: Piece, device: str = "cpu") -> Path:
         "--schedule", schedule, "--shift", str(probe.SHIFT), "--seed", str(piece.seed),
         "--save-every", "500", "--device", device, "--dtype", DTYPE, "--out", str(out),
         "--resume", *variant.options])
-    train.prepare(args, configuration(piece), None, [(world(piece.tasks), 1.0)], HeldOut(None))
+    train.run_training(args, configuration(piece), None, [(world(piece.tasks), 1.0)], HeldOut(None))
     return out
 
 
