@@ -39,8 +39,8 @@ from data import Sample, Source, stack
 from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
-from support import (adapters, caching, devices, distributed, offload, options, record,
-                     report, resume, routing_maps, sizes, streaming, summary)
+from support import (adapters, caching, devices, distributed, methods, offload, options, record,
+                     report, resume, routing_maps, streaming, summary)
 from support.bad_rows import tell_skipped
 from support.casts import casting
 from support.fp8 import to_fp8
@@ -321,7 +321,7 @@ def run_training(args: argparse.Namespace, config: AdapterConfig, first: dict[st
 
 def main() -> None:
     args = train_options(baselines.METHODS, PUBLIC)
-    config, first = sizes.chosen(args, weights.adapter_config)
+    config, first = methods.chosen(args, baselines.KINDS)
     bad: list[str] | None = [] if args.skip_bad else None
     sources = open_sources(args, bad)
     held_out = open_held_out(args, data.open_one, TinyWorld, PUBLIC, bad)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
-from support import adapters, devices, foreign, layouts, options, research, sizes, targets
+from support import adapters, devices, foreign, layouts, options, research, targets
 from support.describe import describe
 from support.files import check_tensors, config_from, files_of, read_json, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
@@ -121,20 +121,6 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path,
 
 
 # ---------------------------------------------------------------------------------------- adapters
-
-def adapter_config(method: str, given: Path | dict | None, where: object = "adapter"
-                   ) -> AdapterConfig:
-    """A method's configuration, with its routing: the published one but for what is given.
-
-    given: a file (ours, or the research code's), or entries that `where` has.
-    Raises: FileNotFoundError, ValueError.
-    """
-    values = given or {}
-    if isinstance(given, Path):
-        values, where = research.entries_of(given)[0], given
-    config = config_from(AdapterConfig, values, where, whole=True)
-    return sizes.configure(method, config, baselines.KINDS)
-
 
 def build_adapter(model: FluxTransformer, config: AdapterConfig) -> Adapter:
     """An adapter for the transformer, not yet in it. Raises: ValueError."""

@@ -106,7 +106,10 @@ def longest(paths: Iterable[Path]) -> int:
     for path in map(foreign.snapshot, paths):
         if not research.is_one(path):                    # the paper's says nothing of it
             stored = json_object(read_metadata(file_of(path)).get("adapter", "{}"), path)
-            found.append(int(stored.get("longest", 0)))
+            side = str(stored.get("longest", 0))
+            if not side.isdecimal():
+                raise ValueError(f"{path}: says longest {side!a}, which is no number of pixels")
+            found.append(int(side))
     return max(found, default=0) or LONGEST
 
 
@@ -124,8 +127,15 @@ def fill_in(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> 
         p.copy_(tensors[name])
 
 
-def has_experts(adapter: Adapter) -> bool:
-    return any(isinstance(layer, MoLELinear) for layer in adapter.layers.values())
+def mixtures(adapter: Adapter | None) -> list[MoLELinear]:
+    """The layers with experts."""
+    layers = adapter.layers.values() if adapter else []
+    return [layer for layer in layers if isinstance(layer, MoLELinear)]
+
+
+def routed(adapter: Adapter | None) -> list[MoLELinear]:
+    """The layers that an instruction routes."""
+    return [layer for layer in mixtures(adapter) if not layer.by_token]
 
 
 def combined(parts: list[tuple[Path, Adapter]]) -> Adapter:
@@ -134,11 +144,11 @@ def combined(parts: list[tuple[Path, Adapter]]) -> Adapter:
     On one layer, LoRAs are joined along their rank; beside experts a LoRA lies beneath, as part of
     what they add to. Raises: ValueError for two with experts, whose instructions would differ.
     """
-    routed = [path for path, part in parts if has_experts(part)]
-    if len(routed) > 1:
-        raise ValueError(f"--adapter: {routed[0]} and {routed[1]} both have experts; only one "
+    mixed = [path for path, part in parts if mixtures(part)]
+    if len(mixed) > 1:
+        raise ValueError(f"--adapter: {mixed[0]} and {mixed[1]} both have experts; only one "
                          "may, beside any number of plain LoRAs")
-    whole, *others = sorted((part for _, part in parts), key=has_experts, reverse=True)
+    whole, *others = sorted((part for _, part in parts), key=lambda part: not mixtures(part))
     for other in others:
         for name, layer in other.layers.items():
             known = whole.layers[name] if name in whole.layers else None

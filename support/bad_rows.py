@@ -33,7 +33,8 @@ def check_few(bad: list[str] | None, rows: int, everyones: list[str] | None) -> 
         raise ValueError(f"{len(bad):,} of {rows:,} rows are bad, too many to skip: --skip-bad "
                          f"leaves out one in ten, here {int(MOST_BAD * rows):,}; the first: "
                          f"{bad[0]}")
-    everyones.extend(line for line in bad if line not in everyones)
+    known = set(everyones)
+    everyones.extend(line for line in bad if line not in known)
 
 
 def tell_skipped(bad: list[str] | None) -> None:

@@ -46,7 +46,7 @@ def lasting(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 def rank() -> int:
     """This process's number among those that torchrun started; 0 without it."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if workers() > 1 else 0
 
 
 def workers() -> int:
@@ -63,7 +63,11 @@ def run(command: Callable[[], None]) -> None:
     """Run a command; what its user can get wrong is printed as one line, with exit code 2."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):     # not a test's, ...
+        if stream is None or stream is not getattr(sys, f"__{name}__"):      # a test's, ...
+            continue
+        if stream.isatty():                              # which on Windows must stay what it is
+            stream.reconfigure(errors="backslashreplace")
+        else:
             setattr(sys, name, lasting(stream))
     try:
         command()
@@ -139,8 +143,8 @@ ANSWERS = checked(path, Path.exists, "no such file or folder")
 
 def may_hold(folder: Path) -> bool:
     """Whether files can be written to a folder, which may have to be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK)
+    there = next(filter(Path.exists, (folder, *folder.absolute().parents)), None)
+    return there is not None and there.is_dir() and os.access(there, os.W_OK)
 
 
 def check_folder(option: str, file: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import json_object
+from support.files import json_object, of_kind
 from support.tables import read_text
 
 POINTS = 18                                              # of OpenPose's model COCO
@@ -39,7 +39,7 @@ def people_in(file: Path) -> list[np.ndarray]:
              for one in people] if isinstance(people, list) else [None]
     for numbers in lists:
         if not isinstance(numbers, list) or len(numbers) != 3 * POINTS or not all(
-                type(number) in (int, float) for number in numbers):
+                of_kind(number, float) for number in numbers):
             raise ValueError(f"{file}: 'people' should hold 'pose_keypoints_2d' of {POINTS} points "
                              "each, x, y and a score, as OpenPose writes them with --model_pose "
                              "COCO")

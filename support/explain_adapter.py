@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mole import Adapter, LoRALinear, route, Routing
 from support import export
+from support.adapters import mixtures, routed
 from support.explain_edit import Edit, heat_strip, lines, Parts, shape, shapes
 from support.explain_shares import comparison, Comparison, shares_table, stacked, verdict
 from support.figures import text
 from support.passages import passage
-from support.routing_maps import mixtures, routed, shares, Shares
+from support.routing_maps import shares, Shares
 from support.words import counted, span
 
 EQUATIONS = {

@@ -8,11 +8,11 @@ import math
 import numpy as np
 
 from support import export
+from support.adapters import mixtures
 from support.explain_adapter import EQUATIONS, NO_ADAPTER
 from support.explain_edit import Edit, figure, lines, Parts, shapes
 from support.figures import picture, text
 from support.passages import passage
-from support.routing_maps import mixtures
 from support.scores import psnr
 
 CHANGE, EXPERTS = "change = | w - f | / | f - x |", "experts = | w - e | / | w - f |"

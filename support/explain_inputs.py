@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import dit
+from support.adapters import mixtures
 from support.attention import Grid
 from support.explain_edit import (Edit, figure, heat_strip, lines, Parts, Piece, pieces_of, scale,
                                   shape, shapes)
 from support.figures import channels, chart, heat, picture, text
 from support.origin import ROUTED_BY
 from support.passages import from_here, passage
-from support.routing_maps import mixtures
 from support.words import counted
 
 CUT = 100                                                # lost pieces that are shown, at most

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from mole import Adapter, LoRALinear, MoLELinear, Routing
 from support import devices
+from support.adapters import mixtures
 from support.files import write_tensors
 from support.fp8 import NarrowLinear
 from support.lora import ALPHA_IS_RANK
 from support.offload import weights_of
-from support.routing_maps import experts_line, mixtures, show
+from support.routing_maps import experts_line, show
 from support.words import counted, span
 
 

@@ -131,10 +131,11 @@ def part_in(path: Path, part: str) -> Path:
 def only_size(model: Path) -> tuple[int, int] | None:
     """The (W, H) of all pictures where the autoencoder's config.json is that of a small model.
 
-    model: its folder, or the autoencoder's own.
+    model: its folder, or the autoencoder's own, or its file.
     """
-    folder = foreign.snapshot(model)
-    file = (folder / "vae" if (folder / "vae").is_dir() else folder) / "config.json"
+    place = foreign.snapshot(model)
+    folder = place.parent if place.is_file() else place  # of a file, weights.load() looks beside it
+    file = (folder / "vae" if (place / "vae").is_dir() else folder) / "config.json"
     values = read_json(file) if file.is_file() else {}
     whole = "block_out_channels" in values               # else load_pipeline() says what it is
     return config_from(VAEConfig, values, file).only_size if whole else None

@@ -3,7 +3,6 @@
 train.main() calls chosen() before any weight of the model is read.
 """
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from torch import Tensor
@@ -62,12 +61,12 @@ def by_options(args: argparse.Namespace, named: dict, base: AdapterConfig) -> di
     return named | asked
 
 
-def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object], AdapterConfig]
+def chosen(args: argparse.Namespace, kinds: dict[str, type[MoLELinear]]
            ) -> tuple[AdapterConfig, dict[str, Tensor] | None]:
     """The adapter's configuration and, with --init, its first weights; sets args.method then.
 
     What --config names changes those values alone; the others are those of adapter.json beside the
-    model, where there is one, else the paper's. adapter_config: weights.adapter_config().
+    model, where there is one, else the paper's. kinds: baselines.KINDS.
     Raises: FileNotFoundError, ValueError.
     """
     beside, first, where = args.model.parent / "adapter.json", None, args.config or "--rank"
@@ -92,7 +91,8 @@ def chosen(args: argparse.Namespace, adapter_config: Callable[[str, dict, object
         values = research.entries_of(beside)[0] if beside.is_file() and not whole else {}
         base = config_from(AdapterConfig, values, beside, whole=True)
     changes = by_options(args, named, base)
-    c = adapter_config(args.method, asdict(base) | changes, where)
+    asked = config_from(AdapterConfig, asdict(base) | changes, where, whole=True)
+    c = configure(args.method, asked, kinds)
     if args.init and c != base:
         told = ", ".join(f"{name} is {value}, not {asdict(c)[name]}"
                          for name, value in asdict(base).items() if value != asdict(c)[name])

@@ -58,6 +58,8 @@ def texts(names: dict[str, str], instruction: str, seed: int, steps: int, guidan
 def texts_of(file: Path) -> dict[str, str]:
     """How a picture says it was made; nothing, where it was not made here."""
     with open_picture(file) as image:
+        if FIELDS[0] not in image.info:
+            image.load()                                 # a PNG's texts may stand at its end
         return dict(image.info)
 
 

@@ -1,6 +1,6 @@
 """The paper's research code: its JSON configuration and its four files, read and written.
 
-adapters.read() and weights.adapter_config() read them; python weights.py --to-research writes them.
+adapters.read() and methods.chosen() read them; python weights.py --to-research writes them.
 """
 import json
 import re

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from mole import Adapter, MoLELinear, inner_products
 from support import report
+from support.adapters import mixtures, routed
 from support.pictures import save_picture
 from support.record import Log
 from support.words import counted
-
-
-def mixtures(adapter: Adapter | None) -> list[MoLELinear]:
-    """The layers with experts."""
-    layers = adapter.layers.values() if adapter else []
-    return [layer for layer in layers if isinstance(layer, MoLELinear)]
-
-
-def routed(adapter: Adapter | None) -> list[MoLELinear]:
-    """The layers that an instruction routes."""
-    return [layer for layer in mixtures(adapter) if not layer.by_token]
 
 
 def check_routed(adapter: Adapter | None, asked: str) -> None:

@@ -37,7 +37,7 @@ def add_data(parser: argparse.ArgumentParser, public: Iterable[str]) -> None:
 
 
 def add_trained(parser: argparse.ArgumentParser, methods: list[str]) -> None:
-    """Which adapter is trained; support/sizes.py reads them."""
+    """Which adapter is trained; support/methods.py reads them."""
     parser.add_argument("--method", choices=methods, help=f"{methods[0]} (if not said); pooled: "
                         "routed by CLIP's vector alone; lora: no experts; the others: baselines.py")
     parser.add_argument("--config", type=Path, help="JSON with fields of mole.AdapterConfig to "

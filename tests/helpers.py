@@ -20,6 +20,7 @@ from pyarrow import parquet
 from safetensors.torch import safe_open
 from torch import nn, Tensor
 
+import baselines
 import data
 import dit
 import mole
@@ -28,8 +29,9 @@ import text_encoder
 import train
 import vae
 import weights
+from mole import AdapterConfig
 from sample import condition, generate, load_pipeline
-from support import commands, recompute, routing_maps
+from support import commands, methods, recompute, research, routing_maps
 from support.files import config_from, write_part
 from tiny import world
 
@@ -235,10 +237,17 @@ ONE = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
 
 # ---------------------------------------------------------------------- the embedded model, trained
 
+def adapter_config(method: str, file: Path | None = None) -> AdapterConfig:
+    """A method's, with what a file names, as `train.py --config` takes it."""
+    values = research.entries_of(file)[0] if file else {}
+    config = config_from(AdapterConfig, values, file or "published", whole=True)
+    return methods.configure(method, config, baselines.KINDS)
+
+
 def make_pipeline(kind: str = "instructmole", seed: int = 0, model: Path = MODEL):
     torch.manual_seed(seed)
     pipe = load_pipeline(model, None, "cpu", "float32")
-    config = weights.adapter_config(kind, ROOT / "tiny/adapter.json")
+    config = adapter_config(kind, ROOT / "tiny/adapter.json")
     pipe.adapter = weights.new_adapter(pipe.dit, config).train()
     with torch.no_grad():                                # not zero, so that every gradient is alive
         for p in pipe.adapter.tensors().values():

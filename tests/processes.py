@@ -22,7 +22,9 @@ import sample                                            # noqa: E402
 import train                                             # noqa: E402
 import weights                                           # noqa: E402
 from dit import FluxTransformer                          # noqa: E402
+from mole import AdapterConfig                           # noqa: E402
 from support import distributed                          # noqa: E402
+from support.files import config_from, read_json         # noqa: E402
 from tiny.world import TinyWorld                         # noqa: E402
 
 
@@ -31,8 +33,8 @@ def run(model: Path, dtype: str, steps: int, mine: list[int], together: bool, sp
     """-> the first step's gradients, and the adapter in the end."""
     torch.manual_seed(0)
     pipe = sample.load_pipeline(model, None, "cpu", dtype)
-    pipe.adapter = weights.new_adapter(
-        pipe.dit, weights.adapter_config("instructmole", ROOT / "tiny/adapter.json"))
+    file = ROOT / "tiny/adapter.json"
+    pipe.adapter = weights.new_adapter(pipe.dit, config_from(AdapterConfig, read_json(file), file))
     pipe.adapter.to(getattr(torch, dtype)).train()
     own = pipe.adapter.tensors()
     for p in own.values():                               # as after some training

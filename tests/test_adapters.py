@@ -17,9 +17,9 @@ import dit
 import mole
 import sample
 import weights
-from helpers import (adapted, Bomb, build_config, BUILDS, CASES, DIT, FIRST, forward, golden,
-                     golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT, run_command,
-                     run_sample, same, SMALL)
+from helpers import (adapted, adapter_config, Bomb, build_config, BUILDS, CASES, DIT, FIRST,
+                     forward, golden, golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT,
+                     run_command, run_sample, same, SMALL)
 from support import adapters, commands, export, research, routing_maps, targets
 from support.files import config_from, read_metadata, read_tensors
 from weights import load_adapter
@@ -242,16 +242,16 @@ def test_load_adapter_of_another_model(tmp_path):
 def test_unknown_configuration_entries_are_named(tmp_path):
     (tmp_path / "c.json").write_text('{"rnak": 3}')
     with pytest.raises(ValueError, match="rnak"):
-        weights.adapter_config("instructmole", tmp_path / "c.json")
+        adapter_config("instructmole", tmp_path / "c.json")
     assert "rank" in {entry.name for entry in fields(mole.AdapterConfig)}
 
 
 def test_kinds_of_adapter():
     file = ROOT / "tiny/adapter.json"
-    whole = weights.adapter_config("instructmole", file)
+    whole = adapter_config("instructmole", file)
     assert whole == replace(mole.AdapterConfig(), **json.loads(file.read_text()))
-    assert not weights.adapter_config("lora", file).mole_targets
-    assert weights.adapter_config("instructmole", None) == mole.AdapterConfig()
+    assert not adapter_config("lora", file).mole_targets
+    assert adapter_config("instructmole", None) == mole.AdapterConfig()
 
 
 # ----------------------------------------------------------------------------- the paper's own form
@@ -357,14 +357,14 @@ def test_the_published_configuration_is_our_default():
 def test_its_json_is_read_by_config(tmp_path):
     file = tmp_path / "train_config.json"
     file.write_text(json.dumps(PUBLISHED))
-    assert weights.adapter_config("instructmole", file) == mole.AdapterConfig()
+    assert adapter_config("instructmole", file) == mole.AdapterConfig()
     file.write_text(json.dumps(LORA_ONLY))
-    c = weights.adapter_config("instructmole", file)
+    c = adapter_config("instructmole", file)
     assert c.lora_targets == ("attn.to_q", "ff.net.2") and not c.mole_targets
     moe = PUBLISHED["moe_config"] | {"token_route_overrides_double": "all",
                                      "token_route_overrides_single": [3, 11]}
     file.write_text(json.dumps(PUBLISHED | {"moe_config": moe}))
-    assert weights.adapter_config("instructmole", file).token_targets == (
+    assert adapter_config("instructmole", file).token_targets == (
         "transformer_blocks.*.ff.net.2", "single_transformer_blocks.3.proj_out",
         "single_transformer_blocks.11.proj_out")
 
@@ -419,7 +419,7 @@ def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
 
 def test_a_plain_lora_needs_no_pickle(tmp_path):
     pipe = sample.load_pipeline(MODEL, None, "cpu", "float32")
-    c = weights.adapter_config("lora", ROOT / "tiny/adapter.json")
+    c = adapter_config("lora", ROOT / "tiny/adapter.json")
     adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "lora.safetensors")
     write_research(tmp_path / "lora.safetensors", tmp_path / "lora")
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
@@ -486,7 +486,7 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="is no adapter"):
         write_research(MODEL / "vae/diffusion_pytorch_model.safetensors", tmp_path / "a")
     pipe = sample.load_pipeline(MODEL, None)
-    c = weights.adapter_config("race", ROOT / "tiny/adapter.json")
+    c = adapter_config("race", ROOT / "tiny/adapter.json")
     adapters.write(weights.new_adapter(pipe.dit, c), tmp_path / "race.st")
     for name in ("ff.net.2", "transformer_blocks.ff.net.2"):             # no form over there
         with pytest.raises(ValueError, match="token_targets"):

@@ -10,8 +10,8 @@ import baselines
 import dit
 import mole
 import weights
-from helpers import dense_cosines, DIT, inputs, SMALL, step
-from support import adapters, sizes
+from helpers import adapter_config, dense_cosines, DIT, inputs, SMALL, step
+from support import adapters, methods
 from weights import load_adapter
 
 MIXTURES = ["token", "soft", "race", "choice", "standardised"]
@@ -173,7 +173,7 @@ def test_everything_that_is_trained_gets_a_gradient(x, kind):
 def adapted(kind: str) -> tuple[nn.Module, mole.Adapter]:
     torch.manual_seed(0)
     model = dit.FluxTransformer(DIT)
-    adapter = weights.new_adapter(model, sizes.configure(kind, SMALL, baselines.KINDS))
+    adapter = weights.new_adapter(model, methods.configure(kind, SMALL, baselines.KINDS))
     for name, p in adapter.tensors().items():
         if name.endswith("_B"):
             nn.init.normal_(p, std=0.3)
@@ -215,18 +215,19 @@ def test_checkpointing_changes_nothing(kind):
 
 def test_kinds_differ_in_routing_only():
     c = dataclasses.replace(SMALL, token_targets=("single_transformer_blocks.1.proj_out",))
-    assert sizes.configure("instructmole", c, baselines.KINDS) == c
-    assert sizes.configure("pooled", c, baselines.KINDS) == dataclasses.replace(c, resampler=False)
-    lora = sizes.configure("lora", c, baselines.KINDS)
+    assert methods.configure("instructmole", c, baselines.KINDS) == c
+    pooled = methods.configure("pooled", c, baselines.KINDS)
+    assert pooled == dataclasses.replace(c, resampler=False)
+    lora = methods.configure("lora", c, baselines.KINDS)
     assert lora.mole_targets == lora.token_targets == ()
     assert set(lora.lora_targets) == {*c.lora_targets, *c.mole_targets, *c.token_targets}
     for kind in MIXTURES:
         wanted = dataclasses.replace(c, routing=kind, resampler=kind in BY_INSTRUCTION)
-        assert sizes.configure(kind, c, baselines.KINDS) == wanted
+        assert methods.configure(kind, c, baselines.KINDS) == wanted
 
 
 def test_unknown_routings_are_named():
     model = dit.FluxTransformer(DIT)
     with pytest.raises(ValueError, match="chance"):
         weights.new_adapter(model, dataclasses.replace(SMALL, routing="chance"))
-    assert weights.adapter_config("race", None).routing == "race"
+    assert adapter_config("race", None).routing == "race"

@@ -386,7 +386,7 @@ def test_routers_are_watched_changed_and_put_back(trained):
     texts = ["make the red circle blue", "fill the box with a green star", "remove the red cross"]
     watch = probe.Watch(3)
     with trained.adapter.serve(*sample.encode_text(trained, texts)) as routing:
-        layer = routing_maps.mixtures(trained.adapter)[0]
+        layer = adapters.mixtures(trained.adapter)[0]
         own, _ = layer.routing_weights(None, routing)    # (B, E)
         with probe.watched(trained, watch):
             assert torch.equal(layer.routing_weights(None, routing)[0], own)
@@ -419,7 +419,7 @@ def test_neighbours_differ_in_task():
 
 def test_decisions_of_an_adapter_whose_experts_do_nothing(trained, monkeypatch, tmp_path):
     """No way changes a picture; what was measured is that of the routers; a killed one goes on."""
-    for layer in routing_maps.mixtures(trained.adapter):
+    for layer in adapters.mixtures(trained.adapter):
         monkeypatch.setattr(layer.experts_B, "data", 0 * layer.experts_B)
     monkeypatch.setattr(probe, "STEPS", 1)
     monkeypatch.setattr(probe, "TIMES", [0.9])
@@ -453,7 +453,7 @@ def test_decisions_of_an_adapter_whose_experts_do_nothing(trained, monkeypatch, 
 def test_cosines_are_those_of_the_experts(trained, monkeypatch):
     """All alike: 1."""
     assert 0 < probe.cosine(trained, 1) < 0.9
-    for layer in routing_maps.mixtures(trained.adapter):
+    for layer in adapters.mixtures(trained.adapter):
         c = layer.config
         for name, dim in (("experts_A", 1), ("experts_B", 0)):
             t = getattr(layer, name)

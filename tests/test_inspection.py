@@ -68,6 +68,7 @@ def test_a_bar_shows_that_something_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(inspection, "QUIET", 0)
     list(looked_through(rows, check, [], "my data"))
     assert "looking through my data" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     list(looked_through(rows, check, [], "my data"))
     assert capsys.readouterr().err == ""

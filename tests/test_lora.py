@@ -185,6 +185,7 @@ def test_text_encoders_parts_are_left_out_with_a_word(tmp_path: Path, capsys, st
 def test_one_of_several_processes_speaks(tmp_path: Path, capsys, monkeypatch) -> None:
     written(tmp_path / "other.safetensors", {})          # a name that is nobody's, and no alpha
     for rank, notes in (("0", 2), ("1", 0)):
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", rank)
         adapters.read(tmp_path)
         assert capsys.readouterr().err.count("note: ") == notes

@@ -1,4 +1,4 @@
-"""support/sizes.py: which adapter is trained, by --method, --config, --rank, --experts, --init."""
+"""support/methods.py: which adapter is trained, by --method, --config, --rank, --init, ..."""
 import argparse
 import json
 from dataclasses import asdict
@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 
 import baselines
 import train
-import weights
-from helpers import ROOT, run_train
+from helpers import adapter_config, ROOT, run_train
 from mole import AdapterConfig
 from sample import load_pipeline
-from support import adapters, sizes
+from support import adapters, methods
 
 
 def asked(tmp_path: Path, **given: object) -> argparse.Namespace:
@@ -29,7 +28,7 @@ def asked(tmp_path: Path, **given: object) -> argparse.Namespace:
 
 
 def chosen(tmp_path: Path, **given: object) -> AdapterConfig:
-    return sizes.chosen(asked(tmp_path, **given), weights.adapter_config)[0]
+    return methods.chosen(asked(tmp_path, **given), baselines.KINDS)[0]
 
 
 def differences(c: AdapterConfig, other: AdapterConfig) -> dict:
@@ -89,9 +88,9 @@ def test_what_contradicts_or_is_unknown_is_named(tmp_path, given, words):
 
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_a_method_is_known_by_its_configuration(method):
-    c = weights.adapter_config(method, ROOT / "tiny/adapter.json")
-    assert sizes.method_of(c) == method
-    assert weights.adapter_config(method, asdict(c)) == c        # so that --init may name it
+    c = adapter_config(method, ROOT / "tiny/adapter.json")
+    assert methods.method_of(c) == method
+    assert methods.configure(method, c, baselines.KINDS) == c    # so that --init may name it
 
 
 def test_training_begins_with_another_s_adapter(tmp_path, monkeypatch, capsys, short_model):
@@ -112,11 +111,13 @@ def test_training_begins_with_another_s_adapter(tmp_path, monkeypatch, capsys, s
     assert seen[0].keys() == begun.keys()
     assert all(torch.equal(t, begun[name]) for name, t in seen[0].items())
     for rank, told in ("0", True), ("1", False):         # of several processes the first speaks
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", rank)
         capsys.readouterr()
         chosen(tmp_path, init=tmp_path / "one", method=None)
         assert capsys.readouterr().out.startswith("begins with ") == told
     monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
     settings = json.loads((tmp_path / "two/run.json").read_text())["settings"]
     assert settings["adapter"] == "pooled" and settings["config"]["rank"] == 4
     assert settings["init"].startswith("adapter.safetensors ")

@@ -15,7 +15,7 @@ import mole
 import train
 from helpers import expert_use, made, make_pipeline, moles, ROOT, run_sample, samples
 from sample import encode_text, seeded_noise
-from support import report, routing_maps
+from support import adapters, report, routing_maps
 
 
 def test_the_use_of_experts_is_what_sampling_reports(trained):
@@ -33,7 +33,7 @@ def test_shares_are_those_that_serve_and_the_weights_that_are_kept(method):
     pipe = make_pipeline(method)
     pipe.adapter.eval()
     txt, pooled = encode_text(pipe, ["a red star in the top", "make the circle blue"])
-    layer = routing_maps.routed(pipe.adapter)[1]
+    layer = adapters.routed(pipe.adapter)[1]
     with torch.no_grad(), pipe.adapter.serve(txt, pooled) as routing:
         w, _ = layer.routing_weights(routing.z, routing)
         logits = routing.z @ layer.router.weight.T

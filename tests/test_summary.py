@@ -61,6 +61,7 @@ def test_a_pass_counts_weights_processes_and_accumulation(folder: Path, monkeypa
                  "--accumulate", 2, "--steps", 1).splitlines()
     assert lines[0].endswith("about 14 steps, 1 in a batch; 1 step: 0.071 passes")
     assert lines[-1] == "tiny:3: samples without end"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")                      # one process speaks for all
     assert told(monkeypatch, capsys, "--data", "tiny") == ""
 

@@ -18,7 +18,7 @@ import weights
 from dit import FluxTransformer
 from mole import AdapterConfig
 from sample import load_pipeline
-from support import sizes
+from support import methods
 from support.files import config_from, read_json
 from tiny import conflict, probe
 from tiny.world import BASE_TASKS, NEW_TASKS
@@ -171,7 +171,7 @@ def base_config() -> AdapterConfig:
 def configuration(piece: Piece) -> AdapterConfig:
     """A piece's adapter, scaled as it says; but for some regimes, as large as base_config()'s."""
     base, variant = base_config(), ADAPTERS[piece.variant]
-    config = replace(sizes.configure(variant.method, base, baselines.KINDS), **variant.changes)
+    config = replace(methods.configure(variant.method, base, baselines.KINDS), **variant.changes)
     if variant.sized:
         config = sized(config, count(base))
     if piece.balance_weight is not None:

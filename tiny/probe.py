@@ -23,6 +23,7 @@ from evaluate import make_pictures, success
 from mole import MoLELinear, Routing
 from sample import Pipeline, condition, encode_picture
 from support import routing_maps
+from support.adapters import mixtures
 from support.files import read_json, write_json
 from support.pictures import to_tensor
 from support.scores import psnr
@@ -203,7 +204,7 @@ def watched(pipe: Pipeline, watch: Watch) -> Iterator[None]:
                 watch.note(layer.name, layer.logits(x if layer.by_token else routing.z), w)
             return watch.changed(layer.name, w), loss
         return routing_weights
-    layers = routing_maps.mixtures(pipe.adapter)
+    layers = mixtures(pipe.adapter)
     for layer in layers:
         layer.routing_weights = instead(layer, layer.routing_weights)
     try:
