@@ -41,8 +41,7 @@ from support import (adapters, caching, devices, export, jobs, layouts, masks, o
 from support.conditions import read_cond
 from support.files import files_of
 from support.fp8 import check_device
-from support.pictures import (LONGEST, Given, each, given_picture, load_image, resize,
-                              save_picture, to_pixels)
+from support.pictures import LONGEST, Given, each, given_picture, load_image, resize, to_pixels
 from support.resolutions import cond_size, output_size, prepare
 from support.streaming import visiting
 from support.trace import Trace
@@ -298,8 +297,7 @@ def make(pipe: Pipeline, job: jobs.Job, args: argparse.Namespace, bar: tqdm) -> 
                  keep_size=args.keep_size, mask=job.mask, mask_blur=args.mask_blur,
                  route_by=args.route_by, watch=watch, callback=jobs.advancing(bar, args.steps))
     for (seed, out), picture in zip(job.outs, made):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(picture, out, picture.info)
+        out = jobs.save(picture, out, over=bool(args.out or args.batch))
         bar.write(f"{out}: {jobs.size_told(picture, images)}, {args.steps} steps, seed {seed}, "
                   f"{time.time() - start:.1f} s{routing_maps.experts_line(pipe.adapter)}")
         if args.explain:

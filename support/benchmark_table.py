@@ -4,7 +4,6 @@ evaluate.run_benchmark() asks earlier() and answers_of() before anything is made
 the end; what a room like xversebench has score()d comes as a Scored.
 """
 import argparse
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from support.files import read_json, write_text
 from support.origin import texts_of
 from support.pictures import fitted, grid, load_image, resize
 from support.results import SCORING, markdown, write
-from support.words import say
+from support.words import as_typed, say
 
 SHOWN = 12                                               # prompts on the sheet
 SHRUNK = 256                                             # longer side of a picture there, pixels
@@ -125,4 +124,4 @@ def command_again(*more: object) -> str:
             left_out = word.startswith("--sc")           # argparse takes --scores cut short, too
         if not left_out:
             words.append(word)
-    return shlex.join([*words, *map(str, more)])
+    return as_typed([*words, *more])

@@ -2,7 +2,6 @@
 
 weights.py calls it, and gives it its load().
 """
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from support import (adapters, devices, foreign, layouts, lora, options, origin,
                      targets)
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
 from support.pictures import PICTURES
-from support.words import counted, span
+from support.words import as_typed, counted, some_of, span
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
 COMMAND = "python sample.py --instruction TEXT"
@@ -86,7 +85,7 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
                     f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
                     f"routed by {routed}")
     line, option = fits(tensors)
-    return [*told, line, f"{COMMAND}{option} --adapter {shlex.quote(str(path))}"]
+    return [*told, line, f"{COMMAND}{option} --adapter {as_typed([path])}"]
 
 
 def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -121,8 +120,8 @@ def fits(tensors: dict[str, Tensor]) -> tuple[str, str]:
         told[f"{model} (width {config.width})"] = other
     nearest = min(told, key=lambda model: len(told[model]))
     return (f"fits neither {' nor '.join(told)}: of its {len(wanted)} layers {len(told[nearest])} "
-            f"are not {nearest.partition(' (')[0]}'s: {'; '.join(told[nearest][:3])}"
-            + "; ..." * (len(told[nearest]) > 3)), ""
+            f"are not {nearest.partition(' (')[0]}'s: "
+            + some_of(told[nearest], between="; ")), ""
 
 
 def describe(path: Path, load: Callable) -> tuple[str, bool]:
@@ -151,8 +150,8 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
     wrong += [f"{path}: without {part}" for part in layouts.OPTIONS if folder and part not in found]
     if wrong:
         return "\n".join([*lines, *wrong, f"{path}: not whole"]), False
-    named = {part: shlex.quote(str(place)) for part, place in found.items()}
-    used = [f"--model {shlex.quote(str(path))}"] if folder else [
+    named = {part: as_typed([place]) for part, place in found.items()}
+    used = [f"--model {as_typed([path])}"] if folder else [
         f"{layouts.OPTIONS[part]} {named.get(part, '...')}" for part in layouts.SIGNS
     ] + ["--tokenizers ..."]
     return "\n".join([*lines, f"{path}: whole", " ".join([COMMAND, *used])]), True

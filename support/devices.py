@@ -26,6 +26,7 @@ from support.commands import is_first
 ROOM = 0.8                                               # of a device's memory, for weights
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3              # of glibc's malloc.h
 LARGE = 1e9                                              # bytes of weights that take a while
+COMPILERS = {"darwin": "clang++", "win32": "cl"}         # that torch.compile takes, else g++
 CONTAINER = Path("/sys/fs/cgroup")                       # its limits, where Linux sets some
 
 
@@ -92,7 +93,11 @@ def available() -> int:
     found = re.search(r"MemAvailable: *(\d+) kB", file.read_text()) if file.is_file() else None
     free = int(found[1]) * 1024 if found else 0
     if limit := of_container("memory.max"):
-        free = min(free, max(0, limit - of_container("memory.current")))
+        stat = CONTAINER / "memory.stat"
+        told = stat.read_text() if stat.is_file() else ""
+        of_files = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)", told, re.M)))
+        used = of_container("memory.current") - of_files         # those it gives up at need
+        free = min(free, max(0, limit - used))
     return free
 
 
@@ -103,9 +108,9 @@ def choose_dtype(name: str, device: torch.device, stored: int) -> torch.dtype:
     """
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type != "cpu" or FAST_BF16
-    large = device.type != "cpu" or 2 * stored >= memory(device) / 2
-    return torch.bfloat16 if fast and large else torch.float32
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if FAST_BF16 and 2 * stored >= memory(device) / 2 else torch.float32
 
 
 def attend_in_fp32(q: Tensor, k: Tensor, v: Tensor, pe: Tensor,
@@ -192,7 +197,7 @@ def keep_freed_memory() -> None:
 
 def check_compiler() -> None:
     """Raises: ValueError when the one that torch.compile would take is not there."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = os.environ.get("CXX", COMPILERS.get(sys.platform, "g++"))
     if not which(compiler):
         raise ValueError(f"--compile: needs a C++ compiler; there is no {compiler}")
 

@@ -11,10 +11,7 @@ The page stands by itself: pictures, style and script lie within it (explain.htm
 nine stages get their figures from explain_inputs, _adapter, _steps, _attention and _effect.
 """
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,28 +27,15 @@ from support.explain_edit import Edit
 from support.figures import text
 from support.files import write_text
 from support.pictures import Given, each, given_picture, resize
-from support.tables import read_rows
 from support.trace import Trace
+from support.words import as_typed
 
 FRAME = Path(__file__).with_name("explain.html")
-OTHERS = Path(__file__).parent.parent / "tiny/examples/tasks.jsonl"
 STAGES = {"asked": explain_inputs.asked, "words": explain_inputs.words,
           "routing": explain_adapter.routing, "tokens": explain_inputs.tokens,
           "schedule": explain_inputs.schedule, "steps": explain_steps.steps,
           "attention": explain_attention.attention, "effect": explain_effect.effect,
           "result": explain_steps.result}                # from the page's top to its end
-NUMBER = 6                                               # of other instructions, at most
-
-
-def other_instructions(instruction: str) -> list[str]:
-    """The first of each task in the embedded model's examples; none where they are not there."""
-    if not OTHERS.is_file():
-        return []
-    first: dict[str, str] = {}
-    for _, row in read_rows(OTHERS):
-        if row["instruction"] != instruction:
-            first.setdefault(row["task"], row["instruction"])
-    return list(first.values())[:NUMBER]
 
 
 def names_of(sources: Iterable[Given], word: str) -> list[str]:
@@ -62,12 +46,11 @@ def names_of(sources: Iterable[Given], word: str) -> list[str]:
 
 def explain(trace: Trace, picture: Image.Image, images: Given | Iterable[Given] = (),
             conds: Given | Iterable[Given] = (), *, truth: np.ndarray | None = None,
-            others: list[str] | None = None, command: str = "") -> str:
+            command: str = "") -> str:
     """A page of HTML about an edit that was watched; nothing in it is loaded from elsewhere.
 
     picture: what sample.edits() gave, with its texts; images, conds: what it was given. truth: the
-    right answer, (H, W, 3) uint8, where it is known. others: instructions whose routing is
-    compared, by default some of the embedded model's. command: what makes this page again.
+    right answer, (H, W, 3) uint8, where it is known. command: what makes this page again.
     Raises: ValueError when nothing was watched, or the picture is not from sample.edits().
     """
     if trace.latents is None:
@@ -80,9 +63,7 @@ def explain(trace: Trace, picture: Image.Image, images: Given | Iterable[Given] 
     given += [resize(read_cond(one, lambda _, size=size: size), size)
               for one, size in zip(conds, sizes)]
     edit = Edit(trace, picture, [given_picture(one) for one in images], given,
-                [*names_of(images, "reference"), *names_of(conds, "condition")], truth,
-                [], command)
-    edit.others = other_instructions(edit.routing_text) if others is None else others
+                [*names_of(images, "reference"), *names_of(conds, "condition")], truth, command)
     parts, findings = {"title": text(edit.instruction)}, []
     for number, (name, stage) in enumerate(STAGES.items(), 1):
         found = stage(edit)
@@ -92,11 +73,6 @@ def explain(trace: Trace, picture: Image.Image, images: Given | Iterable[Given] 
     parts["findings"] = "".join(findings)
     parts["data"] = json.dumps(edit.data).replace("<", "\\u003c")           # no tag ends it
     return re.sub(r"\{\{([\w.]+)\}\}", lambda place: parts[place[1]], FRAME.read_text("utf-8"))
-
-
-def as_typed(arguments: list[str], windows: bool = os.name == "nt") -> str:
-    """A command as one line, quoted for the shell at hand."""
-    return subprocess.list2cmdline(arguments) if windows else shlex.join(arguments)
 
 
 def write(file: Path, trace: Trace, picture: Image.Image, job: jobs.Job) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,9 +22,12 @@ from support.attention import ASKED, ASKING
 from support.figures import fullest, heat
 from support.origin import ROUTED_BY
 from support.passages import listing, Passage
+from support.tables import read_rows
 from support.trace import Effect, Step, Trace
 
 Parts = dict[str, str]                                   # of a stage, by name: HTML
+OTHERS = Path(__file__).parent.parent / "tiny/examples/tasks.jsonl"
+NUMBER = 6                                               # of other instructions, at most
 
 
 class Piece(NamedTuple):
@@ -87,7 +91,6 @@ class Edit:
     given: list[np.ndarray]                              # references, then conditions
     names: list[str]                                     # of given
     truth: np.ndarray | None
-    others: list[str]                                    # instructions to compare with
     command: str
     data: dict = field(default_factory=dict)             # what the page's script reads
 
@@ -99,6 +102,15 @@ class Edit:
     def routing_text(self) -> str:
         """What the routers saw: the instruction, or another text."""
         return self.picture.info.get(ROUTED_BY, self.instruction)
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Instructions to compare with: the first of each task in the embedded model's examples."""
+        first: dict[str, str] = {}
+        for _, row in read_rows(OTHERS) if OTHERS.is_file() else []:
+            if row["instruction"] != self.routing_text:
+                first.setdefault(row["task"], row["instruction"])
+        return list(first.values())[:NUMBER]
 
     @property
     def pipeline(self) -> ModuleType:

@@ -49,7 +49,7 @@ def fullest(values: np.ndarray) -> float:
     return max(float(np.quantile(np.abs(values), 0.99)), 1e-12)
 
 
-def heat(values: np.ndarray, alt: str, kind: str = "") -> str:
+def heat(values: np.ndarray, alt: str, kind: str) -> str:
     """Numbers (rows, columns) as colours: clear at 0, full at fullest()."""
     strength = np.clip(np.abs(values) / fullest(values), 0, 1)[..., None]
     colour = np.where(values[..., None] < 0, COLD, WARM)
@@ -57,9 +57,9 @@ def heat(values: np.ndarray, alt: str, kind: str = "") -> str:
     return img(data_uri(Image.fromarray(pixels)), alt, f"{kind} pixels heat")
 
 
-def channels(latents: np.ndarray, alt: str, across: int = 8) -> str:
-    """Latents (C, h, w) as C small pictures side by side, with a gap, each clear at 0."""
-    C, h, w = latents.shape
+def channels(latents: np.ndarray, alt: str) -> str:
+    """Latents (C, h, w) as C small pictures, eight side by side, with a gap, each clear at 0."""
+    (C, h, w), across = latents.shape, 8
     gap = max(1, w // 8)
     down = -(-C // across)
     sheet = np.zeros((down * (h + gap) - gap, across * (w + gap) - gap))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from support.bad_rows import skipping
 from support.pictures import PICTURES, pictures_in
+from support.words import some_of
 from support.tables import is_list, read_text
 
 RUBBISH = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__macosx", "$recycle.bin")
-EXAMPLES = 3                                             # of what is left out
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json")      # of a folder, first found
 LOOKED_AT = 100_000                                      # files below a folder, at most
 
@@ -147,5 +147,4 @@ def unnamed(folder: Path, table: Path, named: Iterable[str]) -> list[str]:
 
 def few(files: list[Path], folder: Path) -> str:
     """Their number, and the first of them."""
-    names = [str(file.relative_to(folder)) for file in files[:EXAMPLES]]
-    return f"{len(files):,} ({', '.join(names)}{', ...' if len(files) > EXAMPLES else ''})"
+    return f"{len(files):,} ({some_of([file.relative_to(folder) for file in files])})"

@@ -5,6 +5,7 @@ support/plans.py reads them for sample.py, before any weight is read.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from PIL import Image
@@ -15,9 +16,9 @@ from support.conditions import check_cond
 from support.folders import TABLES, metadata_of
 from support.masks import read_mask
 from support.names import ours, pictures_named, read_name
-from support.pictures import is_picture, load_image
+from support.pictures import is_picture, load_image, save_picture
 from support.tables import checked_path, read_rows, row_paths, row_text
-from support.words import counted, note
+from support.words import counted, note, some_of
 
 
 @dataclass
@@ -138,6 +139,20 @@ def advancing(bar: tqdm, steps: int) -> Callable[[int, Tensor], None]:
     return advance
 
 
+def save(picture: Image.Image, out: Path, over: bool) -> Path:
+    """Write a picture with its texts; -> where to.
+
+    over: whether what stands in `out` is written over; else, where another run has taken that name
+    since it was chosen, the picture goes beside it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not over:
+        others = (out.with_stem(f"{out.stem}_{i}") for i in count(1))
+        out = next(other for other in others if not other.exists())
+    save_picture(picture, out, picture.info)
+    return out
+
+
 def size_told(made: Image.Image, images: list[Image.Image]) -> str:
     """The size of what edits() made, and another one that its user may wonder about."""
     told, made_at = f"{made.width}x{made.height}", made.info["size"]
@@ -152,6 +167,5 @@ def tell_skipped(jobs: list[Job]) -> None:
     """Say at the end what a batch did not make, as it is there."""
     there = [job.there for job in jobs if job.there]
     if there:
-        names = ", ".join(path.name for path in there[:3]) + ", ..." * (len(there) > 3)
         print(f"skipped: {len(there)} of {len(jobs)} pictures are in {there[0].parent} by their "
-              f"names already ({names})")
+              f"names already ({some_of([path.name for path in there])})")

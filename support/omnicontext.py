@@ -7,7 +7,6 @@ Reference: Wu et al., 2025, arXiv:2506.18871; github.com/VectorSpaceLab/OmniGen2
 """
 import argparse
 import math
-import shlex
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from support.results import cell
 from support.rows import Rows
 from support.scores import mean
 from support.tables import read_rows, row_text
+from support.words import as_typed
 
 NATIVE = 1                                               # the first picture is edited, as in the
                                                          # paper's code; the others are subjects
@@ -124,7 +124,7 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
 
 def scorers(args: argparse.Namespace) -> str:
     """What computes the two scores, as text."""
-    folder, name = (shlex.quote(str(part)) for part in (args.out.absolute().parent, args.out.name))
+    folder, name = (as_typed([part]) for part in (args.out.absolute().parent, args.out.name))
     return f"""# What scores OmniContext's pictures
 
 A judge, GPT-4.1 behind OpenAI's service (with your key, for your money: two questions a picture,

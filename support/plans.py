@@ -74,16 +74,21 @@ def check_page(args: argparse.Namespace, makes: bool) -> None:
     check_folder("--explain", page)
 
 
+def check_instruction(text: object, name: str) -> None:
+    """Raises: ValueError where it is empty, or no text. name: for errors."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} {text!r}: must be a text")
+    if not checked_text(text, name).strip():
+        raise ValueError(f"{name} is empty: say what to show, or what to change")
+
+
 def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: float,
                size: tuple[int, int] | None) -> None:
     """What is asked of sample.edits(), by whomever. Raises: ValueError.
 
     What the model does not read of the instruction is said.
     """
-    if not isinstance(instruction, str):
-        raise ValueError(f"instruction {instruction!r}: must be a text")
-    if not checked_text(instruction, "instruction").strip():
-        raise ValueError("instruction is empty: say what to show, or what to change")
+    check_instruction(instruction, "instruction")
     for name, value, kind, limits in (("steps", steps, Integral, STEPS),
                                       ("guidance", guidance, Real, GUIDANCE)):
         if not isinstance(value, kind):
@@ -154,9 +159,7 @@ def plan_one(args: argparse.Namespace, make: bool) -> list[Job]:
     """The job of --instruction; make: whether pictures are wanted."""
     if args.keep_size and not args.image:
         raise ValueError("--keep-size: there is no --image whose size could be kept")
-    if not args.instruction.strip():
-        raise ValueError("--instruction is empty: say what to show, or what to change")
-    checked_text(args.instruction, "--instruction")
+    check_instruction(args.instruction, "--instruction")
     for path in args.image:
         load_image(path)
     given = [*args.image, *map(check_cond, args.cond)]

@@ -9,7 +9,6 @@ github.com/yanq095/InstructMoLE.
 """
 import argparse
 import re
-import shlex
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from support.public_sets import LEADS
 from support.results import HOLE, cell
 from support.rows import Rows
 from support.scores import SMALLEST, mean
+from support.words import as_typed
 
 NATIVE = 0                                               # a map is a clean condition
 MOST = 500                                               # rows
@@ -171,7 +171,7 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
 def scorers(args: argparse.Namespace) -> str:
     """What makes the maps that are not drawn here, as text."""
     out = args.out.absolute()
-    whole, eval_pose, gt_pose = (shlex.quote(str(path)) for path in (
+    whole, eval_pose, gt_pose = (as_typed([path]) for path in (
         out, out / "eval_pose", out / "gt_pose"))
     return f"""# What makes the maps of depth and the keypoints
 

@@ -9,7 +9,7 @@ from support import layouts
 from support.commands import is_first, workers
 from support.pictures import LONGEST
 from support.texts import unread
-from support.words import counted, say
+from support.words import counted, say, some_of
 from text_encoder import T5Tokenizer
 
 SHOWN = 3                                                # of what there is many of
@@ -51,7 +51,7 @@ def understood(source: object) -> list[str]:
     if not hasattr(source, "contents"):
         return []
     files = list(dict.fromkeys(file.name for file, *_ in source.groups))
-    told = f"read from {', '.join(files[:SHOWN])}{', ...' if len(files) > SHOWN else ''}"
+    told = f"read from {some_of(files)}"
     if source.groups[0][0].is_file():                    # else COCO's own folder of pictures
         told += ("; of a folder those called dev, test or val are left out, unless one is named "
                  "itself")
@@ -73,7 +73,7 @@ def per_batch(source: object, size: int) -> float:
 
 
 def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
-         held_out: object = None) -> None:
+         held_out: object) -> None:
     """Print what each source holds and how long a pass over it takes; one process speaks for all.
 
     sources: with their weights; held_out: a validation.HeldOut.
@@ -102,5 +102,5 @@ def tell(args: argparse.Namespace, sources: list[tuple[object, float]],
             instructions = (row.instruction for row in source.checked_rows)
             for line in rows_of(source) + unread(instructions, tokens):
                 say(f"  {line}")
-    for line in held_out.about(tokens, [source for source, _ in sources]) if held_out else []:
+    for line in held_out.about(tokens, [source for source, _ in sources]):
         say(line)

@@ -2,8 +2,11 @@
 
 The commands and their rooms ask here; what ends a command is support/commands.py's.
 """
+import os
+import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from support.commands import is_first
 
@@ -30,11 +33,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def some_of(names: Sequence[object], most: int = 3, between: str = ", ") -> str:
+    """The first of them, and dots for more."""
+    return between.join([*map(str, names[:most]), *["..."] * (len(names) > most)])
+
+
+def as_typed(words: Iterable[object], windows: bool = os.name == "nt") -> str:
+    """A command, or a part of one, quoted for the shell at hand."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if windows else shlex.join(words)
+
+
 def say(line: str) -> None:
-    """Print a line, whatever is in it: names may hold no text, terminals may not know letters."""
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    encoding = sys.stdout.encoding or "utf-8"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding))
+    """Print a line, whatever is in it, as names of files that hold no text."""
+    print("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line))
 
 
 def note(line: str) -> None:

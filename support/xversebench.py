@@ -9,7 +9,6 @@ Reference: Chen et al., 2025, arXiv:2506.21416; github.com/bytedance/XVerse, eva
 """
 import argparse
 import re
-import shlex
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from support.pictures import checked_size, load_image
 from support.results import cell
 from support.scores import mean
 from support.tables import checked_text, located, read_text
+from support.words import as_typed
 from support.xverse_answers import GRID, KINDS, PARTS, Asked, sorted_out, values_of
 
 NATIVE = 0                                               # all subjects are clean conditions
@@ -153,7 +153,7 @@ def scorers(args: argparse.Namespace) -> str:
     """What computes the four scores, as text."""
     commands = "\n".join(
         f"    accelerate launch --num_processes 2 -m eval.tools.{module} \\\n        --input_dir "
-        f"{shlex.quote(str((args.out / name).absolute()))} --test_list_name {name}"
+        f"{as_typed([(args.out / name).absolute()])} --test_list_name {name}"
         for name in PARTS.values()
         for module in ("idip_dpg_score", "idip_face_score", "idip_sam-dino_score",
                        "idip_aes_score"))

@@ -230,7 +230,8 @@ def test_loading_of_a_large_model_is_announced(monkeypatch, capsys) -> None:
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and err[0].startswith("loading ") and err[0].endswith(" GB ...")
     assert err[1] == f"reading {OURS} ..."               # which is large too, here
-    monkeypatch.setenv("RANK", "1")                      # of many processes one speaks
+    monkeypatch.setenv("WORLD_SIZE", "2")                # of many processes one speaks
+    monkeypatch.setenv("RANK", "1")
     load_pipeline(MODEL, None)
     assert not capsys.readouterr().err
 

@@ -24,11 +24,12 @@ import sample
 from helpers import make_pipeline, PICTURE, randn, ROOT, run_command, run_sample
 from support import attention, export, figures, passages, routing_maps, trace
 from support.attention import Grid
-from support.explain import as_typed, explain
+from support.explain import explain
 from support.explain_shares import Comparison, shares_table, verdict
 from support.explain_steps import regrown
 from support.scores import psnr
 from support.trace import Trace
+from support.words import as_typed
 from tiny import pages, world
 
 TEXT = "make the green circle blue"

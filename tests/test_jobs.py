@@ -46,6 +46,15 @@ def test_a_picture_nobody_named_is_not_written_over(folder, monkeypatch, capsys)
     assert Image.open("out.png").size == (64, 64)
 
 
+def test_a_name_that_is_taken_meanwhile_is_not_written_over(folder) -> None:
+    """As by a run on another GPU, which began when the name was free."""
+    picture = Image.new("RGB", (16, 16))
+    for name, over in (("out.png", False), ("out_1.png", False), ("out_2.png", False),
+                       ("out.png", True)):
+        assert jobs.save(picture, Path("out.png"), over) == Path(name)
+    assert {file.name for file in Path().glob("*.png")} >= {"out.png", "out_1.png", "out_2.png"}
+
+
 def test_several_pictures_nobody_named_are_not_either(folder, monkeypatch, capsys) -> None:
     Path("out_1.png").write_bytes(b"mine")
     code, out, err = run_sample(monkeypatch, capsys, "--instruction", "a", "--steps", 1,

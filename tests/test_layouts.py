@@ -314,6 +314,8 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
         assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
         assert only_size(path) == only_size(tiny / "tiny/model/vae") == (64, 64)
         assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)[0]
+    file = "tiny/model/vae/diffusion_pytorch_model.safetensors"
+    assert only_size(tiny / file) == (64, 64)            # its config.json is beside it
     found = model_paths(tiny / "tiny/model", tokenizers=upper)
     assert found["tokenizer"] == upper / "snapshots/0a/tokenizer"
     (upper / "refs/main").unlink()                       # then the newest

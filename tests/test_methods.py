@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import baselines
 import train
@@ -157,6 +157,10 @@ def test_the_longest_side_is_in_the_adapter_where_it_was_asked_for(tmp_path, mon
     files = [tmp_path / name / "adapter.safetensors" for name in ("plain", "long")]
     assert [adapters.longest([file]) for file in files] == [512, 768]
     assert adapters.longest([file.parent for file in files]) == 768
+    for wrong in ("abc", [], -1):
+        save_file({}, tmp_path / "odd.safetensors", {"adapter": json.dumps({"longest": wrong})})
+        with pytest.raises(ValueError, match="odd.safetensors: says longest .*, which is no"):
+            adapters.longest([tmp_path / "odd.safetensors"])
     assert [load_pipeline(short_model, file, "cpu", "float32").longest for file in files] == [
         512, 768]
     with safe_open(files[0], "pt") as opened:            # the same bytes as ever

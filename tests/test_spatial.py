@@ -1,5 +1,6 @@
 """evaluate.py --bench spatial: maps, layout, scores of what is there, what is broken."""
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -225,7 +226,9 @@ def test_a_set_without_rows_is_one_line(tmp_path, monkeypatch, capsys, truth_of)
     (lambda out: (out / f"gt_pose_keypoints/{STEM.format(0)}_keypoints.json").write_text("{}"),
      "000_a car red_keypoints.json: 'people' should hold 'pose_keypoints_2d' of 18 points"),
     (lambda out: (out / f"eval_pose_keypoints/{STEM.format(0)}_keypoints.json").write_text(
-        json.dumps({"people": [{"pose_keypoints_2d": [0.5] * 75}]})), "--model_pose COCO")])
+        json.dumps({"people": [{"pose_keypoints_2d": [0.5] * 75}]})), "--model_pose COCO"),
+    (lambda out: (out / f"eval_pose_keypoints/{STEM.format(0)}_keypoints.json").write_text(
+        json.dumps({"people": [{"pose_keypoints_2d": [math.nan] * 54}]})), "of 18 points")])
 def test_wrong_maps_are_one_line(tmp_path, monkeypatch, capsys, data, truth_of, damage, words):
     truth_of()
     common = ["--data", *data, "--out", tmp_path / "out"]

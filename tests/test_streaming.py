@@ -193,6 +193,9 @@ def test_how_much_memory_can_be_had(tmp_path, monkeypatch):
         (tmp_path / "memory.current").write_text("4000\n")
         assert devices.memory(cpu) == expected
     assert devices.available() == 96
+    (tmp_path / "memory.stat").write_text(               # what files keep in memory can be had
+        "anon 900\nfile 3100\ninactive_anon 7\nactive_file 1000\ninactive_file 2000\n")
+    assert devices.available() == 3096
 
 
 def test_a_command_that_streams_trains_the_same_adapter(tmp_path, monkeypatch, capsys, at_home):
