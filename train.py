@@ -22,6 +22,7 @@ import argparse
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import count, islice
 from operator import call
 
@@ -261,8 +262,7 @@ def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Source
         pipe.adapter = weights.new_adapter(pipe.dit, config)
         return pipe.adapter, make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
 
-    dry_run.tell(args, pipe, adapt, lambda n: empty_loss(pipe, largest, n, args.recompute == "on"),
-                 largest)
+    dry_run.tell(args, pipe, adapt, partial(empty_loss, pipe, largest), largest)
 
 
 def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Tensor:

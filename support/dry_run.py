@@ -6,6 +6,8 @@ run with tensors that have shapes and types, and hold nothing.
 import argparse
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,55 +91,86 @@ def in_words(size: int) -> str:
     return f"{size / GB:7.2f} GB" if size >= GB / 10 else f"{size / MB:7.2f} MB"
 
 
-def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapter, Optimizers]],
-         loss_of: Callable[[int], Tensor], sample: object) -> None:
-    """Print what memory training will need, counted as on a CPU, for one process.
+class Needs(NamedTuple):
+    """Bytes that one process needs on its device."""
+    base: int                                            # the frozen transformer's that are there
+    own: int                                             # the adapter's; its gradients have as many
+    states: int                                          # the optimizers'
+    passes: dict[int, int]                               # most in a step's passes, by its samples
+    update: int                                          # most in its update
+    stay: int                                            # text encoders and autoencoder
+    streamed: bool                                       # whether the blocks visit it in turn
 
-    pipe: a sample.Pipeline without weights. adapt() puts a new adapter on its model; loss_of(n) is
-    that of n such samples.
+    def together(self, batch: int) -> int:
+        return max(self.passes[batch], self.update) + self.stay
+
+
+def count(args: argparse.Namespace, pipe: object, adapt: Callable, loss_of: Callable,
+          room: float) -> Needs:
+    """What a device with so much room needs, counted as on a CPU; the others: as tell() has them.
+
+    For one sample, for the batch that is asked for, and for MANY of it.
     """
-    model, encoders = pipe.dit, (pipe.t5, pipe.clip, pipe.vae)
+    model, batch = pipe.dit, args.batch_size
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model.to_empty(device="cpu")
         base = live.now
         blocks = [sum(t.nbytes for t in offload.weights_of(block)) for block in model.blocks]
-        room = args.dry_run * GB or devices.memory(pipe.device)
         visits = not args.shard and (args.dry_run or pipe.device.type != "cpu")
         streamed = visits and base >= devices.ROOM * room
-        args.recompute = "on" if streamed else args.recompute
+        loss_of = partial(loss_of, recompute=streamed or args.recompute == "on")
         adapter, optimizers = adapt()
         own = live.now - base
         first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)
         states = live.now - base - own                   # the optimizers made them at its end
-        batch, many = args.batch_size, MANY * args.batch_size
         passes = {1: first + states}
-        for n in (many, batch):
+        for n in (MANY * batch, batch):
             passes[n], update = step_bytes(loss_of, n, adapter, optimizers, args.accumulate, live)
+    away = 0
     if args.shard or streamed:                           # but for two: at work, and on its way
-        away = 1 - 1 / commands.workers() if args.shard else 1
-        elsewhere = max(0, sum(blocks) - 2 * max(blocks)) * away
-        base, update = int(base - elsewhere), int(update - elsewhere)
-        passes = {n: int(size - elsewhere) for n, size in passes.items()}
-    kept = 0 if args.cache else sum(t.nbytes for part in encoders for t in offload.weights_of(part))
-    stay = kept if base + kept < devices.ROOM * room else 0      # as load_pipeline() decides
-    whole = max(passes[batch], update)
-    low, high = (batch, many) if whole + stay <= room else (1, batch)
-    each = (passes[high] - passes[low]) / max(1, high - low)     # bytes a sample, at most
-    fits = max(passes[1], update) + stay <= room
-    most = low + int((room - stay - passes[low]) // each) if fits else 0
+        share = 1 - 1 / commands.workers() if args.shard else 1
+        away = int(max(0, sum(blocks) - 2 * max(blocks)) * share)
+    encoders = sum(t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae)
+                   for t in offload.weights_of(part))
+    beside = not args.cache and base - away + encoders < devices.ROOM * room     # as in sampling
+    return Needs(base - away, own, states, {n: size - away for n, size in passes.items()},
+                 update - away, encoders if beside else 0, streamed)
+
+
+def largest_batch(needs: Needs, batch: int, room: float) -> int:
+    """How many samples a step may have, by what `batch` and one or many need; 0: not even one."""
+    if needs.together(1) > room:
+        return 0
+    low, high = (batch, MANY * batch) if needs.together(batch) <= room else (1, batch)
+    each = (needs.passes[high] - needs.passes[low]) / max(1, high - low)     # bytes a sample
+    return low + int((room - needs.stay - needs.passes[low]) // each)
+
+
+def tell(args: argparse.Namespace, pipe: object, adapt: Callable[[], tuple[Adapter, Optimizers]],
+         loss_of: Callable[..., Tensor], sample: object) -> None:
+    """Print what memory training will need, counted as on a CPU, for one process.
+
+    pipe: a sample.Pipeline without weights. adapt() puts a new adapter on its model; loss_of(n,
+    recompute=whether) is the loss of n such samples.
+    """
+    room, batch = args.dry_run * GB or devices.memory(pipe.device), args.batch_size
+    needs = count(args, pipe, adapt, loss_of, room)
+    whole = needs.together(batch)
     height, width = sample.target.shape[:2]
     given = [counted(len(pictures), what) for pictures, what in (
         (sample.images, "reference"), (sample.conds, "condition")) if pictures]
     print(f"memory for a batch of {batch}, {width}x{height}, "
           f"{' and '.join(given) or 'nothing given'}; the largest of 16 samples:")
-    if streamed:
+    if needs.streamed:
         print("  the transformer has no room: its blocks visit the device, and are recomputed")
-    for name, size in (("transformer, frozen", base), ("adapter, fp32", own), ("gradients", own),
-                       ("optimizer", states), ("activations", whole - base - 2 * own - states),
-                       ("text encoders, autoencoder", stay), ("together", whole + stay)):
+    activations = whole - needs.base - 2 * needs.own - needs.states - needs.stay
+    for name, size in (("transformer, frozen", needs.base), ("adapter, fp32", needs.own),
+                       ("gradients", needs.own), ("optimizer", needs.states),
+                       ("activations", activations), ("text encoders, autoencoder", needs.stay),
+                       ("together", whole)):
         if size:
             print(f"  {name:27}{in_words(size)}")
-    print(f"  largest batch in {in_words(room).strip()}: {most:,}")
-    if args.recompute == "auto" and whole + stay > room:
+    print(f"  largest batch in {in_words(room).strip()}: {largest_batch(needs, batch, room):,}")
+    if args.recompute == "auto" and not needs.streamed and whole > room:
         print("  that is without recomputing, to which a CUDA device turns by itself; --recompute "
               "counts with it")

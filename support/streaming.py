@@ -79,65 +79,74 @@ def tell(device: torch.device) -> None:
          "are recomputed in backward; --base-dtype fp8 halves them")
 
 
-@contextmanager
-def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> Iterator[Callable]:
+class Visits:
     """A `run` for the transformer, forward and, where blocks are recomputed, backward.
 
-    While one block computes, the next is on its way; there are never more than two. Weights become
-    page-locked in the background, and stay so: the first step does not wait for it.
+    While one block computes, the next is on its way; there are never more than two.
     """
-    blocks = model.blocks
-    places = {block: i for i, block in enumerate(blocks)}
-    away = [[t for t in offload.weights_of(block) if t.device.type != device.type]
-            for block in blocks]
-    homes = [[t.data for t in block] for block in away]
-    lane, stop = lane or Lane(device), Event()
-    here: dict[int, tuple[list[Tensor], object]] = {}    # copies of a block's, their arrival
-    last = -1                                            # the block that ran before
 
-    def fetch(i: int) -> None:
-        if 0 <= i < len(blocks) and i not in here:
-            here[i] = lane.send(homes[i])
+    def __init__(self, model: nn.Module, device: torch.device, lane: Lane):
+        self.lane, self.places = lane, {block: i for i, block in enumerate(model.blocks)}
+        self.away = [[t for t in offload.weights_of(block) if t.device.type != device.type]
+                     for block in model.blocks]
+        self.homes = [[t.data for t in block] for block in self.away]
+        self.here: dict[int, tuple[list[Tensor], object]] = {}   # a block's copies, their arrival
+        self.last = -1                                   # the block that ran before
 
-    def go_home(i: int) -> None:
-        for t, home in zip(away[i], homes[i]):
-            t.data = home
-
-    def run(block: nn.Module, *args: object) -> object:
-        nonlocal last
-        i, asked = places[block], lane.mark()            # backward passes too
-        fetch(i)
-        copies, arrival = here[i]
-        lane.follow(arrival)
-        for t, copy in zip(away[i], copies):
+    def __call__(self, block: nn.Module, *args: object) -> object:
+        i, asked = self.places[block], self.lane.mark()  # backward passes too
+        self.fetch(i)
+        copies, arrival = self.here[i]
+        self.lane.follow(arrival)
+        for t, copy in zip(self.away[i], copies):
             t.data = copy
         try:
             return block(*args)                          # a device is asked, and not waited for
         finally:                                         # recomputing ends by an exception
-            lane.wait(asked)
-            for other in here.keys() - {i}:              # all that used it is computed
-                go_home(other)
-                del here[other]
-            backward = i in (last, last - 1)             # then they come in reverse
-            fetch(i - 1 if backward else i + 1)
-            last = i
+            self.lane.wait(asked)
+            for other in self.here.keys() - {i}:         # all that used it is computed
+                self.send_home(other)
+                del self.here[other]
+            backward = i in (self.last, self.last - 1)   # then they come in reverse
+            self.fetch(i - 1 if backward else i + 1)
+            self.last = i
 
-    pinning = Thread(target=pin, args=(homes, lane, stop), daemon=True)
-    if lane.pins:
+    def fetch(self, i: int) -> None:
+        """Have a block's weights copied to the device, if there is such a block."""
+        if 0 <= i < len(self.homes) and i not in self.here:
+            self.here[i] = self.lane.send(self.homes[i])
+
+    def send_home(self, i: int) -> None:
+        for t, home in zip(self.away[i], self.homes[i]):
+            t.data = home
+
+    def end(self) -> None:
+        self.lane.wait(self.lane.mark())
+        for i in range(len(self.homes)):
+            self.send_home(i)
+
+
+@contextmanager
+def stream(model: nn.Module, device: torch.device, lane: Lane | None = None) -> Iterator[Visits]:
+    """What calls the blocks, while all else of the transformer is on the device.
+
+    Weights become page-locked in the background, and stay so: the first step does not wait for it.
+    """
+    visits, stop = Visits(model, device, lane or Lane(device)), Event()
+    pinning = Thread(target=pin, args=(visits.homes, visits.lane, stop), daemon=True)
+    if visits.lane.pins:
         pinning.start()
     with ExitStack() as rest:
         for part in model.children():
             if not isinstance(part, nn.ModuleList):
                 rest.enter_context(offload.on_device(part, device))
         try:
-            yield run
+            yield visits
         finally:
             stop.set()
-            if lane.pins:
+            if visits.lane.pins:
                 pinning.join()
-            lane.wait(lane.mark())
-            for i in range(len(blocks)):
-                go_home(i)
+            visits.end()
 
 
 def visiting(model: nn.Module, device: torch.device,
