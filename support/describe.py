@@ -12,12 +12,12 @@ from mole import AdapterConfig
 from support import (adapters, devices, foreign, layouts, lora, options, origin, research,
                      targets)
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
+from support.implied import RELEASED
 from support.pictures import PICTURES
 from support.words import as_typed, counted, some_of, span
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
 COMMAND = "python sample.py --instruction TEXT"
-RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
 LORA, RESEARCH = "that is a LoRA", "of the research code"
 TEXTS = "the instruction vector"                         # T5's width to CLIP's
 # Which of an adapter's tensors tells a layer's width, 0 in or 1 out, and by which dimension.

@@ -14,6 +14,7 @@ from support.attention import Grid
 from support.explain_edit import (Edit, figure, heat_strip, lines, Parts, Piece, pieces_of, scale,
                                   shape, shapes)
 from support.figures import channels, chart, heat, picture, text
+from support.implied import RELEASED
 from support.origin import ROUTED_BY
 from support.passages import from_here, passage
 from support.words import counted
@@ -24,7 +25,6 @@ PADDING = 22                                             # rows of T5's that are
 RULED = 32                                               # tokens on a side, at most, between lines
 MOST = 64                                                # latents on a side that are shown, at most
 FACTS = ("size", "steps", "guidance", "seed", "given", "model", "adapters", "dtype")
-RELEASED = (19, 38, 3072)                                # blocks and width of FLUX.1-Kontext
 LETTERS = {"text": "T", "target": "I", "reference": "R", "condition": "Q"}
 
 
@@ -37,9 +37,10 @@ def model(edit: Edit) -> str:
     told = (f"The transformer of this run has {own[0]} double and {own[1]} single blocks of width "
             f"{own[2]:,}, {frozen / 1e6:,.1f} million numbers")
     told += f"; its adapter adds {sum(added.values()) / 1e6:,.1f} million. " if added else ". "
-    if own != RELEASED:
-        told += "<strong>It is a toy</strong>: " if own[2] < RELEASED[2] else ""
-        told += "the released FLUX.1-Kontext has {} + {} blocks of width {:,}. ".format(*RELEASED)
+    released = RELEASED.num_layers, RELEASED.num_single_layers, RELEASED.width
+    if own != released:
+        told += "<strong>It is a toy</strong>: " if own[2] < released[2] else ""
+        told += "the released FLUX.1-Kontext has {} + {} blocks of width {:,}. ".format(*released)
     return (f"<p>{told}A double block has weights apart for text and for pictures, which meet in "
             "its attention; a single block has one set for all tokens.</p>")
 

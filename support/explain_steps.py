@@ -9,15 +9,9 @@ import numpy as np
 from support.explain_edit import Edit, figure, lines, Parts, shape, shapes
 from support.figures import chart, picture, text
 from support.passages import passage
-from support.scores import psnr
+from support.scores import psnr, shrunk
 
 SETTLED = 0.1                                            # of what there is to know
-
-
-def coarse(pixels: np.ndarray, side: int) -> np.ndarray:
-    """Means over squares of so many pixels, (H, W, 3) uint8 -> (H / side, W / side, 3)."""
-    H, W, _ = pixels.shape
-    return pixels.astype(float).reshape(H // side, side, W // side, side, 3).mean((1, 3))
 
 
 def still_open(edit: Edit) -> dict[str, list[tuple[float, float]]]:
@@ -29,7 +23,7 @@ def still_open(edit: Edit) -> dict[str, list[tuple[float, float]]]:
     side = 2 * edit.trace.pipe.vae.config.factor
 
     def parts(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        means = coarse(pixels, side)
+        means = shrunk(pixels, side)
         return means, pixels - np.kron(means, np.ones((side, side, 1)))
     last = parts(edit.x0[edit.trace.steps[-1].number])
     spreads = [max((part - part.mean((0, 1))).std(), 1.0) for part in last]

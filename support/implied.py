@@ -4,6 +4,9 @@ weights.load() asks when a single file was given; weights.PARTS names the functi
 """
 import torch
 
+from dit import DiTConfig
+
+RELEASED = DiTConfig(64, 19, 38, 128, 24, 4096, 768, (16, 56, 56), guidance_embeds=True)
 Shapes = dict[str, torch.Size]                           # of tensors, by name
 
 
@@ -21,7 +24,7 @@ def implied_dit(shapes: Shapes) -> dict:
             "attention_head_dim": head, "num_attention_heads": width // head,
             "joint_attention_dim": shapes["context_embedder.weight"][1],
             "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-            "axes_dims_rope": (16, 56, 56),
+            "axes_dims_rope": RELEASED.axes_dims_rope,
             "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes}
 
 

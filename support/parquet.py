@@ -136,9 +136,13 @@ class Public:
                 own = rng if self.draws is None else np.random.default_rng(
                     [number, i, conditions, int(rng.integers(self.draws))])
                 sample = self.sample(row, own, conditions, where)
-                if sample and shapes_of(sample) == shapes_of(samples[0] if samples else sample):
-                    size = size if samples else self.size_of(row, where)
-                    samples.append(sample)
+                if sample is None:
+                    continue
+                if not samples:
+                    size = self.size_of(row, where)
+                elif shapes_of(sample) != shapes_of(samples[0]):
+                    continue
+                samples.append(sample)
             if len(samples) == wanted:
                 break
         return samples

@@ -55,10 +55,10 @@ def ssim(picture: np.ndarray, target: np.ndarray) -> float:
     return similarities(picture.astype(float), target.astype(float))[0]
 
 
-def halved(x: np.ndarray) -> np.ndarray:
-    """Means of 2x2 pixels, (H, W, 3) -> (H // 2, W // 2, 3); an odd last line is left out."""
-    h, w = x.shape[0] // 2, x.shape[1] // 2
-    return x[:2 * h, :2 * w].reshape(h, 2, w, 2, -1).mean((1, 3))
+def shrunk(x: np.ndarray, side: int = 2) -> np.ndarray:
+    """Means of squares, (H, W, 3) -> (H // side, W // side, 3); what is left at the end is not."""
+    h, w = x.shape[0] // side, x.shape[1] // side
+    return x[:side * h, :side * w].reshape(h, side, w, side, -1).mean((1, 3))
 
 
 def ms_ssim(picture: np.ndarray, target: np.ndarray, reflected: bool = False) -> float | None:
@@ -77,7 +77,7 @@ def ms_ssim(picture: np.ndarray, target: np.ndarray, reflected: bool = False) ->
             a, b = (np.pad(x, [(SIDE // 2,) * 2] * 2 + [(0, 0)], mode="reflect") for x in (a, b))
         whole, contrast = similarities(a, b)
         found.append(contrast)
-        a, b = halved(a), halved(b)
+        a, b = shrunk(a), shrunk(b)
     return float(np.prod(np.maximum([*found[:-1], whole], 0) ** SCALES))
 
 

@@ -24,7 +24,7 @@ from support.estimates import found_in, people_in
 from support.parquet import text_of
 from support.pictures import fitted, load_image, resize
 from support.public_sets import LEADS
-from support.results import HOLE, cell
+from support.results import cell
 from support.rows import Rows
 from support.scores import SMALLEST, mean
 from support.words import as_typed
@@ -146,14 +146,14 @@ def score(done: list[Prompt], args: argparse.Namespace) -> Scored:
         own = [prompt for prompt in done if prompt.part == kind]
         if own:
             values[kind] = measure(own, args)
-            rows += [[f"{kind}: {name}", cell(value, shapes.get(name, "{:.4f}")), HOLE]
+            rows += [[f"{kind}: {name}", cell(value, shapes.get(name, "{:.4f}"))]
                      for name, value in values[kind].items()]
             missing = [name for name, value in values[kind].items() if value is None]
             whole = len(missing) == len(values[kind])
             left_open += [kind] if whole else [f"{kind} {name}" for name in missing]
         else:
             left_open.append(f"{kind} (no set given)")
-    return Scored(["score", "this run", "published"], rows, values, {}, left_open, [
+    return Scored(["score", "this run"], rows, values, {}, left_open, [
         "Published: InstructMoLE's own figures could not be found, so none stand here.",
         f"Protocol: the first {MOST} rows of a set, one picture each, from the caption in a "
         f"sentence that names the map. Ours: {SIDE} pixels on the longer side (a model of smaller "

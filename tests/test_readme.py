@@ -29,8 +29,8 @@ from dit import DiTConfig, FluxTransformer
 from helpers import (assert_equal, MODEL, ROOT, run_sample, run_train, SETS, write_set,
                      write_shards, written)
 from support import adapters, layouts, research
-from support.describe import RELEASED
 from support.files import config_from, read_json, read_tensors
+from support.implied import RELEASED
 from support.fp8 import NarrowLinear
 from support.public_sets import PUBLIC
 

@@ -133,8 +133,8 @@ def test_what_is_too_small_has_no_ms_ssim_and_is_said_once(tmp_path, monkeypatch
     truth_of()
     code, told, _ = run(monkeypatch, capsys, "--data", data[0], "--out", tmp_path / "out")
     assert code == 0 and "not scored: canny ms_ssim, and depth (no set given), and pose" in told
-    assert table_of(tmp_path / "out")["canny: ms_ssim"] == ["–", "–"]
-    assert table_of(tmp_path / "out")["canny: pictures too small for MS-SSIM"] == ["3", "–"]
+    assert table_of(tmp_path / "out")["canny: ms_ssim"] == ["–"]
+    assert table_of(tmp_path / "out")["canny: pictures too small for MS-SSIM"] == ["3"]
     assert "MS-SSIM of those with at least 176 pixels on the shorter side" in told
 
 
