@@ -43,10 +43,6 @@ from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 
 THRESHOLD = 0.03                                         # of the mean squared error
 BENCHES = {"xverse": xversebench, "omnicontext": omnicontext, "spatial": spatial}
-# Options that belong to some --bench alone; "" stands for --data without one.
-ONLY = {"tasks": ["tiny"], "number": ["tiny", ""], "route_by": ["tiny", ""], "data_root": [""],
-        "skip_bad": [""],
-        **dict.fromkeys(("limit", "scores", "native", "size"), list(BENCHES))}
 
 
 def make_pictures(pipe: Pipeline, samples: list[Sample], steps: int, guidance: float,
@@ -189,28 +185,8 @@ def run_benchmark(args: argparse.Namespace, bench: ModuleType) -> None:
 
 # ----------------------------------------------------------------------------------------- command
 
-def check(args: argparse.Namespace) -> None:
-    """Raises: ValueError for what does not go together."""
-    needs_data = args.bench != "tiny"                    # benchmarks of the paper, one's own pairs
-    if needs_data != (args.data is not None):
-        raise ValueError(f"give either --bench tiny or --data SOURCE, or --bench "
-                         f"{', '.join(BENCHES)} with the --data that it is read from")
-    if args.data == ["tiny"]:
-        raise ValueError("--data tiny: the tiny world has scores of its own: --bench tiny")
-    if args.data and len(args.data) > 1 and args.bench != "spatial":
-        raise ValueError(f"--data {' '.join(args.data)}: name one; only --bench spatial takes more")
-    for name, scored in ONLY.items():
-        value = getattr(args, name)
-        is_set = value is not None and value is not False        # 0 is set, too
-        if is_set and (args.bench or "") not in scored:
-            raise ValueError(f"--{name.replace('_', '-')}: not together with "
-                             f"{f'--bench {args.bench}' if args.bench else '--data'}")
-
-
 def main() -> None:
     args = options.evaluate_options(list(BASE_TASKS + NEW_TASKS), PUBLIC, BENCHES)
-    check(args)
-    args.steps = args.steps or (12 if args.bench == "tiny" else 28)
     if args.bench in BENCHES:
         run_benchmark(args, BENCHES[args.bench])
         return

@@ -166,8 +166,30 @@ def evaluate_options(tasks: list[str], public: Iterable[str],
                         help="put these in the place of others in --out")
     add_benchmark(parser)
     args = parser.parse_args()
+    check_scoring(args, list(benches))
+    args.steps = args.steps or (12 if args.bench == "tiny" else 28)
     args.given = parser.given | ({"adapter"} if args.adapter else set())     # not by default
     return args
+
+
+def check_scoring(args: argparse.Namespace, benches: list[str]) -> None:
+    """Raises: ValueError for what does not go together."""
+    if (args.bench == "tiny") == (args.data is not None):
+        raise ValueError(f"give either --bench tiny or --data SOURCE, or --bench "
+                         f"{', '.join(benches)} with the --data that it is read from")
+    if args.data == ["tiny"]:
+        raise ValueError("--data tiny: the tiny world has scores of its own: --bench tiny")
+    if args.data and len(args.data) > 1 and args.bench != "spatial":
+        raise ValueError(f"--data {' '.join(args.data)}: name one; only --bench spatial takes more")
+    only = {"tasks": ["tiny"], "number": ["tiny", None], "route_by": ["tiny", None],
+            "data_root": [None], "skip_bad": [None],     # None: of --data without --bench
+            **dict.fromkeys(("limit", "scores", "native", "size"), benches)}
+    for name, scored in only.items():
+        value = getattr(args, name)
+        is_set = value is not None and value is not False        # 0 is set, too
+        if is_set and args.bench not in scored:
+            raise ValueError(f"--{name.replace('_', '-')}: not together with "
+                             f"{f'--bench {args.bench}' if args.bench else '--data'}")
 
 
 def add_benchmark(parser: argparse.ArgumentParser) -> None:
