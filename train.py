@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import count, islice
@@ -168,6 +169,15 @@ def update(args: argparse.Namespace, adapter: Adapter, optimizers: Optimizers, s
 
 # ---------------------------------------------------------------------------------------- the loop
 
+def micro_batches(args: argparse.Namespace, sources: Sources, first: int, stride: int
+                  ) -> Iterator[list[tuple[int, list[Sample]]]]:
+    """Each step's, from number `first` on every stride-th, as accumulate() takes them."""
+    batches = data.batches(sources, args.batch_size, args.seed, first, stride)
+    seeds = (args.seed * 2 ** 32 + i for i in count(first, stride))
+    while True:
+        yield list(islice(zip(seeds, batches), args.accumulate))
+
+
 def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: HeldOut,
           settings: dict, rank: int, workers: int) -> None:
     """Run the steps that are left. Of the micro-batches, this process takes every workers-th."""
@@ -180,16 +190,13 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
         report.tell_missing()
     watching = rank == 0 or args.shard                   # --shard: a pass needs all processes
     shown = some_of_each(sources, args.seed) if watching else []
-    batches = data.batches(sources, args.batch_size, args.seed, number + rank, workers)
-    seeded = ((args.seed * 2 ** 32 + i, samples)
-              for i, samples in zip(count(number + rank, workers), batches))
+    drawn = micro_batches(args, sources, number + rank, workers)
     spared = sparing(accumulate, args.recompute)         # done again where memory runs out
     log, began = record.Log(args.out, start, rank), time.time()
     with resume.stop_signals() as asked, tqdm(
             range(start, args.steps), initial=start, total=args.steps, desc=args.method,
             mininterval=2, disable=rank > 0) as bar:
-        micro_batches = (list(islice(seeded, args.accumulate)) for _ in count())     # of each step
-        for step, micro in zip(bar, resume.one_ahead(micro_batches, asked)):
+        for step, micro in zip(bar, resume.one_ahead(drawn, asked)):
             number += args.accumulate * workers          # of the next step's first micro-batch
             if step == 0 and rank == 0:
                 record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
@@ -262,15 +269,8 @@ def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Source
         pipe.adapter = weights.new_adapter(pipe.dit, config)
         return pipe.adapter, make_optimizers(pipe.adapter, args.lr, args.lr, args.optimizer)
 
-    dry_run.tell(args, pipe, adapt, partial(empty_loss, pipe, largest), largest)
-
-
-def empty_loss(pipe: Pipeline, like: Sample, batch: int, recompute: bool) -> Tensor:
-    """The loss of `batch` such samples, from tensors with shapes and types alone."""
-    from support import dry_run
-    x0, given = dry_run.empty_batch(pipe, like, batch, as_tokens)            # x0 (B, C, h, w)
-    tokens, t = dit.pack(x0), torch.empty(batch)         # as x0 and as noise: nothing is in them
-    return sum(matching_loss(pipe, given, tokens, tokens, t, x0.shape[-2:], recompute).values())
+    loss_of = partial(dry_run.empty_loss, pipe, largest, as_tokens, matching_loss)
+    dry_run.tell(args, pipe, adapt, loss_of, largest)
 
 
 def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:

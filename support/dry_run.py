@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dit
 from mole import Adapter
 from support import commands, devices, offload
 from support.resume import Optimizers
@@ -72,18 +73,20 @@ def largest(batches: Iterator[list]) -> object:
     return found
 
 
-def empty_batch(pipe: object, like: object, batch: int, as_tokens: Callable
-                ) -> tuple[Tensor, object]:
-    """The target's latents (B, C, h, w) and all that is given, with shapes and types alone.
+def empty_loss(pipe: object, like: object, as_tokens: Callable, matching_loss: Callable,
+               batch: int, recompute: bool) -> Tensor:
+    """The loss of `batch` such samples, from tensors that have shapes and types alone.
 
-    pipe: a sample.Pipeline; like: a sample of which there are `batch`; as_tokens: sample.py's.
+    pipe: a sample.Pipeline; as_tokens: sample.py's; matching_loss: train.py's.
     """
     c = pipe.dit.config
     x0, *latents = (torch.empty(batch, c.in_channels // 4, p.shape[0] // 8, p.shape[1] // 8)
                     for p in (like.target, *like.given))
     txt = torch.empty(batch, pipe.t5_tokens.length, c.joint_attention_dim, dtype=pipe.dtype)
     pooled = torch.empty(batch, c.pooled_projection_dim, dtype=pipe.dtype)
-    return x0, as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))
+    given = as_tokens(txt, pooled, [z.to(pipe.dtype) for z in latents], len(like.images))
+    tokens, t = dit.pack(x0), torch.empty(batch)         # x0 and noise (B, I, P), times (B,)
+    return sum(matching_loss(pipe, given, tokens, tokens, t, x0.shape[-2:], recompute).values())
 
 
 def in_words(size: int) -> str:

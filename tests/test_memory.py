@@ -17,7 +17,7 @@ import dit
 import train
 from helpers import (adapted, DIT, FIRST, gradients, inputs, made, make_pipeline, MODEL, ROOT, same,
                      samples, step)
-from sample import condition, generate, load_pipeline, seeded_noise
+from sample import as_tokens, condition, generate, load_pipeline, seeded_noise
 from support import commands, devices, dry_run, export, layouts, offload, routing_maps
 from support.files import files_of
 from support.fp8 import NarrowLinear
@@ -211,7 +211,8 @@ def test_dry_run_counts_what_a_step_takes(monkeypatch, capsys, short_model, shor
         for _ in range(2):                               # the second has the optimizer's states
             before = live.now
             passes, _ = dry_run.step_bytes(
-                lambda batch: train.empty_loss(pipe, sample, batch, False), 2, pipe.adapter,
+                lambda batch: dry_run.empty_loss(
+                    pipe, sample, as_tokens, train.matching_loss, batch, False), 2, pipe.adapter,
                 optimizers, 1, live)
     real = passes - before                               # beyond weights, adapter and states
     assert told["activations"] + told["gradients"] == pytest.approx(real, rel=0.02)
