@@ -206,8 +206,8 @@ def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
     kind, equals, path = name.partition("=")
     if equals and kind in public:
         if not Path(path).exists():
-            raise FileNotFoundError(f"{option} {name}: not found; write {kind}=, and the set's "
-                                    "folder or file")
+            raise FileNotFoundError(f"{option} {name}: not found; after {kind}= must stand the "
+                                    "set's folder or file")
         return public[kind](path, size, bad, draws, longest)
     if not Path(name).exists():
         why = (f"no public set {kind!r}; there are {', '.join(public)}" if equals else

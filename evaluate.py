@@ -129,7 +129,9 @@ def bench_tiny(pipe: Pipeline, tasks: list[str], number: int, steps: int, guidan
         results[task] = samples, pictures
         found.append(measure(task, pictures, samples))
         print(f"{task:12} {found[-1].success:6.1%}  {found[-1].psnr:5.1f} dB", flush=True)
-    write(out, [vars(score) for score in found], table(found), contact_sheet(results), route_by)
+    about = {**pipe.names, "steps": steps, "guidance": guidance, "route_by": route_by}
+    write(out, about | {"scores": [vars(score) for score in found]}, table(found),
+          contact_sheet(results), route_by)
     return found
 
 

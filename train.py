@@ -42,7 +42,7 @@ from mole import Adapter, AdapterConfig
 from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture, encode_text,
                     generate, load_pipeline, seeded_noise, velocity)
 from support import (adapters, caching, devices, distributed, methods, offload, options, record,
-                     report, resume, routing_maps, streaming, summary)
+                     report, resume, routing_maps, stopping, streaming, summary)
 from support.bad_rows import tell_skipped
 from support.casts import casting
 from support.fp8 import to_fp8
@@ -193,10 +193,10 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
     drawn = micro_batches(args, sources, number + rank, workers)
     spared = sparing(accumulate, args.recompute)         # done again where memory runs out
     log, began = record.Log(args.out, start, rank), time.time()
-    with resume.stop_signals() as asked, tqdm(
+    with stopping.stop_signals() as asked, tqdm(
             range(start, args.steps), initial=start, total=args.steps, desc=args.method,
             mininterval=2, disable=rank > 0) as bar:
-        for step, micro in zip(bar, resume.one_ahead(drawn, asked)):
+        for step, micro in zip(bar, stopping.one_ahead(drawn, asked)):
             number += args.accumulate * workers          # of the next step's first micro-batch
             if step == 0 and rank == 0:
                 record.show_batch(args.out, micro[0][1], pipe.t5_tokens)
@@ -219,7 +219,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
             bar.set_postfix(log.told(losses), refresh=False)
             if stop and not last:
                 bar.close()
-                resume.leave(step + 1, rank, asked)
+                stopping.leave(step + 1, rank, asked)
             began = time.time()
     if rank == 0:
         record.tell_end(args, adapter, start)
@@ -313,7 +313,8 @@ def run_training(args: argparse.Namespace, config: AdapterConfig, first: dict[st
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
     settings = record.settings_of(args, config, identity, sources, workers)
-    with streaming.stream(pipe.dit, pipe.device) if streamed else nullcontext() as run:
+    with (resume.alone(args.out),
+          streaming.stream(pipe.dit, pipe.device) if streamed else nullcontext() as run):
         pipe.run = run
         train(args, pipe, sources, held_out, settings, rank, workers)
     distributed.leave()

@@ -63,8 +63,11 @@ def adapter_kind(path: Path) -> str:
     return LORA if lora.is_lora(read_tensors([file])) else ""
 
 
-def describe_adapter(path: Path, kind: str) -> list[str]:
-    """What an adapter is, which model it fits, and the command that uses it, in lines."""
+def describe_adapter(path: Path, kind: str, saved_adapter: Callable) -> tuple[list[str], bool]:
+    """What an adapter is, which model it fits, and the command that uses it; whether it is whole.
+
+    saved_adapter: weights.saved_adapter().
+    """
     values, tensors = adapters.read(path)
     c = config_from(AdapterConfig, values, path, whole=True)
     targets.check_sizes(c)
@@ -81,11 +84,21 @@ def describe_adapter(path: Path, kind: str) -> list[str]:
     if mixtures:
         routed = c.routing + f", {by_token} of them by token" * (by_token > 0)
         routed = "token" if by_token == len(mixtures) else routed
-        told.append(f"{c.experts} experts on {counted(len(mixtures), 'layer')}, {c.top_k} kept: "
+        kept = {"soft": "all", "race": f"{c.top_k} on average", "choice": f"{c.top_k} on average"}
+        told.append(f"{c.experts} experts on {counted(len(mixtures), 'layer')}, "
+                    f"{kept.get(c.routing, c.top_k)} kept: "
                     f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
                     f"routed by {routed}")
-    line, option = fits(tensors)
-    return [*told, line, f"{COMMAND}{option} --adapter {as_typed([path])}"]
+    line, option, config = fits(tensors)
+    if config is None:
+        return [*told, line], True
+    file = path if kind == RESEARCH else adapters.file_of(path)
+    try:
+        with devices.shapes_alone():
+            saved_adapter(FluxTransformer(config), file, 1.0)    # all its checks, and no memory
+    except ValueError as error:
+        return [*told, str(error).partition("; if it is")[0], f"{path}: not whole"], False
+    return [*told, line, f"{COMMAND}{option} --adapter {as_typed([path])}"], True
 
 
 def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -102,8 +115,8 @@ def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {layer: f"{wide} to {out}" for layer, (wide, out) in sizes.items()}
 
 
-def fits(tensors: dict[str, Tensor]) -> tuple[str, str]:
-    """Which of the models that are known here has an adapter's layers, and the option for it."""
+def fits(tensors: dict[str, Tensor]) -> tuple[str, str, DiTConfig | None]:
+    """Which of the models that are known here has an adapter's layers; its option and sizes."""
     file, told = options.EMBEDDED / "transformer/config.json", {}
     wanted = sizes_in(tensors)
     for model, config, option in (
@@ -116,20 +129,21 @@ def fits(tensors: dict[str, Tensor]) -> tuple[str, str]:
         other = [f"{layer} is {size}, there {known.get(layer, 'is none')}"
                  for layer, size in wanted.items() if known.get(layer) != size]
         if not other:
-            return f"fits {model} (width {config.width})", option
+            return f"fits {model} (width {config.width})", option, config
         told[f"{model} (width {config.width})"] = other
     nearest = min(told, key=lambda model: len(told[model]))
     return (f"fits neither {' nor '.join(told)}: of its {len(wanted)} layers {len(told[nearest])} "
             f"are not {nearest.partition(' (')[0]}'s: "
-            + some_of(told[nearest], between="; ")), ""
+            + some_of(told[nearest], between="; ")), "", None
 
 
-def describe(path: Path, load: Callable) -> tuple[str, bool]:
+def describe(path: Path, load: Callable, saved_adapter: Callable) -> tuple[str, bool]:
     """What a file or folder is, with the command that uses it, and whether it is whole.
 
     Of a picture: how it was made.
 
-    load(part, path, device): reads a part of a model, with all checks, as weights.load() does.
+    load(part, path, device): reads a part of a model, with all checks, as weights.load() does;
+    saved_adapter(model, path, strength): an adapter, as weights.saved_adapter() does.
     """
     foreign.check_there(path)
     if path.is_file() and path.suffix.lower() in PICTURES:
@@ -137,7 +151,8 @@ def describe(path: Path, load: Callable) -> tuple[str, bool]:
     path = foreign.snapshot(path)
     kind = adapter_kind(path)
     if kind:
-        return "\n".join(describe_adapter(path, kind)), True
+        lines, whole = describe_adapter(path, kind, saved_adapter)
+        return "\n".join(lines), whole
     found = layouts.parts_in(path)
     if not found:
         files = ", ".join(file.name for file in sorted(path.glob("*.safetensors"))[:3])

@@ -191,6 +191,8 @@ def replacing(file: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is None:
             raise                                        # said already, of a file within
         why = getattr(error, "strerror", None) or error
+        if "unexpected pos" in str(error):               # torch's words for a write cut short
+            why = "No space left on device?"
         raise OSError(f"{file}: cannot be written ({why})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -64,7 +64,8 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
         unread.update(unknown)
         name = rest.get("out", f"{where.rpartition(' ')[2]:0>4}.png")
         if not isinstance(name, str) or Path(name).name != name or not is_picture(name):
-            raise ValueError(f"{where}: \"out\" must be a picture's file name, without a folder")
+            raise ValueError(f"{where}: \"out\" must be a picture's file name, as a.png, without "
+                             "a folder")
         if name in names:
             raise ValueError(f"{where}: a line before it has the same \"out\", {name}")
         names.add(name)
@@ -78,7 +79,8 @@ def read_batch(file: Path, folder: Path, seed: int, blur: float = 0) -> list[Job
     if targets:
         note(f"{file}: {counted(targets, 'row')} with a target; it is not looked at")
     if unread:
-        told = ", ".join(f"{name[:60]!a} (in {rows} rows)" for name, rows in unread.items())
+        told = ", ".join(f"{name[:60]!a} (in {counted(rows, 'row')})"
+                         for name, rows in unread.items())
         note(f"{file}: entries without a known name are left unread: {told}")
     return jobs
 

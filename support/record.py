@@ -17,6 +17,7 @@ import torch
 from mole import Adapter, AdapterConfig
 from support.files import write_json, write_text
 from support.pictures import LONGEST, grid, save_picture
+from support.words import counted
 from text_encoder import T5Tokenizer
 
 ASKED_FOR = "longest", "init", "matmul"                  # recorded only where the user gave them,
@@ -91,7 +92,7 @@ def tell_end(args: argparse.Namespace, adapter: Adapter, start: int) -> None:
         print(f"{file}: finished already, at step {start}; nothing to do")
     else:
         count = sum(p.numel() for p in adapter.tensors().values())
-        print(f"{file}: {count:,} parameters, {args.steps} steps")
+        print(f"{file}: {count:,} parameters, {counted(args.steps, 'step')}")
 
 
 def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:

@@ -1,26 +1,30 @@
 """Checkpoints: a run that is stopped goes on as if it had not been.
 
-train.train() starts with start(), saves with save_checkpoint() each time that one is due, and ends
-after the step it is at when stop_signals() or one_ahead() say so.
+train.run_training() holds the run's folder alone(); train.train() starts with start(), and saves
+with save_checkpoint() each time that one is due.
 """
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:                                      # Windows
+    fcntl = None
+
 from mole import Adapter
 from support import adapters, record
+from support.commands import is_first, may_hold
 from support.files import json_object, read_metadata, replacing, unpickled
 from support.words import note
 
+LOCK = "lock"                                            # in a run's folder, while it runs
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
-STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")      # Windows has two
 MAY_CHANGE = "micro_batches", "fingerprints"             # settings: more processes, more data
 Optimizers = list[torch.optim.Optimizer]
 
@@ -34,12 +38,43 @@ def check_free(out: Path, wanted: bool) -> None:
 
     wanted: whether to go on from a checkpoint in it.
     """
+    if not may_hold(out):
+        raise ValueError(f"--out {out}: is a file, not a folder, or may not be written to")
     if holds_checkpoint(out):
         if not wanted:
             raise ValueError(f"{out} holds a run; add --resume to go on, or name another --out")
     elif (out / "adapter.safetensors").exists():
         raise ValueError(f"{out} holds an adapter, but no checkpoint to go on from; name another "
                          "--out")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no other process trains in it. Raises: ValueError.
+
+    The system lets go of it however this process ends; where it has no such locks, none is held.
+    """
+    with open(out / LOCK, "w") as lock:
+        try:
+            if is_first() and fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is training in it; wait for its end, or name "
+                             "another --out") from None
+        except OSError:                                  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+
+
+def about_adapter(step: int, settings: dict) -> dict[str, str]:
+    """What an adapter's file says of its run, beside its configuration."""
+    about = {"step": str(step), "settings": json.dumps(settings)}
+    if "longest" in settings:                            # sampling asks for it
+        about["longest"] = settings["longest"]
+    return about
 
 
 def save_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers, step: int, number: int,
@@ -55,9 +90,7 @@ def save_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers, step: i
              "adapter": {name: p.detach() for name, p in adapter.tensors().items()}}
     with replacing(out / CHECKPOINTS[0]) as last:        # renamed last: all is there then
         torch.save(state, last)
-        about = {"step": str(step), "settings": state["settings"]}
-        if "longest" in settings:                        # sampling asks for it
-            about["longest"] = settings["longest"]
+        about = about_adapter(step, settings)
         adapters.write(adapter, out / "adapter.safetensors", **about)
         named = out / f"adapter_{step:06d}.safetensors"
         if keep and named.exists() and not is_of_run(named, settings):
@@ -130,11 +163,22 @@ def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
             option = "--method" if name == "adapter" else f"--{name.replace('_', '-')}"
             raise ValueError(f"--resume: {told}; go on with {option} as it was, or begin another "
                              "run with another --out")
-        note(told)
+        note(f"{out}: the data are not those it began with; it goes on with them all the same"
+             if name == "fingerprints" else told)
     adapters.fill_in(adapter, state["adapter"], out)
     for optimizer, own in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(own)
     return state["step"], state["number"]
+
+
+def mend_adapter(out: Path, adapter: Adapter, step: int, settings: dict) -> None:
+    """Write adapter.safetensors once more where it is gone, or broken, since the checkpoint."""
+    file = out / "adapter.safetensors"
+    try:
+        adapters.read(file)
+    except (ValueError, FileNotFoundError) as error:
+        note(f"{error}; it is written again, as the checkpoint has it")
+        adapters.write(adapter, file, **about_adapter(step, settings))
 
 
 def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, wanted: bool,
@@ -146,6 +190,8 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
     if wanted and not holds_checkpoint(out):
         note(f"{out} holds no checkpoint; this run begins at its start")
     own = load_checkpoint(out, adapter, optimizers, settings) if wanted else (0, 0)
+    if own[0] and is_first():
+        mend_adapter(out, adapter, own[0], settings)
     places = [own] * workers
     if workers > 1:
         dist.all_gather_object(places, own)
@@ -153,63 +199,3 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
         raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in "
                          f"{out}; it must be a folder that all machines see")
     return own
-
-
-def one_ahead(items: Iterator, asked: list) -> Iterator:
-    """The items, read one ahead: an error in reading the next joins `asked` before one is used.
-
-    So a step whose successor has no data is saved before the run ends.
-    """
-    current = next(items)
-    while True:
-        following = None
-        try:
-            following = next(items)
-        except (ValueError, OSError) as error:
-            asked.append(error)
-        yield current
-        current = following
-
-
-def leave(step: int, rank: int, asked: list[int | Exception]) -> None:
-    """End all processes once the first has saved the step after which one was asked to stop.
-
-    asked: by which signals, or errors, this one was; the first tells the exit code, as shells
-    count signals. Raises: ValueError, in the first process, for an error.
-    """
-    reasons = [why if isinstance(why, int) else str(why) for why in asked]
-    every = [reasons]
-    if dist.is_initialized():                            # which waits for all, too
-        every = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(every, reasons)
-    why = next(chain.from_iterable(every))
-    if isinstance(why, str) and rank == 0:
-        way = "" if "--skip-bad" in why else ", or add --skip-bad to draw others instead"
-        raise ValueError(f"{why}; stopped after {step} steps, which are saved: mend it{way}, and "
-                         "--resume goes on")
-    if rank == 0:
-        print(f"stopped after {step} steps; --resume goes on", file=sys.stderr)
-    sys.exit(2 if isinstance(why, str) else 128 + why)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int | Exception]]:
-    """A list that signals write to, so that a step ends and is saved before the run does.
-
-    Ctrl-C, and what ends a job from outside: SIGTERM, SIGHUP (unless it is ignored, as by nohup),
-    SIGUSR1, SIGUSR2, SIGXCPU. A second Ctrl-C does not wait.
-    """
-    asked: list[int | Exception] = []
-
-    def note(number: int, _: object) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-    kinds = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
-    before = {kind: signal.signal(kind, note) for kind in kinds
-              if signal.getsignal(kind) != signal.SIG_IGN}
-    try:
-        yield asked
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -32,6 +32,7 @@ import weights
 from mole import AdapterConfig
 from sample import condition, generate, load_pipeline
 from support import commands, methods, recompute, research, routing_maps
+from support.describe import describe
 from support.files import config_from, write_part
 from tiny import world
 
@@ -230,6 +231,11 @@ def raw_file(path: Path, header: object, body: bytes = b"") -> Path:
     head = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(head)) + head + body)
     return path
+
+
+def described(path: Path) -> tuple[str, bool]:
+    """As `python weights.py PATH` says it; whether it is whole."""
+    return describe(path, weights.load, weights.saved_adapter)
 
 
 ONE = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}

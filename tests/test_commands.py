@@ -14,12 +14,10 @@ from PIL import Image
 
 import baselines
 import train
-import weights
 from forks import Forks
-from helpers import (MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_command, run_sample,
-                     tensors_of, written)
+from helpers import (described, MODEL, ONE, PARTS, PICTURE, raw_file, ROOT, run_command,
+                     run_sample, tensors_of, written)
 from support import commands, jobs, plans
-from support.describe import describe
 from support.training_options import train_options
 from support.public_sets import PUBLIC
 
@@ -155,14 +153,14 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path, forks: Forks) -> 
                          f"{tmp_path}: not whole"]
     for part in ("tokenizer", "tokenizer_2"):
         (tmp_path / part).mkdir()
-    assert describe(tmp_path, weights.load)[0].endswith(": not whole")    # they are empty
+    assert described(tmp_path)[0].endswith(": not whole")    # they are empty
     for part in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ROOT / "tiny/model" / part, tmp_path / part, dirs_exist_ok=True)
-    assert describe(tmp_path, weights.load)[0].splitlines()[6:] == [
+    assert described(tmp_path)[0].splitlines()[6:] == [
         f"{tmp_path}: whole", f"python sample.py --instruction TEXT --model {tmp_path}"]
     file = tmp_path / "vae" / next(iter((tmp_path / "vae").glob("*.safetensors"))).name
     file.rename(file.with_suffix(".gone"))               # as a broken download leaves it
-    told = describe(tmp_path, weights.load)[0].splitlines()
+    told = described(tmp_path)[0].splitlines()
     assert len(told) == 8 and "vae: expected one .safetensors" in told[6]
     assert told[7] == f"{tmp_path}: not whole"
     file.with_suffix(".gone").rename(file)
@@ -170,7 +168,7 @@ def test_command_describes_a_folder_and_a_file(tmp_path: Path, forks: Forks) -> 
     expected = (f"{len(tensors)} tensors, "
                 f"{sum(t.numel() for t in tensors.values()):,} parameters, float32")
     assert [line for line in lines if line.endswith(f"vae: vae, Hugging Face, {expected}")]
-    alone = describe(tmp_path / "vae", weights.load)[0].splitlines()
+    alone = described(tmp_path / "vae")[0].splitlines()
     assert alone[0].endswith(expected) and alone[1].endswith("vae: whole")
     assert f"--model ... --vae {tmp_path / 'vae'} --clip ... --t5 ... --tokenizers" in alone[2]
 

@@ -133,7 +133,8 @@ def test_a_table_says_what_lines_of_json_say(tmp_path):
 
 
 @pytest.mark.parametrize("row, words", [
-    ("0.png,a,more,even more", "line 3.*more cells.*double quotes"), (",a", "line 3.*target"),
+    ("0.png,a,more,even more", "line 3.*more cells.*double quotes"),
+    (",a", "line 3.*target"),
     ("0.png", "line 3.*instruction"), ('0.png,a,"[""1.png"""', "line 3.*no such picture file"),
     ("0.png,a,[1.png]", "line 3 'images'.*JSON"), ("0.png,a,[3]", "line 3.*list of paths"),
     ("0.png,a,../1.png", "line 3.*leads out")])

@@ -14,10 +14,9 @@ from torch import Tensor
 import dit
 import mole
 import weights
-from helpers import DIT, ROOT, SMALL
+from helpers import described, DIT, ROOT, SMALL
 from support import adapters, research
-from support.describe import describe
-from support.files import read_tensors
+from support.files import read_metadata, read_tensors
 
 OURS = ROOT / "tiny/adapter.safetensors"
 QKV = "double_blocks.3.img_attn.qkv"
@@ -77,12 +76,22 @@ LORAS = {"kohya": (kohya, "3 layers: rank 4, alpha 2, scale 0.5"),
 def test_what_a_lora_is_is_said(tmp_path: Path, kind: str) -> None:
     write, told = LORAS[kind]
     path = write(tmp_path)
-    lines = describe(path, weights.load)[0].splitlines()
+    lines = described(path)[0].splitlines()
     assert lines[0].startswith(f"{path}: an adapter that is a LoRA, ") and len(lines) == 4
     assert lines[1] == f"LoRA on {told}"
     assert lines[2] == "fits FLUX.1-Kontext-dev (width 3072)"
     assert lines[3] == ("python sample.py --instruction TEXT --model FLUX.1-Kontext-dev "
                         f"--adapter {path}")
+
+
+def test_an_adapter_that_lacks_a_tensor_is_not_whole(tmp_path: Path) -> None:
+    """Then no command is named that would refuse it."""
+    tensors = read_tensors([OURS])
+    del tensors["instruction.latents"]
+    save_file(tensors, tmp_path / "a.safetensors", read_metadata(OURS))
+    told, whole = described(tmp_path / "a.safetensors")
+    assert not whole and told.endswith(f"{tmp_path}/a.safetensors: not whole")
+    assert "1 missing: instruction.latents" in told and "python" not in told
 
 
 @pytest.mark.parametrize("form", ["file", "run", "research"])
@@ -98,7 +107,7 @@ def test_what_an_adapter_with_experts_is_is_said(tmp_path: Path, form: str) -> N
         path = run
     c, _ = adapters.read(OURS)
     mixtures = sum(name.endswith("experts_A") for name in read_tensors([OURS]))
-    lines = describe(path, weights.load)[0].splitlines()
+    lines = described(path)[0].splitlines()
     whose = "of the research code" if form == "research" else "of train.py's"
     assert lines[0].startswith(f"{path}: an adapter {whose}, ")
     assert lines[1].startswith("LoRA on ") and lines[1].endswith(
@@ -118,7 +127,7 @@ def test_layers_routed_by_tokens_are_counted(tmp_path: Path, targets, routed) ->
     c = replace(SMALL, token_targets=targets)
     adapter = weights.new_adapter(dit.FluxTransformer(DIT), c)
     adapters.write(adapter, tmp_path / "a.safetensors")
-    line = describe(tmp_path / "a.safetensors", weights.load)[0].splitlines()[2]
+    line = described(tmp_path / "a.safetensors")[0].splitlines()[2]
     assert line == f"4 experts on 5 layers, 2 kept: rank 2, alpha 4, scale 2, routed by {routed}"
 
 
@@ -131,7 +140,7 @@ def test_what_fits_no_model_is_said_of_the_nearest(tmp_path: Path) -> None:
     for name, (wide, out) in (good | bad).items():
         tensors |= pair(f"{name}.lora_A.weight", f"{name}.lora_B.weight", 2, wide, out)
     save_file(tensors, tmp_path / "a.safetensors")
-    line = describe(tmp_path / "a.safetensors", weights.load)[0].splitlines()[2]
+    line = described(tmp_path / "a.safetensors")[0].splitlines()[2]
     assert line.startswith("fits neither FLUX.1-Kontext-dev (width 3072) nor the embedded model "
                            "(width 128): of its 5 layers 2 are not FLUX.1-Kontext-dev's: ")
     assert "transformer_blocks.19.attn.to_q is 3072 to 3072, there is none" in line
@@ -140,14 +149,14 @@ def test_what_fits_no_model_is_said_of_the_nearest(tmp_path: Path) -> None:
     tensors["instruction.proj_in.weight"] = torch.ones(4, 77)
     save_file({name: t.clone() for name, t in tensors.items()}, tmp_path / "b.safetensors",
               {"adapter": json.dumps({"config": config})})
-    line = describe(tmp_path / "b.safetensors", weights.load)[0].splitlines()[3]
+    line = described(tmp_path / "b.safetensors")[0].splitlines()[3]
     assert "1 are not the embedded model's: the instruction vector is 77 to " in line
 
 
 def test_a_small_adapter_names_three_of_its_layers(tmp_path: Path) -> None:
     adapters.write(weights.new_adapter(dit.FluxTransformer(DIT), mole.AdapterConfig(
         lora_rank=2, rank=2, resampler_width=4)), tmp_path / "a.safetensors")
-    line = describe(tmp_path / "a.safetensors", weights.load)[0].splitlines()[3]
+    line = described(tmp_path / "a.safetensors")[0].splitlines()[3]
     assert line.startswith("fits neither ") and line.count(", there ") == 3 and line.endswith("...")
 
 
@@ -160,7 +169,7 @@ def test_a_folders_only_file_is_its_adapter_whatever_its_name(tmp_path: Path, ca
     err = capsys.readouterr().err.splitlines()           # its alpha is said: nothing else is told
     assert err == [f"note: {file}: taken as the adapter of {tmp_path}, which holds no other "
                    ".safetensors file"]
-    lines = describe(tmp_path, weights.load)[0].splitlines()
+    lines = described(tmp_path)[0].splitlines()
     assert lines[1] == "LoRA on 3 layers: rank 4, alpha 2, scale 0.5"
     assert len(capsys.readouterr().err.splitlines()) == 1
     file.with_name("other.safetensors").write_bytes(file.read_bytes())
@@ -178,5 +187,5 @@ def test_a_models_folder_is_no_adapter_because_it_holds_one_file(tmp_path: Path)
     for part in (ROOT / "tiny/model").iterdir():
         (tmp_path / part.name).symlink_to(part)
     (tmp_path / "ae.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert f"{tmp_path}: whole" in describe(tmp_path, weights.load)[0]
-    assert "vae, Hugging Face" in describe(ROOT / "tiny/model/vae", weights.load)[0]
+    assert f"{tmp_path}: whole" in described(tmp_path)[0]
+    assert "vae, Hugging Face" in described(ROOT / "tiny/model/vae")[0]

@@ -110,7 +110,7 @@ def test_entries_that_are_left_unread_are_counted(folder, capsys) -> None:
     rows = [{"instruction": "a", "score": 3, "id": "x"}, {"instruction": "b", "score": 4}]
     assert len(jobs.read_batch(table(folder / "a.jsonl", *rows), folder, 0)) == 2
     err = capsys.readouterr().err
-    assert "'id' (in 1 rows), 'score' (in 2 rows)" in err and len(err.splitlines()) == 1
+    assert "'id' (in 1 row), 'score' (in 2 rows)" in err and len(err.splitlines()) == 1
     with pytest.raises(ValueError, match="line 1: unknown entry 'imagse'"):
         jobs.read_batch(table(folder / "a.jsonl", {"instruction": "a", "imagse": "gone.png"}),
                         folder, 0)

@@ -20,10 +20,9 @@ import dit
 import text_encoder
 import vae
 import weights
-from helpers import KEYS
+from helpers import described, KEYS
 from sample import load_pipeline
 from support import adapters, layouts, lora
-from support.describe import describe
 from support.files import config_from, read_tensors, write_part
 from support.fp8 import NarrowLinear, to_fp8, Widened
 from support.layouts import model_paths, only_size
@@ -226,7 +225,7 @@ def test_quantisations_are_named(tmp_path, whose):
     file = tmp_path / "flux.safetensors"
     save_file({"img_in.weight": torch.zeros(4, 2), QUANTISED[whose]: torch.zeros(3)}, file)
     for read in (partial(weights.load, "transformer"), model_paths,
-                 partial(describe, load=weights.load)):
+                 described):
         with pytest.raises(ValueError, match=f"flux.safetensors: is quantised by .*{whose}"):
             read(file)
 
@@ -237,7 +236,7 @@ def test_a_quantised_files_own_factors_are_no_lora(tmp_path):
     save_file({f"{block}.mlp_fc1.lora_down": torch.zeros(4, 2), f"{block}.mlp_fc1.wscales":
                torch.zeros(3), f"{block}.mlp_fc1.qweight": torch.zeros(3, dtype=torch.int8),
                f"{block}.mlp_fc1.lora_up": torch.zeros(4, 2)}, file)
-    for read in (partial(describe, load=weights.load), adapters.read):
+    for read in (described, adapters.read):
         with pytest.raises(ValueError, match="is quantised by nunchaku .SVDQuant."):
             read(file)
 
@@ -293,7 +292,7 @@ def test_a_repositorys_name_is_no_folder_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = r"hf download someone/Some-Model\.1 --local-dir Some-Model\.1,"
     for name in ("someone/Some-Model.1", "https://huggingface.co/someone/Some-Model.1/tree/main"):
-        for read in (model_paths, partial(describe, load=weights.load), adapters.read):
+        for read in (model_paths, described, adapters.read):
             with pytest.raises(FileNotFoundError, match=told):
                 read(Path(name))
     Path("someone").mkdir()                              # then a slip in a local name is likelier
@@ -313,7 +312,7 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
     for path in (upper, upper / "snapshots"):
         assert model_paths(path)["vae"] == upper / "snapshots/0a/vae"
         assert only_size(path) == only_size(tiny / "tiny/model/vae") == (64, 64)
-        assert f"{upper / 'snapshots/0a'}: whole" in describe(path, weights.load)[0]
+        assert f"{upper / 'snapshots/0a'}: whole" in described(path)[0]
     file = "tiny/model/vae/diffusion_pytorch_model.safetensors"
     assert only_size(tiny / file) == (64, 64)            # its config.json is beside it
     found = model_paths(tiny / "tiny/model", tokenizers=upper)
@@ -330,7 +329,7 @@ def test_an_adapter_in_the_cache_is_found_by_its_upper_folder(tmp_path, capsys):
               folder / "winter.safetensors")
     for path in (tmp_path / "models--someone--Some-LoRA", folder.parent, folder):
         assert adapters.read(path)[0]["lora_rank"] == 2
-        assert "rank 2, alpha 1, scale 0.5" in describe(path, weights.load)[0]
+        assert "rank 2, alpha 1, scale 0.5" in described(path)[0]
 
 
 @pytest.mark.parametrize("name", ["tokenizer/merges.txt", "tokenizer_2/tokenizer.json",
@@ -600,14 +599,14 @@ def test_two_tensors_for_one_place_are_refused(tmp_path):
 def test_a_file_is_described_with_the_command_that_uses_it(tmp_path):
     file = tmp_path / "flux.safetensors"
     save_file(original("transformer"), file)
-    lines = describe(file, weights.load)[0].splitlines()
+    lines = described(file)[0].splitlines()
     assert "transformer, original or ComfyUI" in lines[0] and lines[1] == f"{file}: whole"
     assert lines[2] == (f"python sample.py --instruction TEXT --model {file} "
                         "--vae ... --clip ... --t5 ... --tokenizers ...")
     cut = original("transformer")
     del cut["double_blocks.0.img_mlp.0.bias"]
     save_file(cut, file)
-    lines = describe(file, weights.load)[0].splitlines()
+    lines = described(file)[0].splitlines()
     assert "ff.net.0.proj.bias" in lines[1] and lines[-1] == f"{file}: not whole"
     save_file(in_fp8(original("transformer"), scaled=True)[0], file)
-    assert "fp8 with scales" in describe(file, weights.load)[0].splitlines()[0]
+    assert "fp8 with scales" in described(file)[0].splitlines()[0]

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 import weights
-from helpers import MODEL, PICTURE, ROOT, run_command, run_sample
+from helpers import described, MODEL, PICTURE, ROOT, run_command, run_sample
 from support import origin
-from support.describe import describe
 from support.pictures import save_picture
 
 TEXT = "make the green circle blue"
@@ -91,24 +90,24 @@ def test_other_pictures_say_that_they_hold_nothing(tmp_path, monkeypatch, capsys
     """Neither foreign ones nor those of ours that are no .png; what they show is the same."""
     foreign = tmp_path / f"foreign.{kind}"
     Image.open(PICTURE).save(foreign)
-    assert "holds nothing of how it was made" in describe(foreign, weights.load)[0]
+    assert "holds nothing of how it was made" in described(foreign)[0]
     if kind != "png":
         out = made(monkeypatch, capsys, tmp_path / f"a.{kind}", "--instruction", TEXT)
-        assert "holds nothing of how" in describe(out, weights.load)[0]
+        assert "holds nothing of how" in described(out)[0]
         assert Image.open(out).size == (64, 64)
 
 
 def test_a_picture_is_whole_whatever_its_texts_say(tmp_path, monkeypatch, capsys) -> None:
     out = made(monkeypatch, capsys, tmp_path / "a.png", "--instruction", TEXT, "--route-by",
                "a star: not whole")
-    told, whole = describe(out, weights.load)
+    told, whole = described(out)
     assert told.endswith(": not whole") and whole
 
 
 def test_a_checkpoint_is_no_picture(tmp_path) -> None:
     """Pillow takes some headers of safetensors files for a .tga's."""
     for file in MODEL.rglob("*.safetensors"):
-        assert "tensors" in describe(file, weights.load)[0]
+        assert "tensors" in described(file)[0]
 
 
 def test_pictures_of_arrays_carry_nothing(tmp_path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import train
 from helpers import make_pipeline, ROOT, run_train
-from support import commands, record, resume
+from support import commands, record, resume, stopping
 from support.muon import Muon, orthogonal
 from tiny import world
 
@@ -150,10 +150,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
     before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
-    with resume.stop_signals() as asked:
+    with stopping.stop_signals() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked == [signal.SIGTERM]
-    with resume.stop_signals() as asked:
+    with stopping.stop_signals() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -165,7 +165,7 @@ def test_both_signals_are_noted_and_a_second_ctrl_c_does_not_wait():
                                   signal.SIGXCPU])
 def test_signals_are_noted_and_handlers_put_back(kind):
     before = signal.getsignal(kind)
-    with resume.stop_signals() as asked:
+    with stopping.stop_signals() as asked:
         signal.raise_signal(kind)
         assert asked == [kind]
     assert signal.getsignal(kind) == before
@@ -174,7 +174,7 @@ def test_signals_are_noted_and_handlers_put_back(kind):
 def test_an_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with resume.stop_signals() as asked:
+        with stopping.stop_signals() as asked:
             signal.raise_signal(signal.SIGHUP)
             assert asked == []
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -268,8 +268,36 @@ def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys, short_model)
     monkeypatch.setattr(sys, "argv", [*common, "--steps", "1", "--resume"])
     capsys.readouterr()
     train.main()
-    assert "fingerprints" in capsys.readouterr().err
+    assert "the data are not those it began with" in capsys.readouterr().err
     assert json.loads((tmp_path / "run/run.json").read_text())["settings"]["fingerprints"][0] != own
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    """A second process finds the lock of the first, whose end leaves nothing behind."""
+    with resume.alone(tmp_path):
+        with pytest.raises(ValueError, match="another process is training in it"):
+            with resume.alone(tmp_path):
+                pass
+        with pytest.raises(ValueError, match="another process"):         # the lock is still held
+            with resume.alone(tmp_path):
+                pass
+    assert not list(tmp_path.iterdir())
+    with resume.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("size", [None, 1000])
+def test_a_finished_run_mends_its_adapter(tmp_path, monkeypatch, capsys, short_model, size):
+    """One that was deleted, or cut short, since the last checkpoint."""
+    command = ("--data", "tiny", "--steps", 1, "--batch-size", 1, "--out", tmp_path, "--method",
+               "lora", "--model", short_model, "--resume")
+    file = tmp_path / "adapter.safetensors"
+    assert run_train(monkeypatch, capsys, *command)[0] == 0
+    whole = file.read_bytes()
+    file.write_bytes(whole[:size]) if size else file.unlink()
+    code, out, err = run_train(monkeypatch, capsys, *command)
+    assert code == 0 and "it is written again, as the checkpoint has it" in err, err
+    assert "finished already, at step 1" in out and file.read_bytes() == whole
 
 
 def test_a_run_leaves_its_files_and_another_is_refused(tmp_path, monkeypatch, capsys, short_model):
@@ -519,13 +547,13 @@ def test_the_next_item_is_there_before_this_one_is_used():
         yield from range(last)
         raise FileNotFoundError("gone")
     asked: list = []
-    ahead = resume.one_ahead(items(3), asked)
+    ahead = stopping.one_ahead(items(3), asked)
     assert [next(ahead), next(ahead), asked] == [0, 1, []]
     assert next(ahead) == 2 and [str(error) for error in asked] == ["gone"]
     with pytest.raises(FileNotFoundError):
-        next(resume.one_ahead(items(0), []))
+        next(stopping.one_ahead(items(0), []))
     with pytest.raises(ValueError, match="gone; stopped after 3 steps, which are saved"):
-        resume.leave(3, 0, asked)
+        stopping.leave(3, 0, asked)
 
 
 def test_the_last_adapters_are_kept(tmp_path, monkeypatch, capsys, short_model):

@@ -3,7 +3,6 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ import dit
 import text_encoder
 import vae
 import weights
-from helpers import (assert_equal, KEYS, load, PARTS, raw_file, ROOT, SMALL_VAE, tensors_of,
-                     write_shards, written)
-from support.describe import describe
+from helpers import (assert_equal, described, KEYS, load, PARTS, raw_file, ROOT, SMALL_VAE,
+                     tensors_of, write_shards, written)
 from support.files import config_from, read_json, read_metadata, read_tensors, write_part
 
 
@@ -216,11 +214,11 @@ def test_what_is_absent_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="found 0 files"):
         load(folder, "vae")
     for read in (lambda file: read_tensors([file]), read_metadata,
-                 read_json, partial(describe, load=weights.load)):
+                 read_json, described):
         with pytest.raises(FileNotFoundError, match="gone: no such file"):
             read(tmp_path / "gone")
 
 
 def test_folder_without_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no FLUX Kontext folder"):
-        describe(tmp_path, weights.load)[0]
+        described(tmp_path)[0]

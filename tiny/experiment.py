@@ -21,6 +21,10 @@ Run: python -m tiny.experiment                           # all, in many hours on
      python -m tiny.experiment table --workers 1 --minutes 15
      python -m tiny.experiment --list                    # what is there, what is still to do
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # Ctrl-C during imports ends in a line
 import argparse
 import json
 import os
@@ -41,12 +45,12 @@ import torch
 import baselines
 import train
 from sample import load_pipeline
-from support import commands
 from support.devices import choose_device
 from support.files import read_json, write_json
 from support.public_sets import PUBLIC
 from support.training_options import train_options
 from support.validation import HeldOut
+from support.words import counted
 from tiny import conflict, probe
 from tiny.design import (ADAPTERS, MODEL, SEARCHES, STAGES, WORK, Piece, configuration, count,
                          found, left, pieces)
@@ -208,7 +212,7 @@ def tell(stage: str) -> list[Piece]:
     if todo or not waiting:
         told.append(f"{len(todo)} to do")
     if waiting:
-        told.append(f"{waiting} variants wait for a stage before")
+        told.append(f"{counted(waiting, 'variant')} more after a stage before")
     print(f"{stage}: {', '.join(told)}", flush=True)
     return todo
 

@@ -4,13 +4,17 @@ A test compares the tables in tiny/EXPERIMENT.md with what this makes.
 
 Run: python -m tiny.findings                             # prints the tables, draws the figures
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # Ctrl-C during imports ends in a line
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 
 import numpy as np
 
-from support import commands, report
+from support import report
 from support.pictures import save_picture
 from support.results import HOLE, markdown
 from support.words import note
@@ -62,7 +66,8 @@ def stages_table() -> str:
     rows = []
     for stage in STAGES:
         results, (todo, waiting) = found(stage), left(stage)
-        to_do = "not known yet" if waiting else f"{len(todo)}"
+        to_do = f"{len(todo)} or more" if todo and waiting else f"{len(todo)}"
+        to_do = "not known yet" if waiting and not todo else to_do
         rows.append([stage, f"{len(results)}", to_do, f"{hours(results):.1f}"])
     return markdown(["stage", "pieces there", "to do", "hours of one core"], rows)
 

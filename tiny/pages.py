@@ -6,6 +6,10 @@ Run: python -m tiny.pages                                # all four, into runs/p
      python -m tiny.pages move --out pages               # one of them
      python -m tiny.pages --keep                         # what the README shows, with its picture
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # Ctrl-C during imports ends in a line
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,7 +18,6 @@ from shutil import which
 from PIL import Image
 
 import sample
-from support import commands
 from support.explain import explain
 from support.files import write_text
 from support.options import EMBEDDED

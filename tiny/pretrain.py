@@ -8,12 +8,15 @@ Run: python -m tiny.pretrain
      python -m tiny.pretrain --vae-steps 2 --samples 300 --steps 2 --no-compile --out runs/m \
          --work runs/w                                   # all stages, in half a minute
 """
+from support import commands
+
+if __name__ == "__main__":
+    commands.loading()                                   # Ctrl-C during imports ends in a line
 import os
 from pathlib import Path
 
 import torch.multiprocessing as mp
 
-from support import commands
 from tiny.autoencoder import train_vae
 from tiny.base import cache_latents, train_transformer
 from tiny.vocabularies import make_tokenizers
