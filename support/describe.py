@@ -14,6 +14,7 @@ from support import (adapters, devices, foreign, layouts, lora, options, origin,
 from support.files import config_from, files_of, read_json, read_metadata, read_tensors
 from support.implied import RELEASED
 from support.pictures import PICTURES
+from support.resume import CHECKPOINTS
 from support.words import as_typed, counted, some_of, span
 from text_encoder import CLIPTokenizer, T5Tokenizer
 
@@ -146,6 +147,9 @@ def describe(path: Path, load: Callable, saved_adapter: Callable) -> tuple[str, 
     saved_adapter(model, path, strength): an adapter, as weights.saved_adapter() does.
     """
     foreign.check_there(path)
+    if path.name in CHECKPOINTS:
+        raise ValueError(f"{path}: is what train.py --resume goes on from; the run's adapter is "
+                         f"{path.parent / 'adapter.safetensors'}")
     if path.is_file() and path.suffix.lower() in PICTURES:
         return origin.describe(path), True
     path = foreign.snapshot(path)

@@ -158,6 +158,9 @@ def model_paths(model: Path, tokenizers: str | Path | None = None, vae: str | Pa
     found = parts_in(model) | others
     if tokenizers:
         tokenizers = foreign.snapshot(tokenizers)
+        if not (tokenizers / "tokenizer").is_dir():
+            raise ValueError(f"--tokenizers {tokenizers}: holds no tokenizer/ and tokenizer_2/; "
+                             "name the folder that does")
         found |= {name: tokenizers / name for name in ("tokenizer", "tokenizer_2")}
     missing = dict.fromkeys(option for part, option in OPTIONS.items() if part not in found)
     if "--model" in missing:

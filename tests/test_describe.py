@@ -94,6 +94,12 @@ def test_an_adapter_that_lacks_a_tensor_is_not_whole(tmp_path: Path) -> None:
     assert "1 missing: instruction.latents" in told and "python" not in told
 
 
+def test_a_checkpoint_is_named_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="what train.py --resume goes on from; .*adapter.safetens"):
+        described(tmp_path / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("form", ["file", "run", "research"])
 def test_what_an_adapter_with_experts_is_is_said(tmp_path: Path, form: str) -> None:
     """By its file, the folder of its run, and the paper's own form."""

@@ -115,6 +115,9 @@ def test_scores_may_be_of_another_routing(tmp_path, monkeypatch, capsys, trained
         assert table.endswith(f"|\n\nRouted by: {OTHER}\n")
     assert asked == 5 * [OTHER]
     assert json.loads((tmp_path / "--data/scores.json").read_text())["route_by"] == OTHER
+    of_tiny = json.loads((tmp_path / "--bench/scores.json").read_text())
+    assert of_tiny["route_by"] == OTHER and of_tiny["steps"] == 12
+    assert [score["task"] for score in of_tiny["scores"]] == ["add"]
     monkeypatch.setattr(trained, "adapter", None)
     code, _, err = run(monkeypatch, capsys, "--data", OWN, "--route-by", "a", "--out",
                        tmp_path / "s")

@@ -273,7 +273,7 @@ def test_parts_may_lie_elsewhere(tmp_path):
     assert model_paths(tiny, vae=file) == model_paths(tiny, vae=str(file)) == paths | {"vae": file}
     with pytest.raises(TypeError, match="unexpected keyword argument 't5'"):
         model_paths(tiny, t5=file)
-    with pytest.raises(FileNotFoundError, match="tokenizer: no such file or folder"):
+    with pytest.raises(ValueError, match="--tokenizers .*: holds no tokenizer. and tokenizer_2."):
         model_paths(tiny, tokenizers=tmp_path)
     for name in ("tokenizer", "tokenizer_2"):
         (tmp_path / name).mkdir()
@@ -347,6 +347,7 @@ def test_what_a_file_lacks_is_named(tmp_path):
     save_file(original("transformer"), file)
     with pytest.raises(ValueError, match="name --vae, --clip, --t5, --tokenizers too"):
         model_paths(file)
+    (tmp_path / "tokenizer").mkdir()
     with pytest.raises(ValueError, match="name --clip too"):
         model_paths(file, vae=file, text_encoder_2=file, tokenizers=tmp_path)
     save_file(original("vae"), file)

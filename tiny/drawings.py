@@ -88,7 +88,7 @@ def draw_routing(stage: str = "table") -> np.ndarray:
     image = right.imshow(routing["kept"][layer], vmin=0, vmax=1, cmap="viridis")
     right.set_yticks(range(len(tasks)), tasks)
     right.set(xlabel="expert")
-    right.set_title(f"{name}: share of pictures that keep it\nin {layer}", fontsize=9)
+    right.set_title(f"{name}:\nshare of pictures that keep it\nin {layer}", fontsize=9)
     figure.colorbar(image)
     return report.pixels(figure)
 

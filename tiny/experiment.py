@@ -218,7 +218,8 @@ def tell(stage: str) -> list[Piece]:
 
 
 def main() -> None:
-    parser = commands.Parser(description="Measure routing on the tiny model.")
+    parser = commands.Parser(prog="python -m tiny.experiment",
+                             description="Measure routing on the tiny model.")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; "
                         "by default all, one after the other")
     parser.add_argument("--workers", type=commands.COUNT, default=os.cpu_count(),

@@ -346,7 +346,8 @@ def tables(finished: bool = False) -> dict[str, str]:
 
 
 def main() -> None:
-    commands.Parser(description="Tables and figures of the experiment.").parse_args()
+    commands.Parser(prog="python -m tiny.findings",
+                    description="Tables and figures of the experiment.").parse_args()
     if not any(map(found, STAGES)):
         raise ValueError(f"{RESULTS}: no results yet; python -m tiny.experiment makes them")
     for told, table in {"What was asked": answers_table(), **tables()}.items():

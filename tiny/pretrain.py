@@ -23,12 +23,18 @@ from tiny.vocabularies import make_tokenizers
 
 
 def main() -> None:
-    parser = commands.Parser(description="Make the embedded base model.")
-    parser.add_argument("--out", type=Path, default=Path("tiny/model"))
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="checkpoints")
-    parser.add_argument("--vae-steps", type=int, default=12_000)
-    parser.add_argument("--samples", type=int, default=100_000, help="latents for the transformer")
-    parser.add_argument("--steps", type=int, default=12_000, help="of transformer, text encoders")
+    parser = commands.Parser(prog="python -m tiny.pretrain",
+                             description="Make the embedded base model.")
+    parser.add_argument("--out", type=Path, default=Path("runs/model"),
+                        help="takes the model; %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"),
+                        help="takes checkpoints; %(default)s")
+    parser.add_argument("--vae-steps", type=commands.COUNT, default=12_000,
+                        help="of the autoencoder; %(default)s")
+    parser.add_argument("--samples", type=commands.COUNT, default=100_000,
+                        help="latents for the transformer; %(default)s")
+    parser.add_argument("--steps", type=commands.COUNT, default=12_000,
+                        help="of transformer and text encoders; %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="saves minutes in a short try")
     args = parser.parse_args()
     if (args.out / "model_index.json").is_file() and not args.work.is_dir():
@@ -44,6 +50,7 @@ def main() -> None:
         cache_latents(args.out, args.work, args.samples)
         mp.spawn(train_transformer, (workers, args.out, args.work, args.steps, args.samples,
                                      not args.no_compile), nprocs=workers)
+    print(f"{args.out}: a whole model; python weights.py {args.out} says what it is")
 
 
 if __name__ == "__main__":
