@@ -171,7 +171,7 @@ def main() -> None:
         research.write(*adapters.read(args.path), args.path, args.to_research)
     if args.to_bf16:
         adapters.write_bf16(args.path, args.to_bf16, args.strength or 1)
-    told, whole = describe(args.to_research or args.to_bf16 or args.path, load, saved_adapter)
+    told, whole = describe(args.to_research or args.to_bf16 or args.path, load, build_adapter)
     print(told)
     if not whole:
         sys.exit(1)                                      # so that scripts can ask

@@ -64,10 +64,10 @@ def adapter_kind(path: Path) -> str:
     return LORA if lora.is_lora(read_tensors([file])) else ""
 
 
-def describe_adapter(path: Path, kind: str, saved_adapter: Callable) -> tuple[list[str], bool]:
+def describe_adapter(path: Path, kind: str, build_adapter: Callable) -> tuple[list[str], bool]:
     """What an adapter is, which model it fits, and the command that uses it; whether it is whole.
 
-    saved_adapter: weights.saved_adapter().
+    build_adapter: weights.build_adapter().
     """
     values, tensors = adapters.read(path)
     c = config_from(AdapterConfig, values, path, whole=True)
@@ -93,10 +93,9 @@ def describe_adapter(path: Path, kind: str, saved_adapter: Callable) -> tuple[li
     line, option, config = fits(tensors)
     if config is None:
         return [*told, line], True
-    file = path if kind == RESEARCH else adapters.file_of(path)
     try:
-        with devices.shapes_alone():
-            saved_adapter(FluxTransformer(config), file, 1.0)    # all its checks, and no memory
+        with devices.shapes_alone():                     # all that loading checks, and no memory
+            adapters.fill_in(build_adapter(FluxTransformer(config), c), tensors, path)
     except ValueError as error:
         return [*told, str(error).partition("; if it is")[0], f"{path}: not whole"], False
     return [*told, line, f"{COMMAND}{option} --adapter {as_typed([path])}"], True
@@ -138,13 +137,13 @@ def fits(tensors: dict[str, Tensor]) -> tuple[str, str, DiTConfig | None]:
             + some_of(told[nearest], between="; ")), "", None
 
 
-def describe(path: Path, load: Callable, saved_adapter: Callable) -> tuple[str, bool]:
+def describe(path: Path, load: Callable, build_adapter: Callable) -> tuple[str, bool]:
     """What a file or folder is, with the command that uses it, and whether it is whole.
 
     Of a picture: how it was made.
 
     load(part, path, device): reads a part of a model, with all checks, as weights.load() does;
-    saved_adapter(model, path, strength): an adapter, as weights.saved_adapter() does.
+    build_adapter(model, config): makes an adapter, as weights.build_adapter() does.
     """
     foreign.check_there(path)
     if path.name in CHECKPOINTS:
@@ -155,7 +154,7 @@ def describe(path: Path, load: Callable, saved_adapter: Callable) -> tuple[str, 
     path = foreign.snapshot(path)
     kind = adapter_kind(path)
     if kind:
-        lines, whole = describe_adapter(path, kind, saved_adapter)
+        lines, whole = describe_adapter(path, kind, build_adapter)
         return "\n".join(lines), whole
     found = layouts.parts_in(path)
     if not found:

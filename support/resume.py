@@ -52,12 +52,15 @@ def check_free(out: Path, wanted: bool) -> None:
 def alone(out: Path) -> Iterator[None]:
     """Hold a run's folder, so that no other process trains in it. Raises: ValueError.
 
-    The system lets go of it however this process ends; where it has no such locks, none is held.
+    The system lets go of it however this process ends; where it has no such locks, none is held. Of
+    several processes the first holds it for all.
     """
+    if fcntl is None or not is_first():
+        yield
+        return
     with open(out / LOCK, "w") as lock:
         try:
-            if is_first() and fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{out}: another process is training in it; wait for its end, or name "
                              "another --out") from None

@@ -235,7 +235,7 @@ def raw_file(path: Path, header: object, body: bytes = b"") -> Path:
 
 def described(path: Path) -> tuple[str, bool]:
     """As `python weights.py PATH` says it; whether it is whole."""
-    return describe(path, weights.load, weights.saved_adapter)
+    return describe(path, weights.load, weights.build_adapter)
 
 
 ONE = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
