@@ -113,12 +113,16 @@ def given_picture(source: Given) -> Image.Image:
             raise ValueError("a picture as an array must be uint8 in 0..255, (H, W) or (H, W, 3 or "
                              f"4); this one is {source.dtype}, {source.shape}")
         source = Image.fromarray(source)
+    if not isinstance(source, Given):
+        raise ValueError(f"{source!r} is no picture: give a file, a PIL picture or an array")
     return as_seen(source) if isinstance(source, Image.Image) else load_image(source)
 
 
 def each(some: Given | Iterable[Given] | None) -> list[Given]:
     """One picture, or several, or none, as a list."""
-    return [some] if isinstance(some, Given) else list(some or ())
+    if some is None:
+        return []
+    return [some] if isinstance(some, Given) or not isinstance(some, Iterable) else list(some)
 
 
 def upright(image: Image.Image) -> tuple[Image.Image, bytes | None, int, int]:

@@ -55,6 +55,7 @@ def draw_losses(entries: list[dict]) -> np.ndarray:
             panel.legend()
         panel.set(title="norm of the gradients" if name == "norm" else f"{name} loss",
                   xlabel="step")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     return pixels(figure)
 
 

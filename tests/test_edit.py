@@ -140,7 +140,8 @@ def test_the_result_may_keep_the_size_of_its_picture(pipe) -> None:
     ({"steps": 2.5}, "steps 2.5: must be a whole"), ({"guidance": "2"}, "must be a number"),
     ({"size": (64.0, 64)}, "must be width and"), ({"size": (64,)}, "must be width and"),
     ({"size": (100, 64)}, "size .100"), ({"conds": "depth:a.png"}, "depth"),
-    ({"images": "gone.png"}, "gone.png"),
+    ({"images": "gone.png"}, "gone.png"), ({"images": 3}, "3 is no picture"),
+    ({"conds": [None]}, "None is no picture"),
     ({"mask": PICTURE, "images": ()}, "mask: needs the picture")])
 def test_what_a_caller_gets_wrong_is_said(pipe, changes, words) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
