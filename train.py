@@ -173,9 +173,9 @@ def micro_batches(args: argparse.Namespace, sources: Sources, first: int, stride
                   ) -> Iterator[list[tuple[int, list[Sample]]]]:
     """Each step's, from number `first` on every stride-th, as accumulate() takes them."""
     batches = data.batches(sources, args.batch_size, args.seed, first, stride)
-    seeds = (args.seed * 2 ** 32 + i for i in count(first, stride))
+    seeded = zip((args.seed * 2 ** 32 + i for i in count(first, stride)), batches)
     while True:
-        yield list(islice(zip(seeds, batches), args.accumulate))
+        yield list(islice(seeded, args.accumulate))
 
 
 def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: HeldOut,

@@ -113,17 +113,21 @@ def longest(paths: Iterable[Path]) -> int:
     return max(found, default=0) or LONGEST
 
 
+def check_whole(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Raises: ValueError unless saved tensors have exactly the adapter's names and shapes."""
+    check_tensors({name: p.shape for name, p in adapter.tensors().items()},
+                  {name: t.shape for name, t in tensors.items()}, where)
+
+
 @torch.no_grad()
 def fill_in(adapter: Adapter, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Take saved tensors. Raises: ValueError unless names and shapes are exactly the adapter's."""
-    own = adapter.tensors()
+    """Take saved tensors. Raises: ValueError as check_whole() does, with a way out."""
     try:
-        check_tensors({name: p.shape for name, p in own.items()},
-                      {name: t.shape for name, t in tensors.items()}, where)
+        check_whole(adapter, tensors, where)
     except ValueError as error:
         raise ValueError(f"{error}; if it is another model's, name that by --model (python "
                          "weights.py FILE says which one it fits)") from None
-    for name, p in own.items():
+    for name, p in adapter.tensors().items():
         p.copy_(tensors[name])
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support import options, origin
-from support.commands import is_first, may_hold
+from support.commands import NO_FOLDER, is_first, may_hold
 from support.pictures import open_picture, pictures_in, save_picture
 from support.texts import unread
 from support.words import counted, duration, note, say
@@ -45,7 +45,7 @@ class Prompt:
     text: str
     out: Path                                            # one picture, or a grid of several
     seeds: range                                         # of each picture
-    given: Callable[[], Inputs]                           # read when asked for
+    given: Callable[[], Inputs]                          # read when asked for
     truth: Path | None = None                            # where the truth goes, for scorers
     about: object = None                                 # what answers are checked by
 
@@ -95,7 +95,7 @@ def missing(prompts: list[Prompt]) -> list[Prompt]:
     todo = [prompts[i] for i in found[0]]
     for folder in {file.parent for prompt in todo for file in prompt.files}:
         if not may_hold(folder):
-            raise ValueError(f"--out: {folder} is a file, not a folder, or may not be written to")
+            raise ValueError(f"--out: {folder} {NO_FOLDER}")
     return todo
 
 

@@ -162,7 +162,8 @@ def check_new(option: str, file: Path) -> None:
         raise ValueError(f"{option} {file}: exists already; name another file")
 
 
-NEW_FOLDER = checked(path, may_hold, "is a file, not a folder, or may not be written to")
+NO_FOLDER = "is a file, not a folder, or may not be written to"        # where not may_hold()
+NEW_FOLDER = checked(path, may_hold, NO_FOLDER)
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:

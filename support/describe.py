@@ -90,14 +90,14 @@ def describe_adapter(path: Path, kind: str, build_adapter: Callable) -> tuple[li
                     f"{kept.get(c.routing, c.top_k)} kept: "
                     f"rank {c.rank}, alpha {c.alpha:g}, scale {c.alpha / c.rank:g}, "
                     f"routed by {routed}")
-    line, option, config = fits(tensors)
-    if config is None:
+    line, option, model = fits(tensors)
+    if model is None:
         return [*told, line], True
     try:
         with devices.shapes_alone():                     # all that loading checks, and no memory
-            adapters.fill_in(build_adapter(FluxTransformer(config), c), tensors, path)
+            adapters.check_whole(build_adapter(model, c), tensors, path)
     except ValueError as error:
-        return [*told, str(error).partition("; if it is")[0], f"{path}: not whole"], False
+        return [*told, str(error), f"{path}: not whole"], False
     return [*told, line, f"{COMMAND}{option} --adapter {as_typed([path])}"], True
 
 
@@ -115,23 +115,24 @@ def sizes_in(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {layer: f"{wide} to {out}" for layer, (wide, out) in sizes.items()}
 
 
-def fits(tensors: dict[str, Tensor]) -> tuple[str, str, DiTConfig | None]:
-    """Which of the models that are known here has an adapter's layers; its option and sizes."""
+def fits(tensors: dict[str, Tensor]) -> tuple[str, str, FluxTransformer | None]:
+    """Which model that is known here has an adapter's layers; its option, and its shapes alone."""
     file, told = options.EMBEDDED / "transformer/config.json", {}
     wanted = sizes_in(tensors)
-    for model, config, option in (
+    for name, config, option in (
             ("FLUX.1-Kontext-dev", RELEASED, " --model FLUX.1-Kontext-dev"),
             ("the embedded model", config_from(DiTConfig, read_json(file), file), "")):
         with devices.shapes_alone():
-            known = {name: f"{m.in_features} to {m.out_features}" for name, m
-                     in FluxTransformer(config).named_modules() if isinstance(m, nn.Linear)}
+            model = FluxTransformer(config)
+        known = {layer: f"{m.in_features} to {m.out_features}"
+                 for layer, m in model.named_modules() if isinstance(m, nn.Linear)}
         known[TEXTS] = f"{config.joint_attention_dim} to {config.pooled_projection_dim}"
         other = [f"{layer} is {size}, there {known.get(layer, 'is none')}"
                  for layer, size in wanted.items() if known.get(layer) != size]
         if not other:
-            return f"fits {model} (width {config.width})", option, config
-        told[f"{model} (width {config.width})"] = other
-    nearest = min(told, key=lambda model: len(told[model]))
+            return f"fits {name} (width {config.width})", option, model
+        told[f"{name} (width {config.width})"] = other
+    nearest = min(told, key=lambda name: len(told[name]))
     return (f"fits neither {' nor '.join(told)}: of its {len(wanted)} layers {len(told[nearest])} "
             f"are not {nearest.partition(' (')[0]}'s: "
             + some_of(told[nearest], between="; ")), "", None

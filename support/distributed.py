@@ -35,17 +35,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def processes() -> int:
-    """How many work together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def average(trained: Iterable[Tensor], passes: int) -> None:
     """Gradients: from sums over a process's micro-batches, `passes` of them, to means over all's.
 
     What follows the batch without a gradient (Expert Race's thresholds) is averaged too.
     """
-    workers = processes()
+    workers = commands.workers()
     for p in trained:
         value = p.grad if p.requires_grad else p.data
         if workers > 1 and value is not None:
@@ -58,9 +53,9 @@ def average(trained: Iterable[Tensor], passes: int) -> None:
 def agree(losses: dict[str, float], stop: bool) -> tuple[dict[str, float], bool]:
     """The means of all processes' losses; and whether any was asked to stop, as all then do."""
     values = torch.tensor([*losses.values(), stop], dtype=torch.float64)
-    if processes() > 1:
+    if commands.workers() > 1:
         dist.all_reduce(values)
-    *means, stop = (values / processes()).tolist()
+    *means, stop = (values / commands.workers()).tolist()
     return dict(zip(losses, means)), stop > 0
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from support.bad_rows import skipping
 from support.pictures import PICTURES, pictures_in
-from support.words import some_of
 from support.tables import is_list, read_text
+from support.words import some_of
 
 RUBBISH = ("thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__macosx", "$recycle.bin")
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.json")      # of a folder, first found

@@ -19,7 +19,7 @@ except ImportError:                                      # Windows
 
 from mole import Adapter
 from support import adapters, record
-from support.commands import is_first, may_hold
+from support.commands import NO_FOLDER, is_first, may_hold
 from support.files import json_object, read_metadata, replacing, unpickled
 from support.words import note
 
@@ -39,7 +39,7 @@ def check_free(out: Path, wanted: bool) -> None:
     wanted: whether to go on from a checkpoint in it.
     """
     if not may_hold(out):
-        raise ValueError(f"--out {out}: is a file, not a folder, or may not be written to")
+        raise ValueError(f"--out {out}: {NO_FOLDER}")
     if holds_checkpoint(out):
         if not wanted:
             raise ValueError(f"{out} holds a run; add --resume to go on, or name another --out")

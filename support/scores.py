@@ -56,7 +56,7 @@ def ssim(picture: np.ndarray, target: np.ndarray) -> float:
 
 
 def shrunk(x: np.ndarray, side: int = 2) -> np.ndarray:
-    """Means of squares, (H, W, 3) -> (H // side, W // side, 3); what is left at the end is not."""
+    """Means of squares, (H, W, 3) -> (H // side, W // side, 3); lines beyond are left out."""
     h, w = x.shape[0] // side, x.shape[1] // side
     return x[:side * h, :side * w].reshape(h, side, w, side, -1).mean((1, 3))
 
