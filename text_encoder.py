@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from support.files import read_json
+from support.configs import read_json
 
 # -------------------------------------------------------------------------------------- tokenizers
 

@@ -29,8 +29,9 @@ import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
 from support import adapters, devices, foreign, layouts, options, research, targets
+from support.configs import config_from, read_json
 from support.describe import describe
-from support.files import check_tensors, config_from, files_of, read_json, read_tensors
+from support.files import check_tensors, files_of, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
 from support.implied import implied_clip, implied_dit, implied_t5, implied_vae
 from text_encoder import CLIPConfig, CLIPEncoder, T5Config, T5Encoder

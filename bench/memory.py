@@ -29,7 +29,8 @@ import dit                                               # noqa: E402
 import train                                             # noqa: E402
 from common import memory                                # noqa: E402
 from support import commands                             # noqa: E402
-from support.files import config_from, files_of, write_part      # noqa: E402
+from support.configs import config_from                  # noqa: E402
+from support.files import files_of, write_part           # noqa: E402
 
 ADAPTER = {"lora_rank": 16, "lora_alpha": 16, "rank": 8, "alpha": 8}
 RUNS = ([], ["--batch-size", "2"], ["--recompute"], ["--accumulate", "2"],

@@ -32,7 +32,8 @@ import weights                                           # noqa: E402
 import whole                                             # noqa: E402
 from common import block_flops, in_turns, product_rate   # noqa: E402
 from support import layouts                              # noqa: E402
-from support.files import config_from, files_of, read_tensors    # noqa: E402
+from support.configs import config_from                  # noqa: E402
+from support.files import files_of, read_tensors         # noqa: E402
 
 TEXT, IMAGE = 512, 2048                                  # tokens
 COMPILE = False                                          # --compile

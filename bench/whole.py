@@ -31,7 +31,8 @@ import sample                                            # noqa: E402
 import train                                             # noqa: E402
 from common import block_flops, finish, memory, product_rate     # noqa: E402
 from support import commands, devices                    # noqa: E402
-from support.files import config_from, replacing         # noqa: E402
+from support.configs import config_from                  # noqa: E402
+from support.files import replacing                      # noqa: E402
 from weights import PARTS                                # noqa: E402
 
 SHARD = 2 * 10 ** 9                                      # bytes

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mole import Adapter, AdapterConfig, LoRALinear, MoLELinear
 from support import foreign, lora, research
 from support.commands import check_new, file_and_strength
-from support.files import (check_tensors, config_from, json_object, read_metadata, read_tensors,
-                           write_tensors)
+from support.configs import config_from, json_object
+from support.files import check_tensors, read_metadata, read_tensors, write_tensors
 from support.pictures import LONGEST
 from support.words import note
 

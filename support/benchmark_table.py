@@ -13,7 +13,8 @@ import numpy as np
 
 from support.benchmarks import SAME, Prompt
 from support.commands import is_first
-from support.files import read_json, write_text
+from support.configs import read_json
+from support.files import write_text
 from support.origin import texts_of
 from support.pictures import fitted, grid, load_image, resize
 from support.results import SCORING, markdown, write

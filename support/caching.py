@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support import offload, resume
-from support.files import read_json, read_tensors, write_json, write_tensors
+from support.configs import read_json
+from support.files import read_tensors, write_json, write_tensors
 from support.pictures import to_tensor
 
 SHARD = 256 * 2 ** 20                                    # bytes

@@ -11,7 +11,8 @@ from dit import DiTConfig, FluxTransformer
 from mole import AdapterConfig
 from support import (adapters, devices, foreign, layouts, lora, options, origin, research,
                      targets)
-from support.files import config_from, files_of, read_json, read_metadata, read_tensors
+from support.configs import config_from, read_json
+from support.files import files_of, read_metadata, read_tensors
 from support.implied import RELEASED
 from support.pictures import PICTURES
 from support.resume import CHECKPOINTS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import json_object, of_kind
+from support.configs import json_object, of_kind
 from support.tables import read_text
 
 POINTS = 18                                              # of OpenPose's model COCO

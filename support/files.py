@@ -1,19 +1,16 @@
-"""Files: safetensors read lazily, JSON and configurations, writing that is whole or nothing.
+"""Files: safetensors read lazily, writing that is whole or nothing.
 
 Every other room that reads or writes goes through here, as do weights.py and the commands. On the
 CPU safetensors maps its files, so a tensor costs memory only when its pages are touched.
 """
 import json
-import math
 import os
 import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,78 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from support import foreign
-
-Config = TypeVar("Config")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises: FileNotFoundError; ValueError when it is no JSON object."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    text = path.read_bytes()
-    foreign.check_text(text[:512], path)
-    return json_object(text, path)
-
-
-def parse_json(text: str | bytes, where: object) -> object:
-    """Any JSON value. Raises: ValueError naming where the text is from."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:        # no JSON, no UTF-8, endless digits or [[[
-        why = f"{error.msg}, column {error.colno}" if isinstance(
-            error, json.JSONDecodeError) and error.lineno == 1 else error
-        raise ValueError(f"{where}: not valid JSON ({why})") from None
-
-
-def checked_object(value: object, where: object) -> dict:
-    """A JSON value that must be an object. Raises: ValueError naming where it is from."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def json_object(text: str | bytes, where: object) -> dict:
-    """A JSON object. Raises: ValueError naming where the text is from."""
-    return checked_object(parse_json(text, where), where)
-
-
-def of_kind(value: object, kind: type) -> bool:
-    """Whether an entry is of its field's type: counts not negative, sizes in a list not zero."""
-    if kind == tuple[int, ...]:
-        return (isinstance(value, tuple) and len(value) > 0
-                and all(of_kind(v, int) and v > 0 for v in value))
-    if kind == tuple[str, ...]:
-        return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    if kind is int:
-        return type(value) is int and 0 <= value < 2 ** 31       # True is no count
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind
-
-
-def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool = False) -> Config:
-    """Build a config dataclass from the entries of a config.json that it has fields for.
-
-    Lists become tuples; `whole`: there may be no further entries.
-    Raises: ValueError naming an entry that is missing, unknown or of another type.
-    """
-    known = [entry.name for entry in fields(cls)]
-    if whole and values.keys() - set(known):
-        raise ValueError(f"{where}: unknown entry {min(values.keys() - set(known))!r}; "
-                         f"it may hold {', '.join(known)}")
-    found = {}
-    for entry in fields(cls):
-        if entry.name in values:
-            value = values[entry.name]
-            value = tuple(value) if isinstance(value, list) else value
-            if not of_kind(value, entry.type):
-                kind = ("a whole number from 0 up" if entry.type is int else
-                        entry.type.__name__ if isinstance(entry.type, type) else entry.type)
-                raise ValueError(f"{where}: {entry.name} should be {kind}, found {value!r}")
-            found[entry.name] = value
-        elif entry.default is MISSING:
-            raise ValueError(f"{where}: has no entry {entry.name!r}")
-    return cls(**found)
+from support.configs import read_json
 
 
 def files_of(path: Path) -> list[Path]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.conditions import check_cond
-from support.folders import TABLES, metadata_of
+from support.folders import TABLES, metadata_of, tables_in
 from support.masks import read_mask
 from support.names import ours, pictures_named, read_name
+from support.origin import texts_of
 from support.pictures import is_picture, load_image, save_picture
 from support.tables import checked_path, read_rows, row_paths, row_text
 from support.words import counted, note, some_of
@@ -34,12 +35,17 @@ class Job:
 
 
 def batch_file(path: Path) -> Path:
-    """The file of --batch, or its folder's table. Raises: FileNotFoundError."""
+    """The file of --batch, or its folder's table; others in it are said to be left out.
+
+    Raises: FileNotFoundError.
+    """
     file = metadata_of(path)
     if file is None:
         raise FileNotFoundError(f"--batch {path}: " + (
             f"holds none of {', '.join(TABLES)} (one JSON list)" if path.is_dir() else
             "no such file"))
+    for other in tables_in(path)[1:] if path.is_dir() else []:
+        note(f"{path}: {other.name} is left out, as {file.name} is there")
     return file
 
 
@@ -167,7 +173,19 @@ def size_told(made: Image.Image, images: list[Image.Image]) -> str:
 
 def tell_skipped(jobs: list[Job]) -> None:
     """Say at the end what a batch did not make, as it is there."""
-    there = [job.there for job in jobs if job.there]
+    there = {job.there: job.instruction for job in jobs if job.there}
     if there:
-        print(f"skipped: {len(there)} of {len(jobs)} pictures are in {there[0].parent} by their "
-              f"names already ({some_of([path.name for path in there])})")
+        print(f"skipped: {len(there)} of {len(jobs)} pictures are in {next(iter(there)).parent} by "
+              f"their names already ({some_of([path.name for path in there])})")
+    other = [path.name for path, text in there.items() if instruction_of(path) not in (None, text)]
+    if other:
+        note(f"made of other instructions than their lines have now: {some_of(other)}; where you "
+             "remove a picture, the same command makes it anew")
+
+
+def instruction_of(file: Path) -> str | None:
+    """What a picture says it was made of; None where it says nothing, or is none."""
+    try:
+        return texts_of(file).get("instruction")
+    except ValueError:
+        return None

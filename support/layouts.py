@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from support import foreign
-from support.files import config_from, files_of, read_json, read_tensors
+from support.configs import config_from, read_json
+from support.files import files_of, read_tensors
 from vae import VAEConfig
 
 # What stands left in a name becomes what stands right, in this order, until the name is the

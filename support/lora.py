@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dit import DiTConfig, FluxTransformer
 from support import devices, foreign, layouts
-from support.files import json_object, read_json, read_metadata, read_tensors
+from support.configs import json_object, read_json
+from support.files import read_metadata, read_tensors
 from support.words import note
 
 # to_q.lora_A.weight, to_q.lora_down.default.weight, to_q_lora.up.weight, qkv_lora1.down.weight

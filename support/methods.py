@@ -10,7 +10,7 @@ from torch import Tensor
 from mole import AdapterConfig, MoLELinear
 from support import adapters, foreign, research, targets
 from support.commands import is_first
-from support.files import config_from
+from support.configs import config_from
 from support.words import note
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data import Sample
 from support.conditions import pick, random_box, random_canny, skeletons
-from support.files import parse_json
+from support.configs import parse_json
 from support.parquet import Public, text_of
 from support.pictures import LONGEST, pictures_in
 from support.tables import located, read_text

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mole import AdapterConfig
-from support.files import (config_from, of_kind, read_json, read_tensors, replacing, unpickled,
-                           write_json, write_tensors)
+from support.configs import config_from, of_kind, read_json
+from support.files import read_tensors, replacing, unpickled, write_json, write_tensors
 
 RESEARCH = {"num_experts": "experts", "num_experts_per_tok": "top_k", "rank": "rank",
             "alpha": "alpha", "type_aux_loss_alpha": "balance_weight",

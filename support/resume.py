@@ -20,7 +20,8 @@ except ImportError:                                      # Windows
 from mole import Adapter
 from support import adapters, record
 from support.commands import NO_FOLDER, is_first, may_hold
-from support.files import json_object, read_metadata, replacing, unpickled
+from support.configs import json_object
+from support.files import read_metadata, replacing, unpickled
 from support.words import note
 
 LOCK = "lock"                                            # in a run's folder, while it runs

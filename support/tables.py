@@ -13,7 +13,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 from support.bad_rows import skipping
-from support.files import checked_object, json_object, parse_json
+from support.configs import checked_object, json_object, parse_json
 from support.foreign import start_of
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
 from support.pictures import ADDRESS, PICTURES

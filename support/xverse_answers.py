@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.benchmarks import Prompt
-from support.files import json_object, of_kind
+from support.configs import json_object, of_kind
 from support.tables import read_text
 
 PARTS = {"single": "XVerseBench_single", "multi": "XVerseBench_multi"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support.benchmark_table import Scored, command_again
 from support.benchmarks import Inputs, Prompt
-from support.files import parse_json
+from support.configs import parse_json
 from support.pictures import checked_size, load_image
 from support.results import cell
 from support.scores import mean

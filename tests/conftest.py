@@ -21,7 +21,8 @@ from forks import Forks
 from helpers import MODEL, ROOT
 from sample import Pipeline, load_pipeline
 from support import options
-from support.files import read_json, read_tensors, write_part
+from support.configs import read_json
+from support.files import read_tensors, write_part
 
 
 @pytest.fixture(scope="session")

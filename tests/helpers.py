@@ -32,8 +32,9 @@ import weights
 from mole import AdapterConfig
 from sample import condition, generate, load_pipeline
 from support import commands, methods, recompute, research, routing_maps
+from support.configs import config_from
 from support.describe import describe
-from support.files import config_from, write_part
+from support.files import write_part
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent

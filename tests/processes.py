@@ -24,7 +24,7 @@ import weights                                           # noqa: E402
 from dit import FluxTransformer                          # noqa: E402
 from mole import AdapterConfig                           # noqa: E402
 from support import distributed                          # noqa: E402
-from support.files import config_from, read_json         # noqa: E402
+from support.configs import config_from, read_json       # noqa: E402
 from tiny.world import TinyWorld                         # noqa: E402
 
 

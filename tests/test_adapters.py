@@ -21,7 +21,8 @@ from helpers import (adapted, adapter_config, Bomb, build_config, BUILDS, CASES,
                      forward, golden, golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT,
                      run_command, run_sample, same, SMALL)
 from support import adapters, commands, export, research, routing_maps, targets
-from support.files import config_from, read_metadata, read_tensors
+from support.configs import config_from
+from support.files import read_metadata, read_tensors
 from weights import load_adapter
 
 # ------------------------------------------------------------------------------- support/targets.py

@@ -17,7 +17,8 @@ import sample
 import weights
 from helpers import MODEL, ROOT
 from support import adapters, routing_maps
-from support.files import read_json, write_json
+from support.configs import read_json
+from support.files import write_json
 from support.pictures import load_image
 from tiny import conflict, design, drawings, experiment, findings, leads, probe, world
 from tiny.design import Piece

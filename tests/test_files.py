@@ -258,7 +258,8 @@ def test_config_may_hold_whole_numbers_for_floats_and_other_entries(tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"null", b"\xff\xfe{}", b"{'a': 1}",
-                                     b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
+                                     b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}",
+                                     b'{"a": {"b": 1, "b": 1}}'])
 def test_config_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
     folder = written(tmp_path, "vae")
     (folder / "config.json").write_bytes(content)

@@ -126,6 +126,33 @@ def test_what_was_skipped_is_said_at_the_end(folder, monkeypatch, capsys) -> Non
                                     "already (0001.png, 0002.png, 0004.png, ...)"]
 
 
+def test_a_skipped_picture_of_another_instruction_is_named(folder, monkeypatch, capsys) -> None:
+    def run(*instructions: str) -> str:
+        file = table(folder / "a.jsonl", *({"instruction": text} for text in instructions))
+        code, _, err = run_sample(monkeypatch, capsys, "--batch", file, "--steps", 1)
+        assert code == 0, err
+        return err
+    Path("out").mkdir()
+    Path("out/0003.png").write_bytes(b"mine")            # says nothing
+    assert "made of" not in run("star", "square", "circle")
+    assert "made of" not in run("star", "square", "circle")
+    err = run("star", "a blue square", "circle")
+    assert "note: made of other instructions than their lines have now: 0002.png; " in err
+    Path("out/0002.png").unlink()
+    assert "made of" not in run("star", "a blue square", "circle")
+
+
+def test_a_table_that_is_left_out_is_named(folder, capsys) -> None:
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.json"):
+        (folder / name).write_text("[]")
+    assert jobs.batch_file(folder) == folder / "metadata.jsonl"
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {folder}: metadata.csv is left out, as metadata.jsonl is there",
+        f"note: {folder}: metadata.json is left out, as metadata.jsonl is there"]
+    assert jobs.batch_file(folder / "metadata.csv") == folder / "metadata.csv"    # it is named
+    assert not capsys.readouterr().err
+
+
 def test_one_bar_is_over_all_pictures(folder, monkeypatch, capsys) -> None:
     file = table(folder / "a.jsonl", *({"instruction": f"star {i}"} for i in range(3)))
     bars: list = []

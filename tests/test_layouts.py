@@ -23,7 +23,8 @@ import weights
 from helpers import described, KEYS
 from sample import load_pipeline
 from support import adapters, layouts, lora
-from support.files import config_from, read_tensors, write_part
+from support.configs import config_from
+from support.files import read_tensors, write_part
 from support.fp8 import NarrowLinear, to_fp8, Widened
 from support.layouts import model_paths, only_size
 from weights import load_adapter

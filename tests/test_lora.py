@@ -10,7 +10,7 @@ from torch import Tensor
 import dit
 from helpers import DIT, KEYS
 from support import adapters, lora
-from support.files import config_from, read_json
+from support.configs import config_from, read_json
 from weights import load_adapter
 
 

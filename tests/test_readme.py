@@ -29,7 +29,8 @@ from dit import DiTConfig, FluxTransformer
 from helpers import (assert_equal, MODEL, ROOT, run_sample, run_train, SETS, write_set,
                      write_shards, written)
 from support import adapters, layouts, research
-from support.files import config_from, read_json, read_tensors
+from support.configs import config_from, read_json
+from support.files import read_tensors
 from support.implied import RELEASED
 from support.fp8 import NarrowLinear
 from support.public_sets import PUBLIC
@@ -364,7 +365,7 @@ def allowed(name: str) -> set[str]:
         "autoencoder", "base", "conflict", "design", "drawings", "experiment", "findings", "leads",
         "pages", "pretrain", "probe", "vocabularies")}
     below = {module for module in MODULES if module.startswith("support.")} | models
-    own = {"mole": set(), "dit": set(), "vae": set(), "text_encoder": {"support.files"},
+    own = {"mole": set(), "dit": set(), "vae": set(), "text_encoder": {"support.configs"},
            "baselines": {"mole"}, "weights": below | {"baselines"}, "data": below - models,
            "sample": below | {"weights"}, "support.public_sets": below | {"data"},
            "tiny.world": below | {"data"},

@@ -13,7 +13,7 @@ from PIL import Image
 from helpers import made, MODEL, PICTURE, ROOT, run_sample
 from sample import seeded_noise
 from support import export
-from support.files import read_json
+from support.configs import read_json
 from support.pictures import to_tensor
 from support.resolutions import output_size, PREFERRED, prepare
 from tiny import world

@@ -16,7 +16,8 @@ import vae
 import weights
 from helpers import (assert_equal, described, KEYS, load, PARTS, raw_file, ROOT, SMALL_VAE,
                      tensors_of, write_shards, written)
-from support.files import config_from, read_json, read_metadata, read_tensors, write_part
+from support.configs import config_from, read_json
+from support.files import read_metadata, read_tensors, write_part
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -14,7 +14,8 @@ from tqdm import trange
 import weights
 from support import devices
 from support.conditions import pick
-from support.files import config_from, replacing, unpickled, write_part
+from support.configs import config_from
+from support.files import replacing, unpickled, write_part
 from support.pictures import to_tensor
 from tiny import world
 from vae import AutoEncoder, VAEConfig

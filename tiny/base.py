@@ -19,8 +19,8 @@ from dit import DiTConfig, FluxTransformer
 from sample import as_tokens, velocity
 from support import devices
 from support.conditions import pick
-from support.files import (config_from, read_json, read_tensors, replacing, unpickled, write_json,
-                           write_part, write_tensors)
+from support.configs import config_from, read_json
+from support.files import read_tensors, replacing, unpickled, write_json, write_part, write_tensors
 from support.muon import Muon
 from support.pictures import to_tensor
 from text_encoder import CLIPConfig, CLIPEncoder, CLIPTokenizer, T5Config, T5Encoder, T5Tokenizer

@@ -19,7 +19,7 @@ from dit import FluxTransformer
 from mole import AdapterConfig
 from sample import load_pipeline
 from support import methods
-from support.files import config_from, read_json
+from support.configs import config_from, read_json
 from tiny import conflict, probe
 from tiny.world import BASE_TASKS, NEW_TASKS
 

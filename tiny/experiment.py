@@ -22,6 +22,7 @@ Run: python -m tiny.experiment                           # all, in many hours on
      python -m tiny.experiment --list                    # what is there, what is still to do
 """
 from support import commands
+from support.configs import read_json
 
 if __name__ == "__main__":
     commands.loading()                                   # Ctrl-C during imports ends in a line
@@ -46,7 +47,7 @@ import baselines
 import train
 from sample import load_pipeline
 from support.devices import choose_device
-from support.files import read_json, write_json
+from support.files import write_json
 from support.public_sets import PUBLIC
 from support.training_options import train_options
 from support.validation import HeldOut

@@ -24,7 +24,8 @@ from mole import MoLELinear, Routing
 from sample import Pipeline, condition, encode_picture
 from support import routing_maps
 from support.adapters import mixtures
-from support.files import read_json, write_json
+from support.configs import read_json
+from support.files import write_json
 from support.pictures import to_tensor
 from support.scores import psnr
 from tiny import conflict, world
