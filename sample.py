@@ -183,7 +183,7 @@ def velocity(model: dit.FluxTransformer, xt: Tensor, t: Tensor, guidance: Tensor
     """Velocity of the target alone: xt (B, I, P); t, guidance (B,); grid h x w -> (B, I, P)."""
     img, ids = xt, dit.position_ids(h, w).to(xt.device)                      # (B, I, P), (I, 3)
     if given.ref is not None:
-        img = torch.cat([img, given.ref], dim=1)           # (B, I+R, P)
+        img = torch.cat([img, given.ref], dim=1)         # (B, I+R, P)
         ids = torch.cat([ids, given.ref_ids])                                # (I+R, 3)
     v = model(img, given.txt, given.pooled, t, guidance, ids, given.cond, given.cond_ids, run=run)
     return v[:, :xt.shape[1]]                            # the references' velocities mean nothing
