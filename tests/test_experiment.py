@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import log2
 from pathlib import Path
 
@@ -473,7 +475,8 @@ def result(variant: str, seed: int, right: float, **more: object) -> dict:
     piece = vars(Piece("table", variant, seed, 9, 3e-3, 8.0, 4))
     return {"piece": piece, "parameters": 1234, "tasks": tasks, "training_seconds": 90,
             "flow": dict.fromkeys(design.ALL, right),
-            "config": {"balance_weight": 0.1}} | more
+            "config": {"balance_weight": 0.1, "lora_alpha": 4, "lora_rank": 16, "alpha": 64,
+                       "rank": 8, "mole_targets": [] if variant == "plain LoRA" else ["a"]}} | more
 
 
 @pytest.fixture
@@ -510,40 +513,42 @@ def rows(table: str) -> list[list[str]]:
 
 
 def test_tables_say_what_the_results_hold(results):
-    spread = "50.0 (25.0 to 75.0)"
-    assert rows(findings.variants_table()) == [          # a fourth seed is no variant's alone
-        [name, "1,234", "0.003", "8", "3", spread, spread, "2"]
+    of_four, of_three = "62.5 (25.0 to 100.0)", "50.0 (25.0 to 75.0)"
+    assert rows(findings.variants_table()) == [
+        [name, "1,234", "0.003", "8", "4", of_four, of_four, "2"]
         for name in ("InstructMoLE", "plain LoRA", "token")]
-    assert rows(findings.tasks_table())[0] == ["InstructMoLE", *["50.0"] * 7]
+    assert rows(findings.tasks_table())[0] == ["InstructMoLE", *["62.5"] * 7]
     assert rows(findings.wordings_table())[0] == [       # of 4 pictures one, right, was unseen
-        "InstructMoLE", "33.3 (0.0 to 66.7)", "100.0 (100.0 to 100.0)"]
+        "InstructMoLE", "50.0 (0.0 to 100.0)", "100.0 (100.0 to 100.0)"]
     assert rows(findings.routing_table())[1:] == [       # pose: way i has 10 i of 10 right
         ["token", *(f"{i}0.0 ({i}0.0 to {i}0.0)".replace("00.0", "0.0") for i in range(7)),
-         leads.lead(*2 * [leads.by_variant()["token"]], *(
+         leads.lead(*2 * [leads.by_variant()["token"][:3]], *(
              lambda _, i=i: 100 * (np.arange(10) < i) for i in (2, 1)))]]
     assert rows(findings.routers_table()) == [
         [name, "0.200", "0.015", "37.5%", "0.750 (0.100)"] for name in ("InstructMoLE", "token")]
-    flow = "0.5000 (0.2500 to 0.7500)"
+    flow = "0.6250 (0.2500 to 1.0000)"
     assert rows(findings.flow_table())[1:] == [
         ["plain LoRA", flow, *6 * ["–"]],
         ["token", flow, "+50.0", "+100.0", "+150.0", "+200.0", "+250.0", "+300.0"]]
     assert rows(findings.cosines_table()) == [
         [name, "0.1250 (0.1250 to 0.1250)"] for name in ("InstructMoLE", "token")]
-    without, another = (leads.lead(*2 * [leads.by_variant()["token"]], *(
-        lambda _, i=i: 100 * (np.arange(10) < i) for i in (0, way))) for way in (6, 1))
+    without, choice, another = (leads.lead(*2 * [leads.by_variant()["token"][:3]], *(
+        lambda _, i=i: 100 * (np.arange(10) < i) for i in ways)) for ways in (
+            (0, 6), (2, 1), (0, 1)))
     assert rows(findings.summary_table()) == [
-        ["InstructMoLE", "3", spread, "50.0", without, another, "0.750", "0.125"],
-        ["plain LoRA", "3", spread, "50.0", *4 * ["–"]],
-        ["token", "3", spread, "50.0", without, another, "0.750", "0.125"]]
+        [name, "0.003", scales, "4", of_four, *more] for name, scales, more in (
+            ("InstructMoLE", "0.25, 8", [without, choice, "0.750", "0.125"]),
+            ("plain LoRA", "0.25, –", 4 * ["–"]),
+            ("token", "0.25, 8", [without, choice, "0.750", "0.125"]))]
     assert rows(findings.balance_table()) == [
-        ["0.01", *2 * ["100.0 (100.0 to 100.0)"], "0.200", "0.750"],
-        ["0.1", spread, spread, "0.200", "0.750"]]
+        ["0.01", "100.0 (100.0 to 100.0)", *2 * ["–"], "0.200", "0.015", "37.5%", "0.750"],
+        ["0.1", of_three, without, another, "0.200", "0.015", "37.5%", "0.750"]]
     assert rows(findings.interference_table()) == [
         [name, "100.0", "14.3", "100.0", "14.3"] for name in (*world.NEW_TASKS, "mean")]
     longer = result("token", 1, 0.25)
     write_json(design.RESULTS / "longer-0.json", longer)
     assert rows(findings.tasks_table("longer")) == [["token", *["25.0"] * 7]]
-    assert len(findings.tables()) == 15
+    assert len(findings.tables()) == 18
     begun, *_, last = rows(findings.stages_table())
     assert begun == ["search", "0", "78", "0.0"]
     assert last == ["conflict", "0", "not known yet", "0.0"]
@@ -568,10 +573,11 @@ def test_a_lead_is_paired_by_seed_and_picture(results):
     assert leads.lead(ours, even, marks) == (
         f"+25.0 ({25 - half:+.1f} to {25 + half:+.1f})")
     assert leads.lead(ours[:1], worse, marks) == "–"
-    assert rows(findings.leads_table())[1:] == [
-        ["InstructMoLE over token", "4", *3 * ["+0.0 (+0.0 to +0.0)"]],
-        *([f"{name} over plain LoRA", "0", *3 * ["–"]]
-          for name in ("strong LoRA beside", "standardised whole"))]
+    half = 2.07 * np.std([25, 50, 75, 100], ddof=1) * np.sqrt(2 / 4)         # no picture differs
+    assert rows(findings.leads_table()) == [
+        [f"InstructMoLE over {name}", "4", "+0.0 (+0.0 to +0.0)",
+         f"+0.0 (-{half:.1f} to +{half:.1f})", "+0.0 (+0.0 to +0.0)"]
+        for name in ("plain LoRA", "token")]
     losses = [result("token", seed, loss) for seed, loss in enumerate((0.251, 0.503, 0.755), 1)]
     half = 4.30 * 2 / np.sqrt(3)                         # of differences of 1, 3, 5: by seed alone
     less = leads.lead(ours, losses, lambda one: np.array(
@@ -594,10 +600,14 @@ def test_answers_are_of_the_seeds_that_both_have(results):
             write_json(design.RESULTS / f"longer-{variant}-{seed}.json",
                        result(variant, seed, right))
     first, drawn, _, longer, _, in_conflict, *_ = rows(findings.answers_table())
-    about = ["does it pay?", "before", "InstructMoLE over plain LoRA", "+0.0 (+0.0 to +0.0)"]
+    about = ["does InstructMoLE pay?", "before", "InstructMoLE over plain LoRA",
+             "+0.0 (+0.0 to +0.0)"]
     assert first == [*about, "undecided: a training diverged"]
     assert drawn[3:] == in_conflict[3:] == ["–", "not measured yet"]
-    assert longer[3].startswith("+12.5 (") and longer[4] == "open: 2 of 3 seeds"
+    assert longer[3].startswith("+12.5 (") and longer[4] == "none: 2 seeds describe"
+    assert [row[:2] for row in rows(findings.answers_table(first=True))] == [
+        [question, asked] for question, asked, *_ in (
+            findings.QUESTIONS[i] for i in (0, 1, 2, 5, 6, 7))]
     (design.RESULTS / "table-lost.json").unlink()
     assert rows(findings.answers_table())[0] == [*about, "open: 4 of 8 seeds"]
     for seed in range(5, 9):
@@ -634,6 +644,30 @@ def test_what_company_costs_is_paired_by_seed_and_picture(results):
     assert alone[1:] == 2 * ["+0.0 (+0.0 to +0.0)"]
 
 
+def test_what_two_other_tasks_cost_is_told_with_the_steps_of_each(results):
+    """Alone all are right; of the first triple depth loses one picture in four, of all seeds."""
+    for variant, seed in product(("plain LoRA", "InstructMoLE"), (1, 2)):
+        for tasks in (*((task,) for task in world.NEW_TASKS), *design.TRIPLES):
+            found = result(variant, seed, 1.0)
+            found["piece"]["tasks"] = tasks
+            if len(tasks) == 3 and "depth" in tasks:
+                found["tasks"]["depth"] = result(variant, seed, 0.75)["tasks"]["depth"]
+            write_json(design.RESULTS / f"interference-{variant}-{seed}-{'+'.join(tasks)}.json",
+                       found)
+    table = rows(findings.triples_table())
+    assert [row[1:3] for row in table] == [
+        *(["canny", "all"], ["depth", "all"], ["pose", "all"], ["mean", "all"]),
+        *(["fill", "2/3"], ["subject", "2/3"], ["multi", "1/3"]),
+        *(["mixed", "1/3"], ["canny", "2/3"], ["subject", "2/3"])]
+    none = "+0.0 (+0.0 to +0.0)"
+    assert table[0][3:] == table[-1][3:] == [none, none]
+    one, of_three = np.array([0, 0, 0, 100]), np.array([*4 * [0], 0, 0, 0, 100, *4 * [0]])
+    for row, lost in ((table[1], one), (table[3], of_three)):
+        half = 1.96 * lost.std(ddof=1) / np.sqrt(len(lost))
+        middle = lost.mean()
+        assert row[3] == row[4] == f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+
+
 def test_in_conflict_a_lora_for_each_task_counts_as_one(results):
     """Of a seed, and only where all its tasks are there."""
     def write(variant: str, seed: int, tasks: tuple[str, ...], right: float) -> None:
@@ -648,15 +682,23 @@ def test_in_conflict_a_lora_for_each_task_counts_as_one(results):
         for task in conflict.TASKS[seed - 1:]:           # of the second one is not there yet
             write(design.FOR_EACH, seed, (task,), float(task == "grown"))
     plain, other, each = rows(findings.conflict_table())
-    assert plain == ["plain LoRA", *5 * ["50.0"], "50.0 (50.0 to 50.0)"]
-    assert other == ["standardised whole", *5 * ["75.0"], "75.0 (75.0 to 75.0)"]
-    assert each == [design.FOR_EACH, *4 * ["0.0"], "100.0", "20.0 (20.0 to 20.0)"]
-    first, *_, last = rows(findings.leads_table("conflict"))
+    assert plain == ["plain LoRA", "0.003, 8", "2", *5 * ["50 (50 to 50)"], "50.0 (50.0 to 50.0)"]
+    assert other[2:] == ["2", *5 * ["75 (75 to 75)"], "75.0 (75.0 to 75.0)"]
+    assert each == [design.FOR_EACH, "0.003, 8", "1", *4 * ["0 (0 to 0)"], "100 (100 to 100)",
+                    "20.0 (20.0 to 20.0)"]
+    first, last = rows(findings.leads_table("conflict"))
     assert first[:2] == ["standardised whole over plain LoRA", "2"]
-    assert first[2].startswith("+25.0 (")
-    assert first[3] == "-250.0 (-250.0 to -250.0)"       # the flow loss is called as success here
-    assert last == [f"{design.FOR_EACH} over plain LoRA", "1", "–", "–"]
+    assert first[2].startswith("+25.0 (") and first[3] == first[2]           # no seeds differ
+    assert first[4] == "-250.0 (-250.0 to -250.0)"       # the flow loss is called as success here
+    assert last == [f"{design.FOR_EACH} over plain LoRA", "1", *3 * ["–"]]
     assert len(np.unique(drawings.FIGURES["conflict"][1]())) > 10
+    file = design.RESULTS / f"conflict-standardised whole-1-{'+'.join(conflict.TASKS)}.json"
+    right = {way: {task: (10 - i - j) * "1" + (i + j) * "0"
+                   for j, task in enumerate(conflict.TASKS)} for i, way in enumerate(probe.WAYS)}
+    write_json(file, read_json(file) | {"routing": {"right": right}})
+    assert rows(findings.otherwise_table()) == [         # of ten right: fewer by way and by task
+        ["standardised whole", way, *(f"{10 * (10 - i - j)}" for j in range(5))]
+        for i, way in ((0, "as trained"), (1, "another's"), (6, "none"))]
 
 
 def test_regimes_are_told_as_the_search_is(results):
@@ -668,7 +710,7 @@ def test_regimes_are_told_as_the_search_is(results):
     assert [row[0] for row in compared] == [*design.SEARCHES["regimes"]]
     assert compared[7] == ["free", "–", "–", "0.5000", *4 * ["–"]]
     assert rows(findings.routing_table("conflict")) == []        # these have none
-    assert len(findings.tables()) == 13                  # nothing is there of longer training
+    assert len(findings.tables()) == 14                  # nothing is there of longer training
 
 
 def test_what_is_not_measured_yet_is_left_open(results, monkeypatch):
@@ -715,12 +757,12 @@ def test_the_record_holds_the_tables():
 
 
 @pytest.mark.parametrize("page, tables", [
-    ("README.md", ["answers"]), ("tiny/README.md", ["answers", "summary", "company"])])
+    ("README.md", [partial(findings.answers_table, first=True)]),
+    ("tiny/README.md", [findings.answers_table, findings.summary_table])])
 def test_the_pages_hold_what_was_found(page, tables):
     text = (ROOT / page).read_text(encoding="utf-8")
-    for name in tables:
-        table = getattr(findings, f"{name}_table")()
-        assert table in text, table
+    for make in tables:
+        assert (table := make()) in text, table
     for shown in re.findall(r"\]\((?:tiny/)?results/(.*)\.png\)", text):
         drawn = drawings.FIGURES[shown][1]()
         assert np.array_equal(drawn, load_image(ROOT / f"tiny/results/{shown}.png")), shown

@@ -8,7 +8,7 @@ from support import commands
 
 if __name__ == "__main__":
     commands.loading()                                   # Ctrl-C during imports ends in a line
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 
@@ -20,12 +20,12 @@ from support.results import HOLE, markdown
 from support.words import note
 from tiny import conflict, probe
 from tiny.design import (COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS, SCALES, SEARCHES,
-                         SEEDS, STAGES, flow_loss, found, left, pieces)
+                         SEEDS, STAGES, TRIPLES, flow_loss, found, left, pieces)
 from tiny.drawings import FIGURES
 from tiny.leads import (ALL_KEPT, Interval, by_variant, by_way, difference, ended, in_company,
-                        interference, lead, means, over_layers, over_seeds, right, seeds_of,
-                        success, with_routing)
-from tiny.world import EDITS, NEW_TASKS
+                        interference, joined, lead, means, over_layers, over_seeds, percents, right,
+                        seeds_of, spread, success, with_routing)
+from tiny.world import EDITS, GROUPS, NEW_TASKS
 
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
 # LoRAs for one task win.
@@ -38,24 +38,23 @@ LADDER = (("standardised whole", "plain LoRA"), ("standardised whole", "free as 
 # What was asked; when: before the table's first run, after two of its pieces, or after pilots; the
 # stage that answers it, and which variant is to lead which.
 QUESTIONS = (
-    ("does it pay?", "before", "table", "InstructMoLE", "plain LoRA"),
+    ("does InstructMoLE pay?", "before", "table", "InstructMoLE", "plain LoRA"),
     ("more than a nearly fixed choice of experts?", "before", "table", "InstructMoLE",
      "routing as drawn"),
-    ("and with as strong a LoRA beside?", "after two", "table", "strong LoRA beside", "plain LoRA"),
-    ("trained three times as long, does it pay?", "after two", "longer", "InstructMoLE",
+    ("with a stronger LoRA beside its experts?", "after two", "table", "strong LoRA beside",
      "plain LoRA"),
-    ("and with as strong a LoRA beside?", "after two", "longer", "strong LoRA beside",
-     "plain LoRA"),
-    ("on tasks in conflict, does routing pay?", "after pilots", "conflict", "standardised whole",
-     "plain LoRA"),
-    ("beside one expert of that size?", "after pilots", "conflict", "standardised whole",
-     "free as one"),
-    ("is it the whole instruction?", "after pilots", "conflict", "standardised whole",
+    ("does it pay in 4,500 steps?", "after two", "longer", "InstructMoLE", "plain LoRA"),
+    ("and with the stronger LoRA?", "after two", "longer", "strong LoRA beside", "plain LoRA"),
+    ("on tasks in conflict: does our variant pay?", "after pilots", "conflict",
+     "standardised whole", "plain LoRA"),
+    ("more than one expert as large as its eight?", "after pilots", "conflict",
+     "standardised whole", "free as one"),
+    ("more than with the pooled text alone?", "after pilots", "conflict", "standardised whole",
      "standardised"),
     ("what do LoRAs for one task each win there?", "after pilots", "conflict", FOR_EACH,
      "plain LoRA"),
-    ("on the world's own tasks, does that pay?", "after pilots", "table", "standardised whole",
-     "plain LoRA"))
+    ("on the first seven tasks: does our variant pay?", "after pilots", "table",
+     "standardised whole", "plain LoRA"))
 
 
 def stages_table() -> str:
@@ -73,14 +72,11 @@ def stages_table() -> str:
 
 
 def variants_table(stage: str = "table") -> str:
-    """Each variant: its size, what the search chose, success in percent, minutes of training.
-
-    All over the same seeds; where one of them diverged, fewer are counted.
-    """
+    """Each variant: its size, what the search chose, success in percent, minutes of training."""
     return markdown(
         ["variant", "parameters", "rate", "scale", "seeds", "new tasks, %", "edits, %", "minutes"],
         ([name, f"{results[0]['parameters']:,}", f"{results[0]['piece']['lr']:g}",
-          f"{results[0]['piece']['scale']:g}", f"{len(results)}",
+          f"{results[0]['piece']['scale']:.3g}", f"{len(results)}",
           over_seeds(results, lambda r: success(r, NEW_TASKS)),
           over_seeds(results, lambda r: success(r, EDITS)),
           f"{np.mean([r['training_seconds'] for r in results]) / 60:.0f}"]
@@ -90,44 +86,56 @@ def variants_table(stage: str = "table") -> str:
 def leads_table(stage: str = "table") -> str:
     """InstructMoLE over each other variant, and what may lead a plain LoRA over that.
 
-    As difference() counts it, over all seeds that both have. The flow loss is in thousandths. In
-    conflict: LADDER.
+    As difference() counts it, over all seeds that both have; once more, by how much the seeds of
+    all variants differ. The flow loss is in thousandths. In conflict: LADDER.
     """
-    table = by_variant(stage, SEEDS + MORE_SEEDS)
+    table = by_variant(stage)
     pairs = [*(("InstructMoLE", name) for name in table if name != "InstructMoLE"),
              *((name, "plain LoRA") for name in ("strong LoRA beside", "standardised whole"))]
-    groups = {"new tasks": NEW_TASKS, "edits": EDITS}
+    what, tasks = "new tasks", NEW_TASKS
     if stage == "conflict":
-        pairs, groups = [*LADDER], {"tasks in conflict": conflict.TASKS}
-    tasks = next(iter(groups.values()))
-    measures: list[Callable[[dict], np.ndarray]] = [
-        *map(right, groups.values()), lambda r: np.array([-1000 * flow_loss(r, tasks)])]
+        pairs, what, tasks = [*LADDER], "tasks in conflict", conflict.TASKS
+
+    def less(result: dict) -> np.ndarray:
+        return np.array([-1000 * flow_loss(result, tasks)])
+    of_all = spread(table, lambda result: success(result, tasks))
     rows = []
     for ours, theirs in pairs:
-        two = [table.get(name, []) for name in (ours, theirs)]
-        rows.append([f"{ours} over {theirs}", f"{seeds_of(*two)}",
-                     *(lead(*two, cases) for cases in measures)])
-    return markdown(["lead", "seeds", *(f"{name}, points" for name in groups),
-                     f"flow loss of {next(iter(groups))}, less by 0.001 times"], rows)
+        if ours in table and theirs in table:
+            two = table[ours], table[theirs]
+            rows.append([f"{ours} over {theirs}", f"{seeds_of(*two)}", lead(*two, right(tasks)),
+                         lead(*two, right(tasks), spread=of_all), lead(*two, less)])
+    return markdown(["lead", "seeds", f"{what}, points", "the same, by the spread of all variants",
+                     f"flow loss of {what}, less by 0.001 times"], rows)
+
+
+def comes_first(stage: str, ours: str, theirs: str) -> bool:
+    """Whether a comparison has eight seeds, and so an answer."""
+    return {ours, theirs} <= set(FIRST.get(stage, ()))
 
 
 def answer(stage: str, two: tuple[str, str], seeds: int, interval: Interval | None) -> str:
-    """By the rule, once all seeds are there; where a training diverged there is none."""
-    planned = len(SEEDS)
-    if set(two) <= set(FIRST.get(stage, ())):
-        planned += len(MORE_SEEDS)
+    """By the rule, once all seeds of what comes first are there; three seeds answer nothing."""
+    planned = len(SEEDS + MORE_SEEDS)
     if any("diverged" in r and r["piece"]["variant"] in two for r in found(stage)):
         return "undecided: a training diverged"
     if interval is None:
         return "not measured yet"
+    if not comes_first(stage, *two):
+        return f"none: {seeds} seeds describe"
     return interval.answer if seeds >= planned else f"open: {seeds} of {planned} seeds"
 
 
-def answers_table() -> str:
-    """QUESTIONS, each with the lead that answers it, of success on the stage's tasks."""
+def answers_table(first: bool = False) -> str:
+    """QUESTIONS, each with the lead that answers it, of success on the stage's tasks.
+
+    first: those alone that get an answer.
+    """
     rows = []
     for question, asked, stage, ours, theirs in QUESTIONS:
-        table = by_variant(stage, SEEDS + MORE_SEEDS)
+        if first and not comes_first(stage, ours, theirs):
+            continue
+        table = by_variant(stage)
         two = [table.get(name, []) for name in (ours, theirs)]
         interval = difference(*two, right(conflict.TASKS if stage == "conflict" else NEW_TASKS))
         rows.append([question, asked, f"{ours} over {theirs}", str(interval or HOLE),
@@ -208,38 +216,47 @@ def cosines_table() -> str:
 
 
 def balance_table() -> str:
-    """InstructMoLE by the weight of its balance loss, at one rate and scale."""
+    """InstructMoLE by the weight of its balance loss, at one rate and scale.
+
+    Lost: as summary_table() has it; another's: routed by another task's picture.
+    """
     weights: dict[float, list[dict]] = {}
-    for result in [*ended("balance"), *by_variant().get("InstructMoLE", [])]:
+    for result in [*ended("balance"), *with_routing().get("InstructMoLE", [])]:
         weights.setdefault(result["config"]["balance_weight"], []).append(result)
-    return markdown(["balance weight", "new tasks, %", "edits, %", "shares from even",
-                     "bits about the task"], (
+    return markdown(["balance weight", "new tasks, %", "lost without experts",
+                     "lost by another's", "shares from even", "logits between tasks, sd",
+                     "kept experts that noise changes", "bits about the task"], (
         [f"{weight:g}", over_seeds(results, lambda r: success(r, NEW_TASKS)),
-         over_seeds(results, lambda r: success(r, EDITS)),
-         *(f"{over_layers(results, key):.3f}" for key in ("from even", "information"))]
+         *(lead(results, results, by_way("as trained"), by_way(way))
+           for way in ("none", "another's")),
+         *(f"{over_layers(results, key):.3f}" for key in ("from even", "spread")),
+         f"{over_layers(results, 'lost'):.1%}", f"{over_layers(results, 'information'):.3f}"]
         for weight, results in sorted(weights.items())))
 
 
 def summary_table() -> str:
-    """Of each variant, in a line: success, what its routing decides and says, its experts.
+    """Of each variant, in a line: its settings, success, what its experts and their choice do.
 
-    Lost is success as trained less that without any expert, or by another task's routing, on the
-    same pictures: what the experts do, and what of it their choice does.
+    Lost is success as trained less that without any expert, on the same pictures. The choice is
+    what routing by another picture of its own task gives a picture, beside routing by another's.
     """
     rows, routed = [], with_routing()
     for name, results in by_variant().items():
-        without = another = told = cosine = HOLE
+        without = choice = told = cosine = HOLE
         if own := routed.get(name):
-            without, another = (lead(own, own, by_way("as trained"), by_way(way))
-                                for way in ("none", "another's"))
+            without = lead(own, own, by_way("as trained"), by_way("none"))
+            choice = lead(own, own, by_way("its task's"), by_way("another's"))
             cosine = f"{np.mean([result['cosine'] for result in own]):.3f}"
             if name not in ALL_KEPT:
                 told = f"{over_layers(own, 'information'):.3f}"
-        rows.append([name, f"{len(results)}", over_seeds(results, lambda r: success(r, NEW_TASKS)),
-                     f"{np.mean([success(r, EDITS) for r in results]):.1f}", without, another,
-                     told, cosine])
-    return markdown(["variant", "seeds", "new tasks, % (least, most)", "edits, %",
-                     "lost without experts (about 95 %)", "by another task's (about 95 %)",
+        c = results[0]["config"]
+        scales = [f"{c['lora_alpha'] / c['lora_rank']:.2g}",
+                  f"{c['alpha'] / c['rank']:.2g}" if c["mole_targets"] else HOLE]
+        rows.append([name, f"{results[0]['piece']['lr']:g}", ", ".join(scales), f"{len(results)}",
+                     over_seeds(results, lambda r: success(r, NEW_TASKS)), without, choice, told,
+                     cosine])
+    return markdown(["variant", "rate", "scales", "seeds", "new tasks, % (least, most)",
+                     "lost without experts", "its task's choice less another's",
                      "bits about the task", "cosine"], rows)
 
 
@@ -281,6 +298,28 @@ def interference_table() -> str:
         for name, tasks in [*((task, [task]) for task in NEW_TASKS), ("mean", NEW_TASKS)]))
 
 
+def triples_table() -> str:
+    """What training with two other tasks costs each, and in which part of the steps it had alone.
+
+    A batch is of tasks that are given as many pictures, so that a company of two kinds has fewer
+    steps for each.
+    """
+    variants, rows = COMPARED["interference"], []
+    for triple in TRIPLES:
+        group = {task: [other for other in triple if other in of] for task in triple
+                 for of in GROUPS if task in of}
+        together = [task for task in triple if len(group[task]) == len(triple)]
+        for tasks in [*((task,) for task in triple), *([tuple(together)] if together else [])]:
+            each = (lead(in_company(variant, 1, tasks), joined(
+                (r for r in ended("interference") if r["piece"]["variant"] == variant
+                 and tuple(r["piece"]["tasks"]) == triple), tasks), right(tasks))
+                    for variant in variants)
+            rows.append([" + ".join(triple), tasks[0] if len(tasks) == 1 else "mean",
+                         f"{len(group[tasks[0]])}/{len(triple)}".replace("3/3", "all"), *each])
+    return markdown(["together", "task", "steps", *(f"{variant} loses" for variant in variants)],
+                    rows)
+
+
 def company_table() -> str:
     """What training with all tasks instead of alone costs, on the same pictures; see difference().
 
@@ -306,28 +345,41 @@ def company_table() -> str:
         alone = [in_company(variant, 1, tasks) for variant in (second, first)]
         columns.append([*(lead(own, own, each, none) for own in losses), lead(*losses, each),
                         lead(*alone, right(tasks))])
-    return markdown(["points (about 95 %)", "all new tasks", "without mixed"], map(list, zip(
+    return markdown(["points (about 95 %)", "all new tasks", "but mixed"], map(list, zip(
         [f"{first} loses by company", f"{second} loses by company", "the first less the second",
          f"alone, {second} over {first}"], *columns)))
 
 
 def conflict_table() -> str:
-    """Success on each task in conflict, a mean over the seeds, in percent, and on all of them."""
-    return markdown(["variant", *conflict.TASKS, "mean"], (
-        [name, *(f"{mean:.1f}" for mean in means(results, conflict.TASKS)),
+    """Success on each task in conflict and on all of them: means over seeds, least, most, in %."""
+    return markdown(["variant", "rate, scale", "seeds", *conflict.TASKS, "mean"], (
+        [name, f"{results[0]['piece']['lr']:g}, {results[0]['piece']['scale']:g}",
+         f"{len(results)}",
+         *(over_seeds(results, lambda one, task=task: success(one, [task]), 0)
+           for task in conflict.TASKS),
          over_seeds(results, lambda one: success(one, conflict.TASKS))]
         for name, results in by_variant("conflict").items()))
+
+
+def otherwise_table() -> str:
+    """In conflict, success on each task as trained, by another's routing and by none, in %."""
+    return markdown(["variant", "routed", *conflict.TASKS], (
+        [name, way, *(f"{np.mean([percents(r['routing']['right'][way][task]) for r in results]):.0f}"
+                      for task in conflict.TASKS)]
+        for name, results in with_routing("conflict").items()
+        for way in ("as trained", "another's", "none")))
 
 
 TABLES = {"search": (search_table,),
           "table": (variants_table, leads_table, tasks_table, wordings_table, flow_table,
                     routing_table, routers_table, cosines_table),
-          "interference": (interference_table, company_table), "balance": (balance_table,),
-          "longer": tuple(partial(make, "longer")
-                          for make in (variants_table, leads_table, tasks_table)),
+          "interference": (interference_table, triples_table, company_table),
+          "balance": (balance_table,),
+          "longer": tuple(partial(make, "longer") for make in (
+              variants_table, leads_table, tasks_table, routing_table, routers_table)),
           "regimes": (partial(search_table, "regimes"),),
           "conflict": (conflict_table, *(partial(make, "conflict") for make in (
-              leads_table, routing_table, routers_table)))}
+              leads_table, routing_table, routers_table)), otherwise_table)}
 
 
 def tables(finished: bool = False) -> dict[str, str]:

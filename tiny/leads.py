@@ -9,10 +9,11 @@ import numpy as np
 
 from support.results import HOLE
 from tiny import conflict
-from tiny.design import ADAPTERS, SEEDS, found
+from tiny.design import ADAPTERS, found
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
        7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+T95_OF_ALL = 2.07                                        # with 22 degrees of freedom, or a few more
 ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
 MATTERS = 3                                              # points; a lead within them does not
 
@@ -46,9 +47,9 @@ class Interval(NamedTuple):
 
 # ------------------------------------------------------------------------------------ the results
 
-def ended(stage: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
-    """A stage's results of these seeds, but for those whose training diverged."""
-    return [r for r in found(stage) if "diverged" not in r and r["piece"]["seed"] in seeds]
+def ended(stage: str) -> list[dict]:
+    """A stage's results, but for those whose training diverged."""
+    return [result for result in found(stage) if "diverged" not in result]
 
 
 def joined(results: Iterable[dict], tasks: tuple[str, ...]) -> list[dict]:
@@ -61,12 +62,12 @@ def joined(results: Iterable[dict], tasks: tuple[str, ...]) -> list[dict]:
     return [one for one in by_seed.values() if one["tasks"].keys() >= set(tasks)]
 
 
-def by_variant(stage: str = "table", seeds: Iterable[int] = SEEDS) -> dict[str, list[dict]]:
+def by_variant(stage: str = "table") -> dict[str, list[dict]]:
     """A stage's results, the seeds of each variant together, in the order of ADAPTERS.
 
     In conflict, five adapters for a task each count as one.
     """
-    results = ended(stage, seeds)
+    results = ended(stage)
     each = {name: [r for r in results if r["piece"]["variant"] == name] for name in ADAPTERS}
     if stage == "conflict":
         each = {name: joined(own, conflict.TASKS) for name, own in each.items()}
@@ -91,7 +92,7 @@ def over_seeds(results: list[dict], value: Callable[[dict], float], digits: int 
 
 
 def with_routing(stage: str = "table") -> dict[str, list[dict]]:
-    """by_variant(), of the variants that route."""
+    """by_variant(), of the variants and seeds that were routed otherwise, too."""
     return {name: routed for name, results in by_variant(stage).items()
             if (routed := [result for result in results if "routing" in result])}
 
@@ -121,7 +122,8 @@ def in_company(variant: str, number: int, tasks: tuple[str, ...]) -> list[dict]:
 # -------------------------------------------------------------------------- one beside the other
 
 def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarray],
-               of_theirs: Callable[[dict], np.ndarray] | None = None) -> Interval | None:
+               of_theirs: Callable[[dict], np.ndarray] | None = None, spread: float | None = None
+               ) -> Interval | None:
     """By how much ours is more, a mean over seeds and cases; None without two seeds.
 
     cases: a result's values, one or many, in the same order for all; of_theirs: another's, if not
@@ -129,7 +131,7 @@ def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.
     the root of (t SE over seeds)^2 + (1.96 SE over cases)^2: what is chance of one seed on one case
     counts in both, so that it is somewhat too wide. It speaks of new seeds and cases at the rates
     and scales that the search chose, on this base, and of one comparison: of twenty such intervals
-    one may miss.
+    one may miss. spread: of the seeds, if it is not to be guessed from these few differences.
     """
     by_seed = {result["piece"]["seed"]: (of_theirs or cases)(result) for result in theirs}
     leads = np.array([cases(result) - by_seed[result["piece"]["seed"]] for result in ours
@@ -138,13 +140,22 @@ def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.
         return None
     number, many = leads.shape
     by_chance = T95[number] * leads.mean(1).std(ddof=1) / np.sqrt(number)
+    if spread is not None:
+        by_chance = T95_OF_ALL * spread * np.sqrt(2 / number)
     by_case = 1.96 * leads.mean(0).std(ddof=1) / np.sqrt(many) if many > 1 else 0
     return Interval(float(leads.mean()), float(np.hypot(by_chance, by_case)))
 
 
-def lead(*args: object) -> str:
+def lead(*args: object, **settings: object) -> str:
     """difference() as a table says it."""
-    return str(difference(*args) or HOLE)
+    return str(difference(*args, **settings) or HOLE)
+
+
+def spread(table: dict[str, list[dict]], value: Callable[[dict], float]) -> float:
+    """By how much the seeds of one variant differ, as a standard deviation, pooled over all."""
+    values = [[value(result) for result in results] for results in table.values()]
+    freedom = sum(len(own) - 1 for own in values)
+    return float(np.sqrt(sum(len(own) * np.var(own) for own in values) / max(1, freedom)))
 
 
 def seeds_of(*several: list[dict]) -> int:
