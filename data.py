@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from support.bad_rows import check_few, skipping
+from support.bad_rows import Bad, check_few, skipping
 from support.commands import source_and_weight
 from support.folders import left_out, read_pairs, table_of
 from support.inspection import looked_through
@@ -70,7 +70,7 @@ def stack(given: Iterable[list[np.ndarray]]) -> list[Tensor]:
     return [to_tensor(list(pictures)) for pictures in zip(*given, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A checked line of a user's folder; its pictures are read when they are drawn."""
     instruction: str
@@ -91,18 +91,18 @@ class Folder:
     support/names.py lists the names that others use. size: (W, H) that every picture takes, or None
     to keep each near its own size, the longer side at most `longest`; the first reference takes the
     target's, as in sampling. root: the folder that no path may leave, by default the file's own.
-    bad: a list that takes what is wrong with lines, now and when they are drawn; of ten, one may
+    bad: takes what is wrong with lines, now and when they are drawn; of ten, one may
     be bad. unread: entries without a known name, in how many rows. Raises: FileNotFoundError,
     ValueError; they name the line.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 root: Path | None = None, bad: list[str] | None = None, longest: int = LONGEST):
+                 root: Path | None = None, bad: Bad | None = None, longest: int = LONGEST):
         self.path, self.size, self.root, self.longest = Path(path), size, root, longest
         self.file = table_of(self.path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.all_bad = bad                               # bad rows of all sources; None: raise
-        self.bad = None if bad is None else []           # this one's, at most one in ten
+        self.bad = None if bad is None else {}           # this one's, at most one in ten
         self.checked_rows: list[Row] = []
         self.groups: dict[tuple, list[Row]] = {}         # by number of natives, and sizes
         self.unread: Counter[str] = Counter()
@@ -112,7 +112,7 @@ class Folder:
             self.checked_rows.append(row)
             self.groups.setdefault((row.natives, *row.sizes), []).append(row)
             self.unread.update(rest)
-        self.number = len(self.bad or []) + len(self.checked_rows)
+        self.number = len(self.bad or ()) + len(self.checked_rows)
         check_few(self.bad, self.number, self.all_bad)
         if not self.checked_rows:
             raise ValueError(f"{self.file or path}: holds no rows")
@@ -130,7 +130,7 @@ class Folder:
                  for path in (target, *images, *conds)]
         check_unread(rest, self.folder, paths, where)
         found = [checked_size(path, where) for path in paths]                # finds broken ones
-        task = checked_text(str(line.get("task") or ""), where)
+        task = checked_text(str(line.get("task", "")), where)
         sizes = [self.size or fitted(size, self.longest) for size in found]
         if images:
             sizes[1] = sizes[0]                          # the picture to edit takes the target's
@@ -160,7 +160,7 @@ class Folder:
                 good = self.read_good(rows[i])
                 samples += good
                 if not good and len(order) < len(rows):  # another one in its place
-                    order.append(rng.choice(np.setdiff1d(range(len(rows)), order)))
+                    order.append(rng.choice(np.delete(np.arange(len(rows)), order)))
         return samples
 
     def read_good(self, row: Row) -> list[Sample]:
@@ -192,7 +192,7 @@ def open_source(text: str, *known: dict[str, Callable[..., Source]],
 
 def open_one(name: str, named: dict[str, Callable[[], Source]] = {},
              public: dict[str, Callable[..., Source]] = {}, size: tuple[int, int] | None = None,
-             root: Path | None = None, bad: list[str] | None = None, longest: int = LONGEST,
+             root: Path | None = None, bad: Bad | None = None, longest: int = LONGEST,
              draws: int | None = None, option: str = "--data") -> Source:
     """A source: a name | FOLDER | FILE.jsonl, .csv or .json | a public set's name=PATH.
 

@@ -32,7 +32,7 @@ from data import Sample, open_one, stack
 from sample import Pipeline, condition, generate, load_pipeline, prepare, seeded_noise
 from support import (benchmark_table, benchmarks, distributed, omnicontext, options, origin,
                      routing_maps, spatial, xversebench)
-from support.bad_rows import tell_skipped
+from support.bad_rows import Bad, tell_skipped
 from support.pairs import open_pairs, score_source
 from support.pictures import grid
 from support.public_sets import PUBLIC
@@ -193,7 +193,7 @@ def main() -> None:
         run_benchmark(args, BENCHES[args.bench])
         return
     check_out(args)
-    bad: list[str] | None = [] if args.skip_bad else None
+    bad: Bad | None = {} if args.skip_bad else None
     source = open_pairs(args, bad, open_one) if args.data else None
     pipe = load_pipeline(adapter=options.adapters_of(args), **options.model_of(args))
     if args.route_by:                                    # before any picture is begun

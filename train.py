@@ -43,7 +43,7 @@ from sample import (Conditioning, Pipeline, as_tokens, condition, encode_picture
                     generate, load_pipeline, seeded_noise, velocity)
 from support import (adapters, caching, devices, distributed, methods, offload, options, record,
                      report, resume, routing_maps, stopping, streaming, summary)
-from support.bad_rows import tell_skipped
+from support.bad_rows import Bad, tell_skipped
 from support.casts import casting
 from support.fp8 import to_fp8
 from support.muon import Muon
@@ -273,7 +273,7 @@ def tell_memory(args: argparse.Namespace, config: AdapterConfig, sources: Source
     dry_run.tell(args, pipe, adapt, loss_of, largest)
 
 
-def open_sources(args: argparse.Namespace, bad: list[str] | None) -> Sources:
+def open_sources(args: argparse.Namespace, bad: Bad | None) -> Sources:
     """What --data names; bad takes what is wrong with rows. Raises: as data.open_source() does."""
     size = options.only_size(args)
     sources = [data.open_source(
@@ -323,7 +323,7 @@ def run_training(args: argparse.Namespace, config: AdapterConfig, first: dict[st
 def main() -> None:
     args = train_options(baselines.METHODS, PUBLIC)
     config, first = methods.chosen(args, baselines.KINDS)
-    bad: list[str] | None = [] if args.skip_bad else None
+    bad: Bad | None = {} if args.skip_bad else None
     sources = open_sources(args, bad)
     held_out = open_held_out(args, data.open_one, TinyWorld, PUBLIC, bad)
     try:

@@ -23,12 +23,12 @@ def check_single(image: Image.Image) -> None:
     """
     if image.format in MOVING and getattr(image, "is_animated", False):
         raise ValueError("it moves; save the one picture that is meant")
-    if image.format == "TIFF" and image.n_frames > 1:
-        image.seek(1)
-        copy = image.tag_v2.get(REDUCED, 0) & 0b101 != 0         # smaller, or a mask
+    if image.format == "TIFF":
+        for page in range(1, image.n_frames):
+            image.seek(page)
+            if image.tag_v2.get(REDUCED, 0) & 0b101 == 0:        # neither smaller, nor a mask
+                raise ValueError("it has several pages; save the one that is meant")
         image.seek(0)
-        if not copy:
-            raise ValueError("it has several pages; save the one that is meant")
 
 
 def levels(image: Image.Image) -> tuple[int, int]:
@@ -84,7 +84,7 @@ def to_srgb(profile: bytes, space: str) -> ImageCms.ImageCmsTransform | None:
             own, ImageCms.createProfile("sRGB"), space, "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.HIGHRESPRECALC)
-    except (ImageCms.PyCMSError, OSError):               # told once, as the answer is kept
+    except (ImageCms.PyCMSError, OSError, ValueError):   # told once, as the answer is kept
         note("a picture's colour profile is broken, and is not used")
         return None
     if space == "CMYK":

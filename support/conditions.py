@@ -35,9 +35,8 @@ def canny(picture: np.ndarray, low: float, high: float, colours: bool = False) -
     colours: as it draws them on a coloured one, each pixel by the steepest of its colours.
     Source: Canny, 1986, "A computational approach to edge detection".
     """
-    grey = np.rint(picture @ np.array([0.299, 0.587, 0.114]))[..., None]     # (H, W, 1)
-    levels = (picture if colours else grey).astype(np.int32)                 # (H, W, 3 or 1)
-    p = np.pad(levels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    levels = picture if colours else np.rint(picture @ np.array([0.299, 0.587, 0.114]))[..., None]
+    p = np.pad(levels.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = p[:-2] + 2 * p[1:-1] + p[2:]                  # (H, W + 2, 3 or 1), smoothed downwards
     columns = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]      # (H + 2, W, 3 or 1)
     x, y = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]            # (H, W, 3 or 1)

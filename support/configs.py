@@ -4,7 +4,8 @@ weights.py and support/layouts.py read config.json here, support/methods.py and 
 an adapter's settings, support/tables.py its rows.
 """
 import json
-import math
+import sys
+from collections import Counter
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ def once(entries: list[tuple[str, object]]) -> dict:
     """An object's entries. Raises: ValueError when one stands there twice: which is meant?"""
     names = dict(entries)
     if len(names) < len(entries):
-        twice = next(name for i, (name, _) in enumerate(entries) if name in dict(entries[:i]))
+        twice, _ = Counter(name for name, _ in entries).most_common(1)[0]
         raise ValueError(f"the entry {twice[:60]!r} stands there twice")
     return names
 
@@ -64,7 +65,7 @@ def of_kind(value: object, kind: type) -> bool:
     if kind is int:
         return type(value) is int and 0 <= value < 2 ** 31       # True is no count
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind
 
 

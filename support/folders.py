@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from support.bad_rows import skipping
+from support.bad_rows import Bad, skipping
 from support.pictures import PICTURES, pictures_in
 from support.tables import is_list, read_text
 from support.words import some_of
@@ -57,7 +57,7 @@ def parts_of(folder: Path) -> tuple[list[Path], dict[str, Path], dict[str, list[
                             for stem, given in numbered.items()}
 
 
-def read_pairs(folder: Path, bad: list[str] | None) -> Iterator[tuple[str, dict]]:
+def read_pairs(folder: Path, bad: Bad | None) -> Iterator[tuple[str, dict]]:
     """Rows, like tables.read_rows', of a folder without metadata, as other trainers take it.
 
     Each picture, say 1.png, is a target, and 1.txt its instruction. Its references are in control/:

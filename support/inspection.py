@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from support.bad_rows import skipping
+from support.bad_rows import Bad, skipping
 from support.commands import is_first
 
 THREADS = min(8, os.cpu_count() or 1)                    # Pillow decodes in several at once
@@ -20,13 +20,13 @@ QUIET = 1.0                                              # seconds without a bar
 Found = TypeVar("Found")
 
 
-def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
-                   check: Callable[..., Found], bad: list[str] | None, what: str
+def looked_through(read: Callable[[Bad | None], Iterator[tuple]],
+                   check: Callable[..., Found], bad: Bad | None, what: str
                    ) -> Iterator[Found]:
-    """What check(*row) gives for each row; what it raises joins `bad`, if there is such a list.
+    """What check(*row) gives for each row; what it raises joins `bad`, if that is there.
 
-    read: gives the rows, and writes to a list, if it gets one, what is wrong with those that it
-    leaves out. An error of its own, of the whole table, comes after all rows that stand before it.
+    read: gives the rows, and writes to what it gets, if that is not None, what is wrong with those
+    that it leaves out. An error of its own, of the whole table, comes after all rows before it.
     """
     pool = ThreadPoolExecutor(THREADS)
     bar = tqdm(desc=f"looking through {what}", unit=" rows", mininterval=1, delay=QUIET,
@@ -34,15 +34,16 @@ def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
 
     def started() -> Iterator[Future[Found] | str | Exception]:
         """In the table's order: rows at work, lines about rows left out, the table's own error."""
-        wrong: list[str | Exception] = []
+        wrong: Bad = {}
         try:
             for row in read(None if bad is None else wrong):
                 yield from wrong
                 wrong.clear()
                 yield pool.submit(check, *row)
+            yield from wrong
         except (ValueError, OSError) as error:
-            wrong.append(error)
-        yield from wrong
+            yield from wrong
+            yield error
     try:
         items = started()
         waiting = deque(islice(items, AHEAD))
@@ -52,7 +53,7 @@ def looked_through(read: Callable[[list[str] | None], Iterator[tuple]],
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, str):
-                bad.append(item)
+                bad.setdefault(item)
                 continue
             with skipping(bad):
                 found.append(item.result())

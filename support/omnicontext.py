@@ -39,7 +39,7 @@ def given(rows: Rows, i: int, wanted: tuple[int, int] | None, only: tuple[int, i
 def file_part(row: dict, name: str, where: str) -> str:
     """A text that names a file or folder. Raises: ValueError where it cannot."""
     text = row[name]
-    if not isinstance(text, str) or Path(text).name != text or text.startswith("."):
+    if not isinstance(text, str) or not text or Path(text).name != text or text[0] == ".":
         raise ValueError(f"{where}: {name!r} should be a name without a folder, found {text!a}")
     return text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support import adapters, layouts
 from support.commands import (ANSWERS, COUNT, FOLDER, GUIDANCE, NEW_FOLDER, NOT_NEGATIVE,
-                              STEPS, STRENGTH, Parser, checked, size)
+                              STEPS, STRENGTH, Parser, checked, size, workers)
 
 EMBEDDED = Path(__file__).parent.parent / "tiny/model"
 SOURCE = ("a folder (metadata.jsonl, .csv or .json, or pictures with .txt), such a file, or a "
@@ -181,6 +181,9 @@ def check_scoring(args: argparse.Namespace, benches: list[str]) -> None:
         raise ValueError("--data tiny: the tiny world has scores of its own: --bench tiny")
     if args.data and len(args.data) > 1 and args.bench != "spatial":
         raise ValueError(f"--data {' '.join(args.data)}: name one; only --bench spatial takes more")
+    if args.bench not in benches and workers() > 1:
+        raise ValueError("torchrun: only the paper's benchmarks are shared by several processes; "
+                         "score this by one")
     only = {"tasks": ["tiny"], "number": ["tiny", None], "route_by": ["tiny", None],
             "data_root": [None], "skip_bad": [None],     # None: of --data without --bench
             **dict.fromkeys(("limit", "scores", "native", "size"), benches)}

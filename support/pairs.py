@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support import adapters, options, summary
+from support.bad_rows import Bad
 from support.pictures import grid, resize
 from support.public_sets import PUBLIC
 from support.results import HOLE, cell, markdown, write
@@ -30,7 +31,7 @@ def number_of(source: object) -> int:
     return summary.rows_in(source) * len(getattr(source, "conditions", [1]))
 
 
-def open_pairs(args: argparse.Namespace, bad: list[str] | None, open_one: Callable) -> object:
+def open_pairs(args: argparse.Namespace, bad: Bad | None, open_one: Callable) -> object:
     """The source of --data; says what was understood of it. open_one: data.open_one().
 
     Raises: as it does.

@@ -7,19 +7,20 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 from PIL import Image
 
-from support.bad_rows import check_few, skipping
+from support.bad_rows import Bad, check_few, skipping
 from support.conditions import pick
 from support.pictures import LONGEST, fitted, load_image, open_picture, resize
 from support.tables import checked_text
 
-HELD_OUT = re.compile(r"dev|test|val")                   # files and folders not for training
+HELD_OUT = re.compile(                                   # files and folders not for training
+    r"(?<![a-z])(dev(elopment)?|tests?|val(id(ation)?)?)(?![a-z])", re.I)
 
 
 @contextmanager
@@ -51,7 +52,8 @@ def row_groups(files: list[Path], columns: tuple[str, ...], whose: str
         if missing := [repr(name) for name in columns if name not in names]:
             raise ValueError(f"{file}: has no column {' or '.join(missing)}, as {whose} has; is it "
                              "another set?")
-        yield from ((file, i, sum(counts[:i]), counts[i]) for i in range(len(counts)) if counts[i])
+        before = accumulate(counts, initial=0)
+        yield from ((file, i, *here) for i, here in enumerate(zip(before, counts)) if here[1])
 
 
 def read_group(file: Path, group: int, columns: tuple[str, ...], what: object) -> list[dict]:
@@ -81,9 +83,9 @@ class Public:
     conditions: tuple[int, ...] = (1,)
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,
-                 bad: list[str] | None = None, draws: int | None = None, longest: int = LONGEST):
+                 bad: Bad | None = None, draws: int | None = None, longest: int = LONGEST):
         self.size, self.draws, self.longest = size, draws, longest
-        self.bad, self.all_bad = None if bad is None else [], bad
+        self.bad, self.all_bad = None if bad is None else {}, bad
         self.groups: list[tuple[Path, int, int]] = []    # file, row group in it, rows before it
         self.sizes: list[int] = []                       # rows in it
         self.find_groups(Path(path))
@@ -94,8 +96,8 @@ class Public:
 
     def find_groups(self, path: Path) -> None:
         """Find the row groups."""
-        files = sorted(file for file in path.rglob("*.parquet") if not any(
-            map(HELD_OUT.match, file.relative_to(path).parts))) if path.is_dir() else [path]
+        files = sorted(file for file in path.rglob("[!.]*.parquet") if not any(
+            map(HELD_OUT.search, file.relative_to(path).parts))) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             why = "no parquet files (dev, test and val are left out)"
             raise FileNotFoundError(f"{path}: {why if path.exists() else 'not found'}")
@@ -168,7 +170,7 @@ class Public:
     @contextmanager
     def skipping(self) -> Iterator[None]:
         """Note what is wrong with a row, if bad ones are skipped. Raises: ValueError."""
-        known = len(self.bad or [])
+        known = len(self.bad or ())
         with skipping(self.bad):
             yield
         if self.bad and len(self.bad) > known:
@@ -176,7 +178,7 @@ class Public:
 
     def all(self, first: int = 0, stride: int = 1) -> Iterator:
         """Every draw of every row that is no bad one, or of every stride-th."""
-        for number, (_, _, before) in enumerate(self.groups):
+        for number, before in zip(range(len(self.sizes)), accumulate(self.sizes, initial=0)):
             rows = self.rows(number)
             for i in range((first - before) % stride, len(rows), stride):
                 for conditions, draw in product(self.conditions, range(self.draws or 1)):

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import struct
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from support.colours import as_rgb, check_single, levels
@@ -26,10 +27,13 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)      # is broken is an error
 HEIF = (".heic", ".heif", ".hif")                        # a phone's; Pillow alone reads none
 PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", *HEIF,
             ".bmp", ".dib", ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pnm", ".qoi")
-
-
 LONGEST = 512                                            # side in training, if not said otherwise
 Given = str | Path | Image.Image | np.ndarray            # what a Python caller names or holds
+ORIENTATION = 274                                        # EXIF's tag; not set by others than these
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                        Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), 2))
 ADDRESS = re.compile(r"\b(?!canny:)[a-z][a-z0-9+.-]+:/|\bdata:image/", re.I)  # Path leaves one /
 
 
@@ -52,7 +56,7 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
                 raise ValueError(f"it claims to have {image.width} x {image.height} pixels")
             yield image
     except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError,
-            Image.DecompressionBombError) as error:      # Pillow's readers have no error of theirs
+            struct.error, Image.DecompressionBombError) as error:    # Pillow's readers have no own
         why = str(error).partition(" <")[0]              # without an object's address
         if isinstance(error, UnidentifiedImageError):    # its words name the path once more
             empty = is_file and not os.path.getsize(source)
@@ -130,7 +134,8 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes | None, int, int]:
     check_single(image)
     black, white = levels(image)
     profile = image.info.get("icc_profile")
-    return ImageOps.exif_transpose(image), profile, black, white
+    turn = TURNS.get(image.getexif().get(ORIENTATION))
+    return image.copy() if turn is None else image.transpose(turn), profile, black, white
 
 
 def checked_size(path: Path, where: str = "") -> tuple[int, int]:

@@ -159,6 +159,8 @@ class COCOFolder(COCO):
                     rows[number][column] += (value,)
         self.listed = [row for row in rows.values() if row["text"]]
         self.groups, self.sizes = [(folder, 0, 0)][:len(self.listed)], [len(self.listed)]
+        if self.bad:
+            self.bad.clear()
 
     def entries(self, file: Path, whole: object, part: str, id_: str, key: str,
                 check: Callable[[object, str, str], object]) -> Iterator[tuple[int, object]]:
@@ -166,7 +168,9 @@ class COCOFolder(COCO):
         entries = whole.get(part) if isinstance(whole, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{file}: holds no list {part!r}, as COCO's files do")
-        self.sizes = [len(entries)]                      # what skipping() counts bad ones by
+        self.sizes = [len(entries)]                      # what skipping() counts bad ones by,
+        if self.bad:                                     # in each part anew
+            self.bad.clear()
         for i, entry in enumerate(entries):
             with self.skipping():
                 where = f"{file} {part} {i}"

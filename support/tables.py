@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from support.bad_rows import skipping
+from support.bad_rows import Bad, skipping
 from support.configs import checked_object, json_object, parse_json
 from support.foreign import start_of
 from support.names import ALSO, KNOWN, SEVERAL, meaning_of, read_name
@@ -59,9 +59,11 @@ def read_csv(file: Path) -> Iterator[tuple[str, dict]]:
     text, names, number = read_text(file), [], 1
     table = csv.reader(io.StringIO(text), skipinitialspace=True, strict=True)
     if text.strip():
-        check_columns(file, text.lstrip().partition("\n")[0].rstrip())
+        check_columns(file, next(filter(lambda line: line.strip(' ,;|"'), text.splitlines()), ""))
     try:
         for cells in table:
+            while len(cells) > len(names) > 0 and not cells[-1]:
+                cells.pop()                              # a comma at the end says nothing
             if any(cells) and names:
                 cells = dict(zip_longest(names, cells))  # None: has too many cells
                 yield f"{file} line {number}", cells
@@ -122,7 +124,7 @@ def from_line(line: str, where: str) -> dict:
         raise ValueError(f"{error}; a line of a .jsonl file is one whole object") from None
 
 
-def read_rows(file: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+def read_rows(file: Path, bad: Bad | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a .jsonl or .csv file, or of one JSON list, with words for where each stands.
 
     Their entries have the names that stand there: names.ours() knows them. Raises: ValueError.

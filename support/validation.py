@@ -13,6 +13,7 @@ import torch
 
 import dit
 from support import options
+from support.bad_rows import Bad
 from support.pictures import grid, to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
@@ -127,7 +128,7 @@ class HeldOut:
 
 
 def open_held_out(args: argparse.Namespace, open_one: Callable, tiny: type,
-                  public: dict[str, Callable], bad: list[str] | None) -> HeldOut:
+                  public: dict[str, Callable], bad: Bad | None) -> HeldOut:
     """What --validate names. open_one, tiny: data.open_one() and the TinyWorld.
 
     Raises: FileNotFoundError, ValueError, as open_one() does.

@@ -20,6 +20,7 @@ from pyarrow import parquet
 import data
 from forks import Forks
 from helpers import SETS
+from support.bad_rows import Bad
 from support.conditions import pick
 from support.parquet import shapes_of
 from support.public_sets import PUBLIC
@@ -316,7 +317,7 @@ def broken(kind: str, number: int, folder: Path) -> str:
     return BROKEN[kind](np.random.default_rng([number, len(kind)]), folder)
 
 
-def use(text: str, bad: list[str] | None = None) -> list[data.Sample]:
+def use(text: str, bad: Bad | None = None) -> list[data.Sample]:
     """All that training does with a source."""
     size = (32, 32) if text.startswith("subjectspatial") else None           # its own is 512 x 512
     source, _ = data.open_source(text, {}, PUBLIC, bad=bad, size=size)
@@ -334,7 +335,7 @@ def test_broken_data_is_refused_in_one_line_or_harmless(tmp_path: Path, kind: st
     for number in range(TIMES.get(kind, EACH)):
         folder = tmp_path / str(number)
         text = broken(kind, number, folder)
-        for bad in (None, []):
+        for bad in (None, {}):
             start = time.monotonic()
             try:
                 samples = use(text, bad)

@@ -10,6 +10,7 @@ from PIL import Image
 import data
 from helpers import cell, omniedit, write_set
 from support import folders
+from support.bad_rows import Bad
 from support.public_sets import PUBLIC
 from support.tables import read_rows
 from tiny import world
@@ -22,6 +23,21 @@ def test_batches_depend_on_seed_and_number_alone():
     later = data.batches(sources, 3, seed=7, start=2)
     assert [[s.instruction for s in next(later)] for _ in range(2)] == first[2:]
     assert [s.instruction for s in next(data.batches(sources, 3, seed=8))] != first[0]
+
+
+def test_sources_are_drawn_by_their_weights():
+    """And each batch is of one source. Of 600 batches 450, give or take 4.7 standard errors, 50."""
+    class Of:
+        def __init__(self, name: str):
+            self.name = name
+
+        def draw(self, rng: np.random.Generator, size: int, nearby: object) -> list[str]:
+            return [self.name] * size
+    run = data.batches([(Of("often"), 3.0), (Of("rare"), 1.0)], 2, seed=0)
+    drawn = Counter(tuple(next(run)) for _ in range(600))
+    run.close()
+    assert set(drawn) == {("often",) * 2, ("rare",) * 2}
+    assert 400 < drawn[("often",) * 2] < 500
 
 
 def folder(path, rows: list) -> data.Folder:
@@ -43,10 +59,15 @@ def test_a_folder_of_pictures(tmp_path):
         assert len({s.instruction for s in batch}) == len(batch)
         sizes[tuple(sorted(s.instruction for s in batch))] += 1
     assert set(sizes) == {("a",), ("b", "c")}            # other references, other batches
+    firsts = Counter(source.draw(np.random.default_rng(i), 1)[0].instruction for i in range(300))
+    assert all(70 < firsts[text] < 130 for text in "abc")        # as likely as its group is large
     sample = next(s for i in range(40) for s in source.draw(np.random.default_rng(i), 1)
                   if s.instruction == "a")
     assert sample.images[0].shape == sample.target.shape == (32, 32, 3)      # the target's size
     assert sample.conds[0].shape == (32, 64, 3) and sample.task == "x"       # its own
+    for given, task in ((0, "0"), (None, ""), ("", "")):
+        numbered = folder(tmp_path, [{"target": "0.png", "instruction": "a", "task": given}])
+        assert numbered.checked_rows[0].task == task
     small = data.Folder(tmp_path / "metadata.jsonl", (64, 64)).draw(np.random.default_rng(0), 1)[0]
     assert small.target.shape == (64, 64, 3)
 
@@ -72,11 +93,11 @@ def test_bad_rows_are_named(tmp_path, row, words):
         folder(tmp_path, [{"target": "0.png", "instruction": "a"}, row])
     assert len(str(error.value)) < 1000
     kept = [{"target": "0.png", "instruction": str(i)} for i in range(9)]
-    bad: list[str] = []
+    bad: Bad = {}
     with pytest.raises((ValueError, FileNotFoundError)):
         folder(tmp_path, [*kept, row])
     source = data.Folder(tmp_path, bad=bad)              # one line in ten
-    assert len(bad) == 1 and re.search(words.replace("line 2", "line 10"), bad[0])
+    assert len(bad) == 1 and re.search(words.replace("line 2", "line 10"), next(iter(bad)))
     assert sum(map(len, source.groups.values())) == 9
     lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines[1:]))
@@ -144,9 +165,9 @@ def test_bad_rows_of_a_table_are_named(tmp_path, row, words):
     file.write_text("\n".join(["target,instruction,images", "0.png,a", row, *["1.png,a"] * 9]))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         data.Folder(file)
-    bad: list[str] = []
+    bad: Bad = {}
     assert len(told(data.Folder(file, bad=bad))) == 10
-    assert len(bad) == 1 and re.search(words, bad[0])
+    assert len(bad) == 1 and re.search(words, next(iter(bad)))
 
 
 @pytest.mark.parametrize("content, words", [
@@ -163,7 +184,7 @@ def test_bad_rows_of_a_table_are_named(tmp_path, row, words):
 def test_a_broken_table_is_refused(tmp_path, content, words):
     folder(tmp_path, [{"target": "0.png", "instruction": "a"}])
     (tmp_path / "rows.csv").write_bytes(content)
-    for bad in (None, []):                               # nobody can say which rows are good
+    for bad in (None, {}):                               # nobody can say which rows are good
         with pytest.raises(ValueError, match=f"rows.csv.*{words}"):
             data.Folder(tmp_path / "rows.csv", bad=bad)
 
@@ -171,9 +192,9 @@ def test_a_broken_table_is_refused(tmp_path, content, words):
 def test_lines_of_a_table_have_the_numbers_that_an_editor_shows(tmp_path):
     """Of a row whose cell has several lines that of the first."""
     file = tmp_path / "rows.csv"
-    file.write_bytes(b'\r\ntarget,text\r\n\r\n0.png,"a\r\nb"\r\n1.png,c\r\n')
-    assert list(read_rows(file)) == [(f"{file} line 4", {"target": "0.png", "text": "a\nb"}),
-                                     (f"{file} line 6", {"target": "1.png", "text": "c"})]
+    file.write_bytes(b'\r\n,,\r\ntarget,text\r\n\r\n0.png,"a\r\nb"\r\n1.png,c,,\r\n')
+    assert list(read_rows(file)) == [(f"{file} line 5", {"target": "0.png", "text": "a\nb"}),
+                                     (f"{file} line 7", {"target": "1.png", "text": "c"})]
 
 
 @pytest.mark.parametrize("name, spoken", [("rows.csv", True), ("rows.jsonl", False)])
@@ -205,10 +226,10 @@ def test_one_json_list_is_read_too(tmp_path, start):
     with pytest.raises(ValueError, match="metadata.json entry 2: expected a JSON object.* str"):
         data.Folder(tmp_path)
     path.write_text(json.dumps(9 * rows[:1] + rows))     # one of eleven
-    assert len(data.Folder(tmp_path, bad=[]).checked_rows) == 10
+    assert len(data.Folder(tmp_path, bad={}).checked_rows) == 10
     path.write_text(json.dumps(rows)[:-1])
     with pytest.raises(ValueError, match="metadata.json: not valid JSON"):
-        data.Folder(tmp_path, bad=[])
+        data.Folder(tmp_path, bad={})
     path.write_text('{"0.png": {"caption": "a"}}')       # as some tools have
     with pytest.raises(FileNotFoundError, match="0.txt .without metadata.jsonl.*metadata.json"):
         data.Folder(tmp_path)
@@ -276,7 +297,7 @@ def test_what_has_two_readings_or_none_is_refused(tmp_path, row, words):
     folder(tmp_path, [{"instruction": str(i), "target": "0.png"} for i in range(10)])
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"instruction": "a"} | row))
-    bad: list[str] = []
+    bad: Bad = {}
     assert len(list(data.Folder(tmp_path, bad=bad).all())) == 10 and len(bad) == 1
 
 
@@ -314,8 +335,8 @@ def test_a_folder_without_metadata(tmp_path):
         for name in (f"b{i}.png", f"control/b{i}.png"):
             Image.new("RGB", (32, 32)).save(tmp_path / name)
         (tmp_path / f"b{i}.txt").write_text("d")
-    bad: list[str] = []
-    assert len(told(data.Folder(tmp_path, bad=bad))) == 10 and "b.png" in bad[0]
+    bad: Bad = {}
+    assert len(told(data.Folder(tmp_path, bad=bad))) == 10 and "b.png" in next(iter(bad))
     for path in (tmp_path / "control").iterdir():
         path.unlink()
     assert all(references == 0 for *_, references, _ in told(data.Folder(tmp_path)))
@@ -353,7 +374,7 @@ def test_two_targets_of_one_stem_are_refused(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "3.jpg")
     with pytest.raises(ValueError, match=r"3.jpg: another picture has the same name .*3.txt"):
         data.Folder(tmp_path)
-    bad: list[str] = []
+    bad: Bad = {}
     source = data.Folder(tmp_path, bad=bad)
     assert len(told(source)) == 19 and [line.split(": ")[0][-5:] for line in bad] == [
         "3.jpg", "3.png"]
@@ -368,7 +389,7 @@ def test_pictures_of_skipped_rows_are_named_by_them(tmp_path):
     with (tmp_path / "metadata.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"target": "2.png", "images": ["./c.png"]}))      # no text
         file.write("\n" + json.dumps({"target": "1.png", "instruction": "a", "images": "gone.png"}))
-    bad: list[str] = []
+    bad: Bad = {}
     source = data.Folder(tmp_path, bad=bad)
     assert len(bad) == 2 and source.left_out() == ["pictures that no row names, 1 (d.png)"]
 

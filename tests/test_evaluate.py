@@ -292,3 +292,11 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     out = [] if "--out" in arguments else ["--out", tmp_path / "s"]
     code, _, err = run(monkeypatch, capsys, *arguments, *out)
     assert code == 2 and words in err and len(err.splitlines()) == 1 and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", [["--bench", "tiny"], ["--data", OWN]])
+def test_several_processes_are_for_the_benchmarks_alone(tmp_path, monkeypatch, capsys, what):
+    """Each would score all, and write over the others' files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(monkeypatch, capsys, *what, "--out", tmp_path / "s")
+    assert code == 2 and "torchrun: only the paper's benchmarks are shared" in err

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 import data
-from support import inspection
+from support import inspection, pictures
+from support.bad_rows import Bad
 from support.inspection import looked_through
 from support.pictures import checked_size, load_image
 
 
-def rows(bad: list[str] | None) -> Iterator[tuple[int]]:
+def rows(bad: Bad | None) -> Iterator[tuple[int]]:
     """0 to 99 without 20 and 97, which are wrong in themselves."""
     for i in range(100):
         if i not in (20, 97):
@@ -23,7 +24,7 @@ def rows(bad: list[str] | None) -> Iterator[tuple[int]]:
         elif bad is None:
             raise ValueError(f"line {i}")
         else:
-            bad.append(f"line {i}")
+            bad.setdefault(f"line {i}")
 
 
 def check(i: int) -> int:
@@ -34,10 +35,10 @@ def check(i: int) -> int:
 
 
 def test_order_and_errors_are_those_of_one_thread():
-    bad: list[str] = []
+    bad: Bad = {}
     found = list(looked_through(rows, check, bad, "rows"))
     assert found == [i for i in range(100) if i not in (19, 20, 50, 97)]
-    assert bad == ["picture 19", "line 20", "picture 50", "line 97"]
+    assert [*bad] == ["picture 19", "line 20", "picture 50", "line 97"]
     found = []
     with pytest.raises(FileNotFoundError, match="picture 19"):
         found.extend(looked_through(rows, check, None, "rows"))
@@ -63,14 +64,14 @@ def test_several_threads_look_and_end(monkeypatch):
 
 def test_a_bar_shows_that_something_goes_on(monkeypatch, capsys):
     """For long, and by one process."""
-    list(looked_through(rows, check, [], "my data"))
+    list(looked_through(rows, check, {}, "my data"))
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(inspection, "QUIET", 0)
-    list(looked_through(rows, check, [], "my data"))
+    list(looked_through(rows, check, {}, "my data"))
     assert "looking through my data" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    list(looked_through(rows, check, [], "my data"))
+    list(looked_through(rows, check, {}, "my data"))
     assert capsys.readouterr().err == ""
 
 
@@ -81,7 +82,9 @@ def test_a_size_is_known_without_colours(tmp_path, monkeypatch, mode, options):
     exif = Image.Exif()
     exif[0x0112] = options.get("exif", 1)
     Image.new(mode, (48, 32)).save(tmp_path / "a.png", exif=exif)
-    assert checked_size(tmp_path / "a.png") == load_image(tmp_path / "a.png").size
+    wanted, converted = load_image(tmp_path / "a.png").size, []
+    monkeypatch.setattr(pictures, "as_rgb", lambda image, *colours: converted.append(image.size))
+    assert checked_size(tmp_path / "a.png") == wanted and converted == [(1, 1)]
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "b.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:5000])
@@ -105,7 +108,7 @@ def drawn(source: data.Folder, numbers: range, size: int = 4) -> list[list[str]]
 
 
 def test_another_row_is_drawn_for_one_that_goes_bad(tmp_path):
-    bad: list[str] = []
+    bad: Bad = {}
     source = data.Folder(folder(tmp_path), bad=bad)
     before = drawn(source, range(40))
     (tmp_path / "3.png").unlink()
@@ -136,7 +139,7 @@ def test_a_group_that_is_all_bad_is_left(tmp_path):
     """And a batch larger than its group has what is left of it."""
     folder(tmp_path)
     Image.new("RGB", (64, 32)).save(tmp_path / "0.png")          # a group of its own
-    bad: list[str] = []
+    bad: Bad = {}
     source = data.Folder(tmp_path, bad=bad)
     assert ["0"] in drawn(source, range(40))
     (tmp_path / "0.png").unlink()

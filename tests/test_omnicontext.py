@@ -145,6 +145,7 @@ def test_wrong_answers_are_one_line(monkeypatch, capsys, made, change, words):
 
 @pytest.mark.parametrize("change, words", [
     ({"key": "a/b"}, "'key' should be a name without a folder, found 'a/b'"),
+    ({"key": ""}, "'key' should be a name without a folder, found ''"),
     ({"task_type": "../x"}, "'task_type' should be a name without a folder"),
     ({"instruction": " "}, "needs a non-empty text under 'instruction'"),
     ({"key": "single_object_1"}, "single_object has a row with the key 'single_object_1' already"),

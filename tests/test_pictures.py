@@ -184,11 +184,15 @@ def test_a_camera_s_other_pictures_are_no_pages(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])
     (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")      # as telephones call them
-    small = frames[1].resize((8, 8))
-    small.encoderinfo = {"tiffinfo": {254: 1}}           # a smaller copy
-    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=[small])
+    for name, pages in (("a.tif", []), ("b.tif", [Image.new("RGB", (16, 16))])):
+        small = Image.new("RGB", (8, 8), "blue")
+        small.encoderinfo = {"tiffinfo": {254: 1}}       # a smaller copy
+        Image.new("RGB", (16, 16), "red").save(
+            tmp_path / name, save_all=True, append_images=[small, *pages])
     for name in ("a.jpg", "a.tif"):
         assert load_image(tmp_path / name).getpixel((0, 0))[0] > 250
+    with pytest.raises(ValueError, match="b.tif: .*several pages"):          # the third is one
+        load_image(tmp_path / "b.tif")
 
 
 def test_a_telephone_s_kind_needs_a_package(tmp_path: Path, monkeypatch) -> None:
@@ -209,6 +213,11 @@ def test_pictures_are_read_as_a_person_sees_them(tmp_path):
     exif[0x0112] = 6                                     # turned by a quarter
     picture.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (2, 4)
+    for tag, kind in ((0x128, 2), (0x213, 1), (0x102, 4)):       # of other types than they should
+        entries = [(0x112, 3, 1, b"\0\6\0\0"), (tag, kind, 1, b"\0\1\x11\x70")]
+        picture.save(tmp_path / "odd.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\2" + b"".join(
+            struct.pack(">HHI4s", *entry) for entry in entries) + bytes(4))
+        assert load_image(tmp_path / "odd.jpg").size == (2, 4)
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("RGB", (2, 2), "blue").quantize(4).save(tmp_path / "palette.png")

@@ -15,6 +15,7 @@ import data
 import train
 from helpers import cell, coco, musar, omniedit, SETS, write_set
 from support import parquet as parquet_sets, public_sets
+from support.bad_rows import Bad
 from support.conditions import canny, skeletons
 from support.pictures import load_image
 
@@ -206,9 +207,9 @@ def test_bad_entries_of_coco(tmp_path, name, part, at, change, words):
     write_coco(folder, name, whole)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         list(public_sets.open_coco(folder).all())
-    bad: list[str] = []
+    bad: Bad = {}
     kept = list(public_sets.open_coco(folder, None, bad).all())
-    assert len(bad) == 1 and re.search(words, bad[0]) and len(kept) >= 19
+    assert len(bad) == 1 and re.search(words, next(iter(bad))) and len(kept) >= 19
 
 
 def test_a_folder_that_is_not_cocos(tmp_path):
@@ -254,16 +255,16 @@ def test_pictures_without_a_head_are_named_or_skipped(tmp_path):
     """Sizes are compared before pictures are read: what has none is a bad row, too."""
     rows = coco() * 10
     rows[0] = rows[0] | {"image": {"bytes": b"no picture", "path": None}}
-    file, bad = write_set(tmp_path, "coco", rows), []
+    file, bad = write_set(tmp_path, "coco", rows), {}
     with pytest.raises(ValueError, match="row 0 'image'"):
         public_sets.COCO(file).draw(np.random.default_rng(0), 99)
     assert len(public_sets.COCO(file, bad=bad).draw(np.random.default_rng(0), 99)) == 29
-    assert len(bad) == 1 and "row 0 'image'" in bad[0]
+    assert len(bad) == 1 and "row 0 'image'" in next(iter(bad))
 
 
 def test_a_row_group_that_cannot_be_read_is_skipped_once(tmp_path, monkeypatch):
     file = write_set(tmp_path, "coco", coco() * 20, row_group_size=30)
-    source, calls = public_sets.COCO(file, bad=[]), []
+    source, calls = public_sets.COCO(file, bad={}), []
     read = source.read
     monkeypatch.setattr(source, "kept", lambda number: calls.append(number) or (
         read(number) if number else broken()))
@@ -368,16 +369,16 @@ def test_bad_rows(tmp_path, name, change, words):
     with pytest.raises(ValueError, match=words):
         for i in range(60):
             made.draw(np.random.default_rng(i), 9)
-    bad: list[str] = []
+    bad: Bad = {}
     lenient = public_sets.PUBLIC[name](file, (64, 64), bad)
     for i in range(60):
         lenient.draw(np.random.default_rng(i), 9)
-    assert len(bad) == 1 and re.search(words, bad[0])
+    assert len(bad) == 1 and re.search(words, next(iter(bad)))
 
 
 def test_too_many_bad_rows_and_none_that_is_good(tmp_path):
     good, worse = musar()[0], musar()[0] | {"prompt": ""}
-    bad: list[str] = []
+    bad: Bad = {}
     source = public_sets.MUSAR(write_set(tmp_path, "musar", [good] * 8 + [worse] * 2), bad=bad)
     with pytest.raises(ValueError, match="too many"):
         for i in range(50):
@@ -404,6 +405,10 @@ def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
     source = public_sets.OmniEdit(write_set(tmp_path, "omniedit", row_group_size=1))
     assert {s.instruction for s in draws(source, 60)} == {"one", "two", "alone"}
     parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / "dev-00000.parquet")
+    for name in ("Test-0.parquet", "omniedit-val.parquet", "._x.parquet"):   # the last a Finder's
+        parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / name)
+    (tmp_path / "values").mkdir()                        # no "val"
+    (tmp_path / "omniedit.parquet").rename(tmp_path / "values/latest.parquet")
     for folder in ("validation", "test-1"):              # as converted sets have them
         (tmp_path / folder).mkdir()
         parquet.write_table(pyarrow.Table.from_pylist(musar()), tmp_path / folder / "0000.parquet")
@@ -415,7 +420,7 @@ def test_an_empty_row_group_is_passed_and_held_out_files_too(tmp_path):
 
 def test_bad_rows_of_one_source_do_not_count_for_another(tmp_path):
     good, worse = musar()[0], musar()[0] | {"prompt": ""}
-    bad = [f"another source's line {i}" for i in range(90)]
+    bad: Bad = dict.fromkeys(f"another source's line {i}" for i in range(90))
     source = public_sets.MUSAR(write_set(tmp_path, "musar", [good] * 19 + [worse]), bad=bad)
     for i in range(40):
         source.draw(np.random.default_rng(i), 5)

@@ -48,9 +48,9 @@ def test_held_out_scenes_and_wordings_never_occur_in_training(task):
 
 def test_edits_hold_out_the_scene_before_too():
     rng, found = np.random.default_rng(1), []
-    for _ in range(400):
+    for i in range(400):
         before, after, _ = world.edited(rng, "recolour")
-        sample = world.edit_sample(np.random.default_rng(1), "recolour", False)
+        sample = world.edit_sample(np.random.default_rng(i), "recolour", False)
         found.append(before.held_out())
         assert sample is None or not sample.scene.held_out()
     assert any(found)                                    # such scenes are drawn, and then refused

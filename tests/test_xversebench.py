@@ -362,6 +362,7 @@ def changed(answers: dict, change) -> dict:
     ("id", lambda a: a["0"][0].update({"human_9.jpg": 1}), "should be called nothing; found"),
     ("ip", lambda a: a["0"][0].update({"animal_0_a cat.jpg": "much"}), "should be a number, found"),
     ("aes", lambda a: a.update({"1": None}), "prompt 1: should be a number, found None"),
+    ("aes", lambda a: a.update({"1": 10 ** 400}), "prompt 1: should be a number, found 1000"),
     ("aes", lambda a: a.update({"0": 5.5, "1": 10.0, "2": 1}), "no value is above 10, as if")])
 def test_wrong_answers_are_one_line(monkeypatch, capsys, made, kind, change, words):
     data, out = made

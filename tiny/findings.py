@@ -363,9 +363,11 @@ def conflict_table() -> str:
 
 def otherwise_table() -> str:
     """In conflict, success on each task as trained, by another's routing and by none, in %."""
+    def mean(results: list[dict], way: str, task: str) -> str:
+        marks = [percents(result["routing"]["right"][way][task]) for result in results]
+        return f"{np.mean(marks):.0f}"
     return markdown(["variant", "routed", *conflict.TASKS], (
-        [name, way, *(f"{np.mean([percents(r['routing']['right'][way][task]) for r in results]):.0f}"
-                      for task in conflict.TASKS)]
+        [name, way, *(mean(results, way, task) for task in conflict.TASKS)]
         for name, results in with_routing("conflict").items()
         for way in ("as trained", "another's", "none")))
 
