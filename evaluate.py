@@ -34,10 +34,10 @@ from support import (benchmark_table, benchmarks, distributed, omnicontext, opti
                      routing_maps, spatial, xversebench)
 from support.bad_rows import Bad, tell_skipped
 from support.pairs import open_pairs, score_source
-from support.pictures import grid
 from support.public_sets import PUBLIC
 from support.results import cell, check_out, markdown, write
 from support.scores import psnr, squared_error
+from support.sheets import grid
 from tiny import world
 from tiny.world import BASE_TASKS, EDITS, NEW_TASKS
 

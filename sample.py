@@ -113,6 +113,7 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
         weights.load("text_encoder_2", paths["text_encoder_2"], encoders_home, dtype, narrow),
         weights.load("text_encoder", paths["text_encoder"], encoders_home, dtype),
         *tokenizers, adapter=None, device=device, dtype=dtype, model=Path(model), paths=paths)
+    layouts.check_widths(pipe.dit.config, pipe.vae.config, pipe.t5.config, pipe.clip.config)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
         check_device({t.dtype for t in offload.weights_of(part)}, device, model)
     devices.ready(pipe.dit, pipe.vae, device, dtype, matmul)
@@ -262,7 +263,7 @@ def edits(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = ()
     made_at = output_size(only, images, size)
     given = condition(pipe, [instruction], *prepare(only, images, conds, made_at, pipe.longest),
                       route_by)
-    for seed in map(int, seeds):
+    for seed in map(plans.checked_seed, seeds):
         noise = seeded_noise([seed], made_at, pipe.vae.config.latent_channels)
         hold = masks.held(mask, made_at, given.ref, noise) if mask else None
         made, _ = generate(pipe, given, noise, steps, guidance, hold, watch, callback)

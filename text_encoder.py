@@ -44,10 +44,7 @@ class Tokenizer:
 
 
 class T5Tokenizer(Tokenizer):
-    """Unigram pieces from tokenizer.json, </s> at the end, then padding.
-
-    Raises: FileNotFoundError, ValueError.
-    """
+    """Unigram pieces from tokenizer.json, </s> at the end, then padding."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
@@ -57,14 +54,16 @@ class T5Tokenizer(Tokenizer):
 
 
 class CLIPTokenizer(Tokenizer):
-    """Byte-level BPE from vocab.json and merges.txt, between a start and an end token, padded.
-
-    Raises: FileNotFoundError, ValueError.
-    """
+    """Byte-level BPE from vocab.json and merges.txt, between a start and an end token, padded."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
+        whole = folder / "tokenizer.json"
+        if whole.is_file() and not (folder / "vocab.json").is_file():        # by transformers 5
+            model = read_tokenizer(whole, tokenizers.Tokenizer.from_file)
+            super().__init__(model, settings, folder, token_text(settings, "pad_token", folder))
+            return
         vocab = read_json(folder / "vocab.json")
         start, end, pad = (token_text(settings, name, folder)
                            for name in ("bos_token", "eos_token", "pad_token"))

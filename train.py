@@ -47,10 +47,11 @@ from support.bad_rows import Bad, tell_skipped
 from support.casts import casting
 from support.fp8 import to_fp8
 from support.muon import Muon
-from support.pictures import grid, save_picture, to_tensor
+from support.pictures import save_picture, to_tensor
 from support.public_sets import PUBLIC
 from support.recompute import recomputing, sparing, when_compiled
 from support.resume import Optimizers
+from support.sheets import grid
 from support.training_options import train_options
 from support.validation import HeldOut, noted, open_held_out, some_of_each
 from tiny.world import TinyWorld
@@ -184,7 +185,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
     adapter = pipe.adapter.train()
     router_lr = args.lr / 2 if args.router_lr is None else args.router_lr
     optimizers = make_optimizers(adapter, args.lr, router_lr, args.optimizer)
-    start, number = resume.start(args.out, adapter, optimizers, settings, args.resume, workers)
+    start, number = resume.start(args.out, adapter, optimizers, settings, args.resume)
     if rank == 0:
         record.write_run(args, settings)
         report.tell_missing()
@@ -219,7 +220,7 @@ def train(args: argparse.Namespace, pipe: Pipeline, sources: Sources, held_out: 
             bar.set_postfix(log.told(losses), refresh=False)
             if stop and not last:
                 bar.close()
-                stopping.leave(step + 1, rank, asked)
+                stopping.leave(step + 1, asked)
             began = time.time()
     if rank == 0:
         record.tell_end(args, adapter, start)
@@ -292,28 +293,26 @@ def run_training(args: argparse.Namespace, config: AdapterConfig, first: dict[st
     pipe = load_pipeline(adapter=None, encoders_stay=bool(args.cache), **options.model_of(args))
     identity = record.identity(pipe.paths, pipe.dtype)
     if args.cache:
-        caching.fill(args, pipe, sources, identity, encode_text, encode_picture, rank, workers)
+        caching.fill(args, pipe, sources, identity, encode_text, encode_picture)
     if args.base_dtype == "fp8":
         to_fp8(pipe.dit)
     torch.manual_seed(args.seed)                         # the adapter's first weights
-    streamed = not args.shard and not offload.fits(pipe.dit, pipe.device)
-    if not (args.shard or streamed):
-        pipe.dit.to(pipe.device)                         # the other parts may only visit it
     pipe.adapter = weights.new_adapter(pipe.dit, config)
-    if streamed:
-        args.recompute = "on"
-        streaming.tell(pipe.device)
-        offload.move(pipe.adapter.tensors().values(), pipe.device)
     if first:
         adapters.fill_in(pipe.adapter, first, args.init)
+    streamed = not args.shard and not offload.settle(pipe)
     if args.shard:
         distributed.shard(pipe.dit, pipe.adapter, pipe.device)
+    elif streamed:
+        args.recompute = "on"
+        streaming.tell(pipe.device)
+    distributed.alike(pipe.adapter.tensors().values())
     if args.compile:
         args.recompute = when_compiled(pipe.adapter, args.recompute)
         devices.compile_blocks(pipe.dit)
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = record.settings_of(args, config, identity, sources, workers)
-    with (resume.alone(args.out),
+    settings = record.settings_of(args, config, identity, sources)
+    with (resume.alone(args.out, args.resume),
           streaming.stream(pipe.dit, pipe.device) if streamed else nullcontext() as run):
         pipe.run = run
         train(args, pipe, sources, held_out, settings, rank, workers)

@@ -29,7 +29,7 @@ import baselines
 from dit import DiTConfig, FluxTransformer
 from mole import Adapter, AdapterConfig
 from support import adapters, devices, foreign, layouts, options, research, targets
-from support.configs import config_from, read_json
+from support.configs import config_from, has_all, read_json
 from support.describe import describe
 from support.files import check_tensors, files_of, read_tensors
 from support.fp8 import FP8, NarrowLinear, check_device, narrow
@@ -69,9 +69,9 @@ def load(part: str, path: str | Path, device: torch.device | str = "cpu",
     foreign.check_quantised(tensors, path)
     try:
         tensors = layouts.to_folder(part, tensors)
-        if path.is_dir() or config_file.is_file():
-            values, where = read_json(config_file), config_file
-        else:
+        values = read_json(config_file) if path.is_dir() or config_file.is_file() else {}
+        values, where = values.get("text_config", values), config_file       # a whole CLIP's
+        if path.is_file() and not has_all(kind.config, values):  # none beside it, or another part's
             values, where = kind.implied({name: t.shape for name, t in tensors.items()}), path
         with devices.shapes_alone():
             model = kind.model(config_from(kind.config, values, where))
@@ -136,25 +136,18 @@ def new_adapter(model: FluxTransformer, config: AdapterConfig) -> Adapter:
     return build_adapter(model, config).insert(model)
 
 
-def load_adapter(model: FluxTransformer, path: Path) -> Adapter:
-    """Put a saved adapter on the transformer, frozen: a file, or a folder of ours or the paper's.
-
-    Raises: FileNotFoundError, ValueError; the transformer is then as it was.
-    """
-    return load_adapters(model, [(path, 1.0)])
-
-
 def load_adapters(model: FluxTransformer, chosen: list[tuple[Path, float]]) -> Adapter:
-    """Put saved adapters on the transformer as one, each with a strength: 1, as it was trained.
+    """Put saved adapters on the transformer as one, frozen.
 
-    Raises: as load_adapter(); ValueError when more than one has experts.
+    chosen: of each its file, or a folder of ours or the paper's, and its strength: 1, as it was
+    trained. Raises: FileNotFoundError, ValueError; the transformer is then as it was.
     """
     saved = [(path, saved_adapter(model, path, strength)) for path, strength in chosen]
     return adapters.combined(saved).insert(model).requires_grad_(False).eval()
 
 
 def saved_adapter(model: FluxTransformer, path: Path, strength: float) -> Adapter:
-    """A saved adapter for the transformer, not yet in it. Raises: as load_adapter()."""
+    """A saved adapter for the transformer, not yet in it. Raises: as load_adapters()."""
     values, tensors = adapters.read(path)
     config = config_from(AdapterConfig, values, path, whole=True)
     config = adapters.at_strength(config, strength)

@@ -1,6 +1,6 @@
 """An adapter's file: ours, another tool's LoRA, a run's folder or the paper's.
 
-weights.load_adapter() reads one; support/resume.py writes ours, and takes one from a checkpoint.
+weights.load_adapters() reads them; support/resume.py writes ours, and takes one from a checkpoint.
 """
 import json
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from support.words import note
 # What a folder holds its adapter in: of a run, of PEFT, of diffusers.
 FILE_NAMES = ("adapter.safetensors", "adapter_model.safetensors",
               "pytorch_lora_weights.safetensors")
+COUNTED = (".moments", ".calls", ".threshold")           # ends of names of what routings count
 
 
 def candidates(path: Path) -> list[Path]:
@@ -81,11 +82,11 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """
     foreign.check_there(path)
     path = foreign.snapshot(path)
-    if research.is_one(path):
-        return research.read(path)
-    file = file_of(path)
-    stored = read_metadata(file).get("adapter")
-    if stored is None:
+    file = path if research.is_one(path) else file_of(path)
+    stored = None if file.is_dir() else read_metadata(file).get("adapter")
+    if file.is_dir():
+        config, tensors = research.read(path)
+    elif stored is None:
         config, tensors = lora.read(file)
     else:
         config, tensors = json_object(stored, file).get("config"), read_tensors([file])
@@ -95,7 +96,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         if not t.float().isfinite().all():
             raise ValueError(f"{file}: {name} holds numbers that are not finite: its training has "
                              "diverged (take an earlier checkpoint), or the file is damaged")
-    if path.is_dir() and file.name not in FILE_NAMES:
+    if path != file and file.name not in FILE_NAMES:
         note(f"{file}: taken as the adapter of {path}, which holds no other .safetensors file")
     return config, tensors
 
@@ -183,7 +184,7 @@ def at_strength(config: AdapterConfig, strength: float) -> AdapterConfig:
 
 
 def write_bf16(path: Path, file: Path, strength: float = 1) -> None:
-    """Write an adapter of ours once more, in bf16; who reads it makes it fp32 again.
+    """Write an adapter of ours once more, in bf16, but for what routings count; fp32 when read.
 
     strength: of what it was trained to, as FILE:STRENGTH means it.
     Raises: FileNotFoundError; ValueError for one that is not ours, or a file that exists.
@@ -195,5 +196,5 @@ def write_bf16(path: Path, file: Path, strength: float = 1) -> None:
         raise ValueError(f"--to-bf16 {file}: {path} is no adapter of train.py's")
     config = at_strength(config_from(AdapterConfig, values, path, whole=True), strength)
     entries = json.loads(metadata["adapter"]) | {"config": asdict(config)}
-    write_tensors({name: t.bfloat16() for name, t in tensors.items()}, file,
-                  adapter=json.dumps(entries))
+    stored = {name: t if name.endswith(COUNTED) else t.bfloat16() for name, t in tensors.items()}
+    write_tensors(stored, file, adapter=json.dumps(entries))

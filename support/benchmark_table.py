@@ -16,8 +16,9 @@ from support.commands import is_first
 from support.configs import read_json
 from support.files import write_text
 from support.origin import texts_of
-from support.pictures import fitted, grid, load_image, resize
+from support.pictures import fitted, load_image, resize
 from support.results import SCORING, markdown, write
+from support.sheets import grid
 from support.words import as_typed, say
 
 SHOWN = 12                                               # prompts on the sheet

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support import offload, resume
+from support import commands, offload, resume
 from support.configs import read_json
 from support.files import read_tensors, write_json, write_tensors
 from support.pictures import to_tensor
@@ -99,7 +99,7 @@ def check_ends(names: list[str], sources: list) -> None:
 
 
 def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
-         encode_text: Callable, encode_picture: Callable, rank: int, workers: int) -> None:
+         encode_text: Callable, encode_picture: Callable) -> None:
     """Give a sample.Pipeline the cache in the folder of --cache.
 
     All that can be drawn is encoded at once, unless a run is resumed, by sample.py's encode_text()
@@ -107,14 +107,15 @@ def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
     identity: what tells the model from others. sources: with their weights. Raises: ValueError.
     """
     about = {part: value for part, value in identity.items() if part != "transformer"}
+    rank, workers = commands.rank(), commands.workers()
     if rank > 0:
         dist.barrier()                                   # the first process makes it
     pipe.cache = Cache(args.cache, about)
     if rank == 0 and workers > 1:
         dist.barrier()
-    if args.resume and resume.holds_checkpoint(args.out):
-        return
-    samples = (sample for source, _ in sources for sample in source.all(rank, workers))
+    full = args.resume and resume.holds_checkpoint(args.out)
+    samples = (sample for source, _ in ([] if full else sources)
+               for sample in source.all(rank, workers))
     encoders, device = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae)), pipe.device
     visit = offload.on_device(encoders, device) if offload.fits(encoders, device) else nullcontext()
     with visit, tqdm(desc="encoding", unit=" samples", disable=rank > 0) as bar:

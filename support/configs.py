@@ -69,6 +69,12 @@ def of_kind(value: object, kind: type) -> bool:
     return type(value) is kind
 
 
+def has_all(cls: type, values: object) -> bool:
+    """Whether these are entries of a config.json, with all that a config dataclass must have."""
+    return isinstance(values, dict) and all(
+        entry.name in values for entry in fields(cls) if entry.default is MISSING)
+
+
 def config_from(cls: type[Config], values: dict, where: str | Path, whole: bool = False) -> Config:
     """Build a config dataclass from the entries of a config.json that it has fields for.
 

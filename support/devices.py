@@ -10,7 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from shutil import which
@@ -61,10 +61,12 @@ def choose_device(name: str, matmul: str | None = None) -> torch.device:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes: on a CUDA device those that are free, elsewhere all that the machine has."""
+    """Bytes: on a CUDA device those that are free, on others all that they may have."""
     if device.type == "cuda":                            # what PyTorch keeps for itself is free too
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
     if not hasattr(os, "sysconf"):                       # Windows does not say
         return 16 * 2 ** 30
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -200,6 +202,12 @@ def check_compiler() -> None:
     compiler = os.environ.get("CXX", COMPILERS.get(sys.platform, "g++"))
     if not which(compiler):
         raise ValueError(f"--compile: needs a C++ compiler; there is no {compiler}")
+
+
+def uncompiled() -> AbstractContextManager:
+    """A `with` in which all is computed as it is written, compiled or not."""
+    here = "torch._dynamo" in sys.modules                # takes seconds to import
+    return torch.compiler.set_stance("force_eager") if here else nullcontext()
 
 
 def compile_blocks(model: nn.Module) -> None:

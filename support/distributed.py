@@ -23,6 +23,7 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
             torch.cuda.set_device(devices.choose_device(args.device))
         elif args.device not in ("auto", "cpu"):
+            devices.choose_device(args.device)           # says why that one cannot be used, if so
             raise ValueError(f"--device {args.device}: with several processes write auto, cuda "
                              "(one GPU each) or cpu")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -35,10 +36,19 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def alike(trained: Iterable[Tensor]) -> None:
+    """Give all processes what the first one begins with: on unlike devices one seed draws others.
+
+    trained: an adapter's tensors, on each process's device.
+    """
+    for p in trained if commands.workers() > 1 else ():
+        dist.broadcast(p.data, 0)
+
+
 def average(trained: Iterable[Tensor], passes: int) -> None:
     """Gradients: from sums over a process's micro-batches, `passes` of them, to means over all's.
 
-    What follows the batch without a gradient (Expert Race's thresholds) is averaged too.
+    What follows the batch without a gradient, as Expert Race's thresholds, is averaged too.
     """
     workers = commands.workers()
     for p in trained:
@@ -64,10 +74,12 @@ def shard(model: nn.Module, adapter: nn.Module, device: torch.device) -> None:
 
     The adapter is not split: every process has all of it.
     """
-    from torch.distributed.fsdp import fully_shard  # takes a second to import
+    from torch.distributed.device_mesh import init_device_mesh   # both take a second to import
+    from torch.distributed.fsdp import fully_shard
     own = set(adapter.tensors().values())
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
-        fully_shard(block.to(device), ignored_params=own,        # one at a time on the device
+        fully_shard(block.to(device), mesh=mesh, ignored_params=own,         # one at a time there
                     reshard_after_forward=True)          # each is its own root, and those are kept
     for part in (adapter.instruction, *model.children()):
         if part is not None and not isinstance(part, nn.ModuleList):

@@ -119,11 +119,17 @@ def count(args: argparse.Namespace, pipe: object, adapt: Callable, loss_of: Call
         model.to_empty(device="cpu")
         base = live.now
         blocks = [sum(t.nbytes for t in offload.weights_of(block)) for block in model.blocks]
-        visits = not args.shard and (args.dry_run or pipe.device.type != "cpu")
-        streamed = visits and base >= devices.ROOM * room
-        loss_of = partial(loss_of, recompute=streamed or args.recompute == "on")
+        encoders = sum(t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae)
+                       for t in offload.weights_of(part))
+        loaded = encoders + pipe.dtype.itemsize * sum(t.numel() for t in offload.weights_of(model))
         adapter, optimizers = adapt()
         own = live.now - base
+        fits, beside = offload.room_for(base, encoders, own, room)
+        beside = loaded < devices.ROOM * room and (beside or args.shard)     # else they visit
+        if pipe.device.type == "cpu" and not args.dry_run:
+            fits = beside = True                         # all is there, whatever it comes to
+        streamed = not (fits or args.shard)
+        loss_of = partial(loss_of, recompute=streamed or args.recompute == "on")
         first, _ = step_bytes(loss_of, 1, adapter, optimizers, args.accumulate, live)
         states = live.now - base - own                   # the optimizers made them at its end
         passes = {1: first + states}
@@ -133,11 +139,8 @@ def count(args: argparse.Namespace, pipe: object, adapt: Callable, loss_of: Call
     if args.shard or streamed:                           # but for two: at work, and on its way
         share = 1 - 1 / commands.workers() if args.shard else 1
         away = int(max(0, sum(blocks) - 2 * max(blocks)) * share)
-    encoders = sum(t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae)
-                   for t in offload.weights_of(part))
-    beside = not args.cache and base - away + encoders < devices.ROOM * room     # as in sampling
     return Needs(base - away, own, states, {n: size - away for n, size in passes.items()},
-                 update - away, encoders if beside else 0, streamed)
+                 update - away, encoders if beside and not args.cache else 0, streamed)
 
 
 def largest_batch(needs: Needs, batch: int, room: float) -> int:

@@ -22,8 +22,10 @@ from support.words import counted, span
 EQUATIONS = {
     "none": "y = x W<sup>T</sup> + b",
     "plain": "y = x W<sup>T</sup> + b + what the adapter adds",
-    "routed": "p = softmax( G z )<br>y = x W<sup>T</sup> + b + &sum;<sub>e kept</sub> "
+    "routed": "p = softmax( {} )<br>y = x W<sup>T</sup> + b + &sum;<sub>e kept</sub> "
               "p<sub>e</sub> s (x A<sub>e</sub>) B<sub>e</sub>"}
+LOGITS = {"soft": "G z / temperature",                # by routing; else G z
+          "standardised": "G (z &minus; mean) / deviation"}
 NO_ADAPTER = ("<p><strong>There is no adapter in this run: the model works as it was published."
               "</strong></p>")
 NOT_ROUTED = "<p><strong>No layer of this adapter is routed by the instruction.</strong></p>"
@@ -132,7 +134,8 @@ def routing(edit: Edit) -> Parts:
     return {"told": composed(adapter) + sees(edit) + same_shares(edit, own)
             + verdict(p, kept, others) + with_others_experts(edit, others) + lora,
             "finding": found_of(p, kept, edit),
-            "figures": strip + shares_table(own) + others.shown, "equation": EQUATIONS["routed"],
+            "figures": strip + shares_table(own) + others.shown,
+            "equation": EQUATIONS["routed"].format(LOGITS.get(layer.config.routing, "G z")),
             "shapes": shapes(("z", shape(z), "B, D&prime;"),
                              ("G", shape(layer.router.weight), "E, D&prime;: of each layer"),
                              ("p", f"1 x {p.shape[1]}", "B, E"),

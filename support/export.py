@@ -39,7 +39,7 @@ def layer_as_lora(layer: LoRALinear | MoLELinear, routing: Routing) -> tuple[Ten
     layer.last_weights = w.detach()
     shares = (c.alpha / c.rank * w[0]).repeat_interleave(c.rank)
     kept = shares != 0                                                       # (E r,)
-    A, B = layer.experts_A.T[kept], (layer.experts_B.T * shares)[:, kept]
+    A, B = layer.experts_A.T[kept], layer.experts_B.T[:, kept] * shares[kept]
     if isinstance(layer.base, LoRALinear):               # another adapter's
         below = layer_as_lora(layer.base, routing)
         A, B = torch.cat([A, below[0].to(A)]), torch.cat([B, below[1].to(B)], 1)

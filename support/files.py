@@ -25,7 +25,8 @@ def files_of(path: Path) -> list[Path]:
     """A part's safetensors files: the one given, or its folder's, by the index if there is one."""
     if not path.is_dir():
         return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
+    indices = (sorted(path.glob("*.safetensors.index.json"))         # or of a variant, as fp16
+               or sorted(path.glob("*.safetensors.index.*.json")))
     if indices:
         names = read_json(indices[0]).get("weight_map")
         if not isinstance(names, dict) or not all(

@@ -107,7 +107,7 @@ def nothing_at(path: Path) -> str:
     if path.is_symlink():
         return f"is a link to {path.readlink()}, which is not there; {AGAIN}"
     if any(f'"{path.name}"' in index.read_text(errors="replace")
-           for index in path.parent.glob("*.safetensors.index.json")):
+           for index in path.parent.glob("*.safetensors.index*.json")):
         return ("no such file, though the index beside it names it; the same `hf download` again "
                 "fetches what is missing")
     if name and not path.parent.exists() and path.suffix != ".safetensors":

@@ -112,7 +112,11 @@ def to_folder(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def parts_in(path: Path) -> dict[str, Path]:
     """Where the parts lie that a model's folder, the folder of one part, or a file holds."""
     if path.is_dir() and not (path / "config.json").is_file():
-        return {part: path / part for part in OPTIONS if (path / part).is_dir()}
+        found = {part: path / part for part in OPTIONS if (path / part).is_dir()}
+        files = sorted(path.glob("*.safetensors"))
+        if found or len(files) != 1:
+            return found
+        path = files[0]                                  # as a folder holds that one is fetched to
     tensors = read_tensors(files_of(path))
     foreign.check_quantised(tensors, path)
     return {part: path for part, sign in SIGNS.items() if sign in to_folder(part, tensors)}
@@ -121,12 +125,22 @@ def parts_in(path: Path) -> dict[str, Path]:
 def part_in(path: Path, part: str) -> Path:
     """Where in what an option names its part lies. Raises: ValueError, FileNotFoundError."""
     foreign.check_there(path, OPTIONS[part])
-    found = parts_in(path)
+    found = parts_in(foreign.snapshot(path))
     if part not in found:
         held = " and ".join(KINDS[other] for other in found if other in KINDS)
         raise ValueError(f"{OPTIONS[part]} {path}: holds {held or 'no part of a FLUX model'}, not "
                          f"{KINDS[part]}")
     return found[part]
+
+
+def check_widths(dit: object, vae: object, t5: object, clip: object) -> None:
+    """Raises: ValueError where parts' configurations are of models that do not go together."""
+    for option, has, takes in (("--t5", t5.d_model, dit.joint_attention_dim),
+                               ("--clip", clip.hidden_size, dit.pooled_projection_dim),
+                               ("--vae", 4 * vae.latent_channels, dit.in_channels)):
+        if has != takes:
+            raise ValueError(f"{option}: gives vectors of {has} numbers, and the transformer takes "
+                             f"{takes}; name one of the same model, or another --model")
 
 
 def only_size(model: Path) -> tuple[int, int] | None:

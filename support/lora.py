@@ -28,7 +28,7 @@ TEXT = re.compile(r"(lora_|base_model\.model\.)?(te\d?|text_encoders?(_\d)?|text
                   r"|t5(xxl)?|bundle_emb)[._].+")      # the last: words that were trained
 OTHERS = {"DoRA": r"dora_scale|lora_magnitude_vector", "LoKr": r"lokr_", "LoHa": r"hada_",
           "OFT or BOFT": r"oft_", "LoCon's middle factor": r"lora_mid",
-          "changed biases or whole layers": r"\.bias$|diff(_b)?$|(set|reshape)_weight$"}
+          (WHOLE := "changed biases or whole layers"): r"\.bias$|diff(_b)?$|(set|reshape)_weight$"}
 PREFIX = "(?:base|model|module|orig|mod|diffusion|transformer|unet|dit|flux|lora|lycoris)*"
 ELSEWHERE = re.compile(r"block|layer|control|vae|text|clip|t5|\d", re.I)    # in another prefix
 OLDER = {"transformer_blocks.#.attn.to_out": "transformer_blocks.#.attn.to_out.0",   # diffusers'
@@ -108,9 +108,11 @@ def layers_in(file: Path) -> tuple[dict[str, dict[str, Tensor]], list[str], str]
         if TEXT.fullmatch(name):
             left_out.append(name)
             continue
-        for kind, pattern in OTHERS.items():
-            if re.search(pattern, name):
-                raise ValueError(f"{file}: {name} shows {kind}; only plain LoRA is read")
+        other = next((kind for kind in OTHERS if re.search(OTHERS[kind], name)), None)
+        if other == WHOLE and not t.float().any():       # of a merge by ComfyUI: changes nothing
+            continue
+        if other:
+            raise ValueError(f"{file}: {name} shows {other}; only plain LoRA is read")
         factor, alpha = FACTOR.fullmatch(name), ALPHA.fullmatch(name)
         if not factor and not alpha:
             raise ValueError(f"{file}: {name} is neither a factor of a LoRA nor its alpha; only "

@@ -51,7 +51,7 @@ def by_options(args: argparse.Namespace, named: dict, base: AdapterConfig) -> di
         if args.method == "lora":
             raise ValueError(f"--experts {args.experts}: --method lora has none")
         asked |= {"experts": args.experts, "top_k": min(args.experts, before["top_k"])}
-        if args.experts <= before["top_k"] and args.method in ("instructmole", "pooled", "token"):
+        if args.experts <= before["top_k"] and args.method != "soft":        # which keeps all
             note(f"--experts {args.experts}: all are kept, so that routing chooses none"
                  + "; give a smaller top_k by --config" * (args.experts > 1))
     for name in ("rank", "lora_rank", "experts"):

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from support import adapters, options, summary
 from support.bad_rows import Bad
-from support.pictures import grid, resize
+from support.pictures import resize
 from support.public_sets import PUBLIC
 from support.results import HOLE, cell, markdown, write
 from support.scores import SMALLEST, mean, ms_ssim, psnr, ssim
+from support.sheets import grid
 from support.texts import unread
 from support.words import counted, note, say
 

@@ -1,4 +1,4 @@
-"""Pictures: read as a person sees them, resized, turned into tensors, laid out in a grid, written.
+"""Pictures: read as a person sees them, resized, turned into tensors, written.
 
 Whoever has to do with picture files comes here: data.py and the public sets, sample.py, the jobs.
 All pictures are (H, W, 3) uint8 arrays until to_tensor() maps them to [-1, 1].
@@ -8,15 +8,14 @@ import logging
 import os
 import re
 import struct
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from support.colours import as_rgb, check_single, levels
@@ -27,6 +26,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)      # is broken is an error
 HEIF = (".heic", ".heif", ".hif")                        # a phone's; Pillow alone reads none
 PICTURES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", *HEIF,
             ".bmp", ".dib", ".tif", ".tiff", ".gif", ".tga", ".ppm", ".pgm", ".pnm", ".qoi")
+LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".avif", ".avifs", ".gif")    # when written
+BEST = {"quality": 95, "subsampling": "4:4:4", "lossless": True}
 LONGEST = 512                                            # side in training, if not said otherwise
 Given = str | Path | Image.Image | np.ndarray            # what a Python caller names or holds
 ORIENTATION = 274                                        # EXIF's tag; not set by others than these
@@ -171,40 +172,6 @@ def to_pixels(batch: torch.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own, which knows English alone; for other letters the machine's, if it has one."""
-    if not text.isascii():
-        for name in ("Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"):
-            with suppress(OSError):                      # not on this machine
-                return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
-def grid(rows: list[list[np.ndarray]], texts: list[str], across: int = 1, lines: int = 1,
-         gap: int = 0, failed: list[bool] | None = None) -> np.ndarray:
-    """Pictures in rows, aligned at the right, on grey, a text below each -> (H, W, 3) uint8.
-
-    across: rows side by side; lines: of a text; gap: pixels beside a picture, twice as many beside
-    a row. failed: whether a row's last but one picture, the result, gets a red frame.
-    """
-    side = max(side for row in rows for picture in row for side in picture.shape[:2])
-    columns, cell = max(map(len, rows)), side + gap
-    width, height = columns * cell + gap, side + 14 * lines                  # of a row
-    sheet = Image.new("RGB", (across * width, -(-len(rows) // across) * height), "grey")
-    pen = ImageDraw.Draw(sheet)
-    for i, (row, text) in enumerate(zip(rows, texts)):
-        left, top = i % across * width, i // across * height
-        for column, picture in enumerate(row, columns - len(row)):
-            sheet.paste(Image.fromarray(picture), (left + column * cell, top))
-        if failed and failed[i]:
-            edge = left + (columns - 2) * cell
-            pen.rectangle([edge, top, edge + side - 1, top + side - 1], outline="red", width=3)
-        words = textwrap.wrap(text, width // 5, max_lines=lines, placeholder=" ...")
-        pen.multiline_text((left + 2, top + side), "\n".join(words), "white",
-                           font=font_for(text, 10), spacing=1)
-    return np.asarray(sheet)
-
-
 def pictures_in(folder: Path) -> list[Path]:
     """The pictures in a folder, in order; none where there is no such folder."""
     return sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in PICTURES)
@@ -228,4 +195,4 @@ def save_picture(picture: np.ndarray | Image.Image, path: Path,
     for name, text in about.items():                     # Latin-1 as tEXt, all else as iTXt
         texts.add_text(name, text)
     with replacing(path) as aside:
-        image.save(aside, pnginfo=texts)                 # which other kinds do not look at
+        image.save(aside, pnginfo=texts, **BEST)         # a kind takes of it what it knows

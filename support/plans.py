@@ -17,7 +17,7 @@ from support.commands import (GUIDANCE, STEPS, check_folder, check_new, may_hold
                               nearest_side)
 from support.conditions import check_cond
 from support.jobs import Job, batch_file, check_mask, read_batch
-from support.pictures import is_picture, load_image
+from support.pictures import LOSSY, is_picture, load_image
 from support.tables import checked_text
 from support.words import note
 from text_encoder import T5Tokenizer
@@ -82,6 +82,13 @@ def check_instruction(text: object, name: str) -> None:
         raise ValueError(f"{name} is empty: say what to show, or what to change")
 
 
+def checked_seed(seed: object) -> int:
+    """Raises: ValueError for what the command would not take, either."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 2 ** 63:
+        raise ValueError(f"seed {seed!r}: must be a whole number from 0 to 2^63 - 1")
+    return int(seed)
+
+
 def check_call(tokens: T5Tokenizer, instruction: str, steps: int, guidance: float,
                size: tuple[int, int] | None) -> None:
     """What is asked of sample.edits(), by whomever. Raises: ValueError.
@@ -131,7 +138,13 @@ def plan(args: argparse.Namespace) -> list[Job]:
         raise ValueError("--mask-blur: there is no --mask whose edge could be blurred")
     if args.num > 1 and not make:
         raise ValueError(f"--num {args.num}: without --out no picture is made")
-    return (plan_batch if args.batch else plan_one)(args, make)
+    jobs = (plan_batch if args.batch else plan_one)(args, make)
+    lossy = next((out for job in jobs if job.mask for _, out in job.outs
+                  if out.suffix.lower() in LOSSY), None)
+    if lossy:
+        note(f"{lossy}: a {lossy.suffix} file changes all pixels a little, those that a mask keeps "
+             "too; a .png does not")
+    return jobs
 
 
 def plan_batch(args: argparse.Namespace, make: bool) -> list[Job]:

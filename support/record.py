@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from mole import Adapter, AdapterConfig
+from support.commands import workers
 from support.files import write_json, write_text
-from support.pictures import LONGEST, grid, save_picture
+from support.pictures import LONGEST, save_picture
+from support.sheets import grid
 from support.words import counted
 from text_encoder import T5Tokenizer
 
@@ -59,7 +61,7 @@ def fingerprint(source: object) -> str | None:
 
 
 def settings_of(args: argparse.Namespace, config: AdapterConfig, identity: dict[str, str],
-                sources: list, workers: int) -> dict[str, str]:
+                sources: list) -> dict[str, str]:
     """What is compared at --resume: it must be equal, or, of resume.MAY_CHANGE, is told."""
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     values = vars(args) | {"adapter": args.method}       # as runs have called it since the first
@@ -70,7 +72,7 @@ def settings_of(args: argparse.Namespace, config: AdapterConfig, identity: dict[
         "model": f"{args.model.resolve().name} {digest}",        # not where it lies
         "config": json.dumps(asdict(config)), "dtype": identity["dtype"],
         "fingerprints": json.dumps([fingerprint(source) for source, _ in sources]),
-        "micro_batches": str(args.accumulate * workers)} | {     # in each step
+        "micro_batches": str(args.accumulate * workers())} | {   # in each step
         name: str(values[name]) for name in ASKED_FOR if values[name] not in UNSAID}
 
 
@@ -110,6 +112,9 @@ def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:
     save_picture(grid(rows, texts, lines=4, gap=2), out / "data.png")
 
 
+TASKS = 24                                               # of which routing is looked at
+
+
 class Log:
     """log.jsonl: a line for each step, check, and look at the routing; the first process writes.
 
@@ -118,7 +123,7 @@ class Log:
 
     def __init__(self, out: Path, done: int, rank: int):
         self.file, self.rank = out / "log.jsonl", rank
-        self.instructions: dict[str, deque[str]] = {}    # the last ones of each task
+        self.instructions: dict[str, deque[str]] = {}    # the last ones of each of the last TASKS
         self.checked: dict[str, float] = {}              # the last loss on held-out samples
         if rank == 0:
             before = self.file.read_text().splitlines(True) if self.file.is_file() else []
@@ -130,7 +135,11 @@ class Log:
               seconds: float) -> None:
         """What a step drew and gave. norm: of the gradients, before they are clipped."""
         for s in samples:
-            self.instructions.setdefault(s.task, deque(maxlen=8)).append(s.instruction)
+            known = self.instructions.pop(s.task, deque(maxlen=8))           # becomes the last
+            self.instructions[s.task] = known
+            known.append(s.instruction)
+        for task in [*self.instructions][:-TASKS]:
+            del self.instructions[task]
         self.add({"step": step, **{name: round(v, 6) for name, v in losses.items()},
                   "norm": round(norm, 4), "tasks": sorted({s.task for s in samples}),
                   "seconds": round(seconds, 3)})

@@ -4,7 +4,6 @@ train.run_training() holds the run's folder alone(); train.train() starts with s
 with save_checkpoint() each time that one is due.
 """
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ except ImportError:                                      # Windows
 
 from mole import Adapter
 from support import adapters, record
-from support.commands import NO_FOLDER, is_first, may_hold
+from support.commands import NO_FOLDER, is_first, may_hold, workers
 from support.configs import json_object
 from support.files import read_metadata, replacing, unpickled
 from support.words import note
@@ -27,6 +26,7 @@ from support.words import note
 LOCK = "lock"                                            # in a run's folder, while it runs
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_before.pt")  # the newest, and what it replaced
 MAY_CHANGE = "micro_batches", "fingerprints"             # settings: more processes, more data
+OPTIONS = {"adapter": "--method", "cache_draws": "--cache and --cache-draws"}    # of odd names
 Optimizers = list[torch.optim.Optimizer]
 
 
@@ -50,8 +50,10 @@ def check_free(out: Path, wanted: bool) -> None:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path, wanted: bool) -> Iterator[None]:
     """Hold a run's folder, so that no other process trains in it. Raises: ValueError.
+
+    Or where one has, meanwhile, left what must not be written over; wanted: as check_free() has it.
 
     The system lets go of it however this process ends; where it has no such locks, none is held. Of
     several processes the first holds it for all.
@@ -68,6 +70,7 @@ def alone(out: Path) -> Iterator[None]:
         except OSError:                                  # a file system without locks
             pass
         try:
+            check_free(out, wanted)
             yield
         finally:
             (out / LOCK).unlink(missing_ok=True)
@@ -138,7 +141,7 @@ def read_checkpoint(out: Path) -> dict | None:
                     raise ValueError(f"{file}: is no checkpoint")
                 state["settings"] = json_object(state["settings"], file)
                 for line in broken:
-                    print(f"{line}; going on from the one before it", file=sys.stderr)
+                    note(f"{line}; going on from the one before it")
                 return state
             except ValueError as error:
                 broken.append(str(error))
@@ -164,7 +167,7 @@ def load_checkpoint(out: Path, adapter: Adapter, optimizers: Optimizers,
         was, now = before.get(name), settings.get(name)
         told = f"{out} began with {name} = {was}, not {now}"
         if name not in MAY_CHANGE:
-            option = "--method" if name == "adapter" else f"--{name.replace('_', '-')}"
+            option = OPTIONS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"--resume: {told}; go on with {option} as it was, or begin another "
                              "run with another --out")
         note(f"{out}: the data are not those it began with; it goes on with them all the same"
@@ -185,8 +188,8 @@ def mend_adapter(out: Path, adapter: Adapter, step: int, settings: dict) -> None
         adapters.write(adapter, file, **about_adapter(step, settings))
 
 
-def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, wanted: bool,
-          workers: int) -> tuple[int, int]:
+def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, wanted: bool
+          ) -> tuple[int, int]:
     """Step and micro-batch to begin with, the same in all processes. Raises: ValueError.
 
     wanted: whether to go on from a checkpoint in `out`; else, or where there is none, (0, 0).
@@ -196,8 +199,8 @@ def start(out: Path, adapter: Adapter, optimizers: Optimizers, settings: dict, w
     own = load_checkpoint(out, adapter, optimizers, settings) if wanted else (0, 0)
     if own[0] and is_first():
         mend_adapter(out, adapter, own[0], settings)
-    places = [own] * workers
-    if workers > 1:
+    places = [own] * workers()
+    if workers() > 1:
         dist.all_gather_object(places, own)
     if len(set(places)) > 1:
         raise ValueError(f"--resume: processes found {set(places)} (step, micro-batch) in "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mole import Adapter, MoLELinear, inner_products
-from support import report
+from support import devices, report
 from support.adapters import mixtures, routed
 from support.pictures import save_picture
 from support.record import Log
@@ -121,13 +121,13 @@ def show(adapter: Adapter | None, encode: Callable[[list[str]], tuple[Tensor, Te
     print(f"{file}: the experts that {counted(len(jobs), 'instruction')} chose; {words}")
 
 
-def cosines(H: Tensor, B: Tensor, experts: int, scale: float = 1.0) -> Tensor:
+def cosines(H: Tensor, B: Tensor, experts: int) -> Tensor:
     """Cosines of the experts' outputs, (E, E), as mole.inner_products() takes them.
 
     Zero outputs give exactly zero.
     """
     inner = inner_products(H, B, experts)
-    norm = inner.diagonal().clamp(min=1e-24 / scale ** 2).sqrt()
+    norm = inner.diagonal().clamp(min=1e-24).sqrt()
     return inner / (norm[:, None] * norm)
 
 
@@ -142,12 +142,12 @@ def expert_similarity(adapter: Adapter, forward: Callable[[], object]) -> Tensor
         H = args[0].to(layer.experts_A.dtype) @ layer.experts_A              # (..., E r)
         found.append(cosines(H, layer.experts_B, layer.config.experts).abs())
     hooks = [layer.register_forward_hook(compare) for layer in mixtures(adapter)]
-    with torch.no_grad():
+    if not hooks:
+        return None
+    with torch.no_grad(), devices.uncompiled():          # what is compiled minds no new hook
         forward()
     for hook in hooks:
         hook.remove()
-    if not found:
-        return None
     every = torch.stack(found)                           # (calls, E, E)
     alive = every.diagonal(dim1=1, dim2=2) > 0.99        # (calls, E); less: zero, or next to it
     both = alive[:, :, None] & alive[:, None]            # (calls, E, E)

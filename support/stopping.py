@@ -10,6 +10,8 @@ from itertools import chain
 
 import torch.distributed as dist
 
+from support.commands import is_first
+
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")      # Windows has two
 
 
@@ -29,7 +31,7 @@ def one_ahead(items: Iterator, asked: list) -> Iterator:
         current = following
 
 
-def leave(step: int, rank: int, asked: list[int | Exception]) -> None:
+def leave(step: int, asked: list[int | Exception]) -> None:
     """End all processes once the first has saved the step after which one was asked to stop.
 
     asked: by which signals, or errors, this one was; the first tells the exit code, as shells
@@ -41,11 +43,11 @@ def leave(step: int, rank: int, asked: list[int | Exception]) -> None:
         every = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(every, reasons)
     why = next(chain.from_iterable(every))
-    if isinstance(why, str) and rank == 0:
+    if isinstance(why, str) and is_first():
         way = "" if "--skip-bad" in why else ", or add --skip-bad to draw others instead"
         raise ValueError(f"{why}; stopped after {step} steps, which are saved: mend it{way}, and "
                          "--resume goes on")
-    if rank == 0:
+    if is_first():
         print(f"stopped after {step} steps; --resume goes on", file=sys.stderr)
     sys.exit(2 if isinstance(why, str) else 128 + why)
 

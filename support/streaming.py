@@ -1,6 +1,6 @@
 """Transformers larger than the device: their blocks visit it one after another, copied ahead.
 
-sample.generate() calls visiting(); train.run_training() streams where offload.fits() finds no room.
+sample.generate() calls visiting(); train.run_training() streams where offload.settle() tells it to.
 """
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -124,6 +124,7 @@ class Visits:
         self.lane.wait(self.lane.mark())
         for i in range(len(self.homes)):
             self.send_home(i)
+        self.here.clear()
 
 
 @contextmanager

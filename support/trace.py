@@ -8,7 +8,7 @@ Key: C latent channels; h, w latent grid; T text, I target, R native reference t
 them; D width. All that is kept is in the computer's memory, and fp32.
 """
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import call
 from typing import NamedTuple
@@ -101,10 +101,7 @@ class Trace:
         x, shown = noise[0].float(), spread(steps, STEPS)
         stepping = self.denoise(pipe, noise, given, steps, guidance, run, hold)
         for i in range(steps):
-            if i in shown:
-                with self.watching(i, x):
-                    latents = next(stepping)
-            else:
+            with self.watching(i, x) if i in shown else nullcontext():
                 latents = next(stepping)
             x = latents[0].cpu()                         # (C, h, w)
             yield latents

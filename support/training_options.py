@@ -11,7 +11,7 @@ import torch
 
 from support import devices, resume
 from support.commands import (COUNT, NEW_FOLDER, NOT_NEGATIVE, POSITIVE, Parser, checked,
-                              source_and_weight)
+                              source_and_weight, workers)
 from support.fp8 import check_device
 from support.options import SOURCE, add_compile, add_model, add_reading, only_size
 from support.pictures import LONGEST
@@ -107,11 +107,18 @@ def train_options(methods: list[str], public: Iterable[str],
     if args.dry_run is None:
         args.steps = args.steps or STEPS_OF_A_RUN
     check_training(args)
+    take_what_follows(args)
+    return args
+
+
+def take_what_follows(args: argparse.Namespace) -> None:
+    """What is not said, where it depends on what is."""
     args.longest = args.longest or LONGEST
     if args.shard and args.recompute == "auto":          # processes that split a model go together
         args.recompute = "off"
     args.cache_draws = args.cache_draws or (1 if args.cache else None)
-    return args
+    if args.dry_run and args.dtype == "auto":
+        args.dtype = "bfloat16"                          # of an accelerator that has so many GB
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -134,6 +141,6 @@ def check_training(args: argparse.Namespace) -> None:
                          "pictures would lie among the data")
     if args.dry_run is None:
         resume.check_free(args.out, args.resume)
-        if args.base_dtype == "fp8":
+        if args.base_dtype == "fp8" and workers() == 1:  # several use CUDA or the CPU, which can
             check_device([torch.float8_e4m3fn], devices.choose_device(args.device),
                          "--base-dtype fp8")

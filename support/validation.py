@@ -14,9 +14,10 @@ import torch
 import dit
 from support import options
 from support.bad_rows import Bad
-from support.pictures import grid, to_tensor
+from support.pictures import to_tensor
 from support.record import Log, fingerprint
 from support.scores import psnr
+from support.sheets import grid
 from support.summary import rows_in, understood
 from support.texts import unread
 from support.words import counted, note

@@ -277,6 +277,11 @@ def made(pipe, instructions, images, conds, noise, steps):
     return generate(pipe, condition(pipe, instructions, images, conds), noise, steps)
 
 
+def load_adapter(model: dit.FluxTransformer, path: Path) -> mole.Adapter:
+    """One adapter, at its own strength."""
+    return weights.load_adapters(model, [(path, 1.0)])
+
+
 def expert_use(pipe: sample.Pipeline, texts: list[str]) -> dict[str, torch.Tensor]:
     """Mean weight of each expert in each layer that instructions route."""
     found = routing_maps.shares(pipe.adapter, *sample.encode_text(pipe, texts))

@@ -18,12 +18,11 @@ import mole
 import sample
 import weights
 from helpers import (adapted, adapter_config, Bomb, build_config, BUILDS, CASES, DIT, FIRST,
-                     forward, golden, golden_part, inputs, MODEL, moles, PICTURE, pixels, ROOT,
-                     run_command, run_sample, same, SMALL)
+                     forward, golden, golden_part, inputs, load_adapter, make_pipeline, MODEL,
+                     moles, PICTURE, pixels, ROOT, run_command, run_sample, same, SMALL)
 from support import adapters, commands, export, research, routing_maps, targets
 from support.configs import config_from
-from support.files import read_metadata, read_tensors
-from weights import load_adapter
+from support.files import read_metadata, read_tensors, write_tensors
 
 # ------------------------------------------------------------------------------- support/targets.py
 
@@ -318,12 +317,22 @@ def bare_model(name: str) -> dit.FluxTransformer:
     return model
 
 
+def test_a_research_folder_that_has_diverged_is_refused(tmp_path):
+    folder = research_folder(tmp_path / "theirs", next(iter(BUILDS)))
+    file = next(folder.glob("*.safetensors"))
+    tensors = read_tensors([file])
+    name = next(iter(tensors))
+    write_tensors(tensors | {name: torch.full_like(tensors[name], torch.nan)}, file)
+    with pytest.raises(ValueError, match="holds numbers that are not finite"):
+        adapters.read(folder)
+
+
 @pytest.mark.usefixtures("research_frequencies")
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_research_folder_gives_the_golden_outputs_and_is_written_back_equal(tmp_path, name):
     folder = research_folder(tmp_path / "theirs", name)
     model = bare_model(name)
-    adapter = weights.load_adapter(model, folder)
+    adapter = load_adapter(model, folder)
     x = golden_part("in.")
     with torch.no_grad(), adapter.serve(x["txt"], x["pooled"]):
         for case in CASES:
@@ -405,6 +414,23 @@ def test_an_adapter_in_bf16_is_the_same_within_its_rounding(tmp_path, monkeypatc
         assert code == 2 and words in err and not (tmp_path / "a.safetensors").exists()
 
 
+def test_what_a_routing_counts_is_not_rounded(tmp_path, monkeypatch, capsys):
+    """The square of a mean, less the mean of squares, would be lost in bf16, and more."""
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    pipe = make_pipeline("standardised")
+    for layer in moles(pipe.adapter):                    # mean 3, deviation 0.01
+        layer.moments[0].fill_(3.0)
+        layer.moments[1].fill_(9.0001)
+    adapters.write(pipe.adapter, whole)
+    asked = "weights.py", weights.main, whole, "--to-bf16", half
+    assert run_command(monkeypatch, capsys, *asked)[0] == 0
+    (_, before), (_, after) = adapters.read(whole), adapters.read(half)
+    counted = [name for name in before if name.endswith(("moments", "calls"))]
+    assert len(counted) == 2 * len(moles(pipe.adapter))
+    assert all(torch.equal(before[name], after[name]) for name in counted)
+    assert {t.dtype for name, t in after.items() if name not in counted} == {torch.bfloat16}
+
+
 def test_an_adapter_of_ours_goes_there_and_back(tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "paper", tmp_path / "a.png"
     file = ROOT / "tiny/adapter.safetensors"
@@ -425,7 +451,7 @@ def test_a_plain_lora_needs_no_pickle(tmp_path):
     write_research(tmp_path / "lora.safetensors", tmp_path / "lora")
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
         "pytorch_lora_weights.safetensors", "train_config.json"]
-    again = weights.load_adapter(sample.load_pipeline(MODEL, None).dit, tmp_path / "lora")
+    again = load_adapter(sample.load_pipeline(MODEL, None).dit, tmp_path / "lora")
     stored = read_tensors([tmp_path / "lora.safetensors"])
     assert again.tensors().keys() == stored.keys()
     assert all(torch.equal(p, stored[name]) for name, p in again.tensors().items())

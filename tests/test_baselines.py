@@ -10,9 +10,8 @@ import baselines
 import dit
 import mole
 import weights
-from helpers import adapter_config, dense_cosines, DIT, inputs, SMALL, step
+from helpers import adapter_config, dense_cosines, DIT, inputs, load_adapter, SMALL, step
 from support import adapters, methods
-from weights import load_adapter
 
 MIXTURES = ["token", "soft", "race", "choice", "standardised"]
 BY_INSTRUCTION = ("instructmole", "soft", "standardised")        # by more than the pooled text

@@ -136,6 +136,7 @@ def test_the_result_may_keep_the_size_of_its_picture(pipe) -> None:
 @pytest.mark.parametrize("changes, words", [
     ({"instruction": " "}, "instruction is empty"), ({"instruction": "\ud800"}, "Unicode"),
     ({"instruction": 5}, "instruction 5: must be a text"),
+    *(({"seed": seed}, f"seed {seed}: must be a whole number") for seed in (1.5, -1, 2 ** 64)),
     ({"steps": 0}, "steps 0"), ({"guidance": -1}, "guidance -1"),
     ({"steps": 2.5}, "steps 2.5: must be a whole"), ({"guidance": "2"}, "must be a number"),
     ({"size": (64.0, 64)}, "must be width and"), ({"size": (64,)}, "must be width and"),

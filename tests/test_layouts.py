@@ -7,6 +7,7 @@ the folder's (rows in widths).
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +21,13 @@ import dit
 import text_encoder
 import vae
 import weights
-from helpers import described, KEYS
+from helpers import described, KEYS, load_adapter
 from sample import load_pipeline
 from support import adapters, layouts, lora
 from support.configs import config_from
 from support.files import read_tensors, write_part
 from support.fp8 import NarrowLinear, to_fp8, Widened
 from support.layouts import model_paths, only_size
-from weights import load_adapter
 
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F16": torch.float16, "BF16": torch.bfloat16,
          "F32": torch.float32}
@@ -321,6 +321,38 @@ def test_the_cache_of_hugging_face_is_looked_into(tmp_path):
     (upper / "refs/main").unlink()                       # then the newest
     os.utime(upper / "snapshots/0b", (0, 0))
     assert model_paths(upper)["vae"] == upper / "snapshots/0a/vae"
+
+
+def test_a_part_is_found_in_the_cache_and_as_a_folders_only_file(tmp_path):
+    tiny = Path(weights.__file__).parent / "tiny/model"
+    upper = tmp_path / "models--someone--Some-VAE"
+    (upper / "snapshots").mkdir(parents=True)
+    (upper / "snapshots/0a").symlink_to(tiny / "vae")
+    assert model_paths(tiny, vae=upper)["vae"] == upper / "snapshots/0a"
+    alone = tmp_path / "fetched"
+    alone.mkdir()
+    file = alone / "ae.safetensors"
+    file.symlink_to(tiny / "vae/diffusion_pytorch_model.safetensors")
+    assert model_paths(tiny, vae=alone)["vae"] == file
+    (alone / "other.safetensors").symlink_to(tiny / "vae/diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="--vae .*fetched: holds no part"):  # which of the two?
+        model_paths(tiny, vae=alone)
+
+
+def test_parts_of_other_models_are_refused_before_they_meet(monkeypatch):
+    tiny = Path(weights.__file__).parent / "tiny/model"
+    load = weights.load
+    for part, entry, option in (("text_encoder_2", "d_model", "--t5"),
+                                ("text_encoder", "hidden_size", "--clip"),
+                                ("vae", "latent_channels", "--vae")):
+        def other(name, *how, part=part, entry=entry):
+            model = load(name, *how)
+            if name == part:
+                model.config = replace(model.config, **{entry: 24})
+            return model
+        monkeypatch.setattr(weights, "load", other)
+        with pytest.raises(ValueError, match=f"{option}: gives vectors of .* name one of the same"):
+            load_pipeline(tiny, None, "cpu")
 
 
 def test_an_adapter_in_the_cache_is_found_by_its_upper_folder(tmp_path, capsys):

@@ -8,10 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dit
-from helpers import DIT, KEYS
+from helpers import DIT, KEYS, load_adapter
 from support import adapters, lora
 from support.configs import config_from, read_json
-from weights import load_adapter
 
 
 def layers_of_the_released_model() -> list[str]:
@@ -214,6 +213,19 @@ def test_a_layer_that_the_model_has_is_not_said_to_be_none(tmp_path: Path) -> No
 def test_what_is_more_than_a_lora_is_named(tmp_path: Path, name: str, kind: str) -> None:
     with pytest.raises(ValueError, match=f"{name} shows .*{kind}.*only plain LoRA"):
         lora.read(written(tmp_path / "a.safetensors", {name: torch.ones(1, 2)}))
+
+
+def test_changes_that_are_none_are_passed(tmp_path: Path) -> None:
+    """ComfyUI's merges have zeros where a bias or a norm might have changed."""
+    name = f"diffusion_model.{ORIGINAL[0]}"
+    factors = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(3, 1)}
+    plain, zeros = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(factors, plain)
+    save_file(factors | {f"{name}.diff_b": torch.zeros(3)}, zeros)
+    assert torch.equal(*(next(iter(lora.read(file)[1].values())) for file in (plain, zeros)))
+    save_file(factors | {f"{name}.diff_b": torch.ones(3)}, zeros)
+    with pytest.raises(ValueError, match="diff_b shows changed biases"):
+        lora.read(zeros)
 
 
 # ------------------------------------------------------------------------------------- strength

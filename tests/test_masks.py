@@ -175,6 +175,10 @@ def test_the_command_takes_a_mask(tmp_path, monkeypatch, capsys, trained) -> Non
     assert code == 0, err
     assert Image.open(out).tobytes() == edit(trained, TEXT, PICTURE, mask=mask, mask_blur=4,
                                              steps=2).tobytes()
+    assert "changes all pixels a little" not in err
+    code, _, err = run_sample(monkeypatch, capsys, *arguments[:4], "--out", tmp_path / "out.jpg",
+                              "--image", PICTURE, "--mask", mask)
+    assert code == 0 and "out.jpg: a .jpg file changes all pixels a little" in err
     out.unlink()
     Image.new("L", (SIDE, SIDE)).save(tmp_path / "black.png")
     for more, words in ((["--mask", mask], "--mask .*left.png: needs the picture.*--image"),

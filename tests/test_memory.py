@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import baselines
 import dit
 import train
 from helpers import (adapted, DIT, FIRST, gradients, inputs, made, make_pipeline, MODEL, ROOT, same,
@@ -22,6 +23,7 @@ from support import commands, devices, dry_run, export, layouts, offload, routin
 from support.files import files_of
 from support.fp8 import NarrowLinear
 from support.recompute import sparing, when_compiled
+from support.training_options import train_options
 from tiny import world
 
 # -------------------------------------------------------------------- weights that visit the device
@@ -42,6 +44,60 @@ def test_what_has_room_on_a_device(bare, monkeypatch):
         assert offload.fits(bare.vae, torch.device("cpu"))                    # it is there already
 
 
+def test_room_for_training_counts_gradients_and_states():
+    """Four times the adapter beside what is frozen, in 0.8 of the device."""
+    for frozen, encoders, trained, answer in (
+            (40, 20, 4, (True, True)), (40, 24, 4, (True, False)), (60, 0, 5, (False, False)),
+            (80, 0, 0, (False, False))):
+        assert offload.room_for(frozen, encoders, trained, 100) == answer
+
+
+class Part:
+    """A text encoder's or the autoencoder's stand-in, of 1000 bytes, which notes its journeys."""
+
+    def __init__(self, device: str):
+        self.t, self.sent = torch.empty(250, device=device), []
+
+    def parameters(self):
+        return [self.t]
+
+    def buffers(self):
+        return []
+
+    def to(self, device: str) -> None:
+        self.sent.append(device)
+
+
+@pytest.mark.parametrize("home", ["cpu", "meta"])
+@pytest.mark.parametrize("share, fits, beside", [(0, False, False), (0.5, True, False),
+                                                 (2, True, True)])
+def test_a_transformer_in_training_stays_streams_or_has_the_device_to_itself(
+        home, share, fits, beside, monkeypatch, capsys):
+    """meta is the device: of bytes for the transformer, and a share of those for the encoders."""
+    model, adapter = adapted()
+    trained = sum(t.nbytes for t in adapter.tensors().values())
+    frozen = sum(t.nbytes for t in offload.weights_of(model) if not t.requires_grad)
+    room = (frozen + 4 * trained + 3000 * share + (1 if share else -1)) / devices.ROOM
+    monkeypatch.setattr(devices, "memory", lambda device: room)
+    moved, parts = [], [Part(home) for _ in range(3)]
+    monkeypatch.setattr(offload, "move", lambda ts, device: moved.append((len(ts), device)))
+    pipe = SimpleNamespace(dit=model, adapter=adapter, device=torch.device("meta"),
+                           **dict(zip(("t5", "clip", "vae"), parts)))
+    assert offload.settle(pipe) == fits
+    there = {t.device.type for t in offload.weights_of(model) if not t.requires_grad}
+    assert there == {"meta" if fits else "cpu"}
+    assert moved == [(len(adapter.tensors()), pipe.device)]                  # is trained there
+    left = home == "meta" and not beside                 # those at home were not in the way
+    assert [part.sent for part in parts] == 3 * [["cpu"] if left else []]
+    assert ("no room beside what is trained" in capsys.readouterr().err) == left
+
+
+def test_on_a_cpu_nothing_settles(bare):
+    pipe = make_pipeline("lora")
+    before = [t.data_ptr() for t in offload.weights_of(pipe.dit)]
+    assert offload.settle(pipe) and before == [t.data_ptr() for t in offload.weights_of(pipe.dit)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("room", [0, 10 ** 9])
 def test_visits_on_a_gpu(room, monkeypatch):
@@ -50,8 +106,8 @@ def test_visits_on_a_gpu(room, monkeypatch):
     real = devices.memory
     monkeypatch.setattr(devices, "memory", lambda device: room if room else 1)
     visits = load_pipeline(MODEL, None, "cuda", "float32")
-    if room:
-        visits.dit.cpu()
+    for part in (visits.dit, visits.t5, visits.clip, visits.vae) if room else ():
+        part.cpu()
     noise = seeded_noise([0], (64, 64))
     one, two = (made(pipe, ["a red star"], [], [], noise, 3)[0] for pipe in (stays, visits))
     assert real(torch.device("cuda")) > 0 and np.abs(one.astype(int) - two).max() <= 1
@@ -240,6 +296,32 @@ def test_dry_run_counts_the_batch_itself(monkeypatch, capsys, short_by_default):
     for batch, room, whole, most in ((1, 2, 30, 0), (1, 100, 30, 36), (8, 36, 41, 4),
                                      (8, 42, 41, 8), (40, 205, 105, 90)):
         assert told(batch, room * 10 ** 6) == (whole, most), (batch, room)
+
+
+def test_dry_run_lays_parts_where_training_does(monkeypatch, capsys):
+    """Encoders beside the transformer if all, with what is trained, has room; blocks that visit."""
+    monkeypatch.setattr(dry_run, "GB", 1)
+    monkeypatch.setattr(dry_run, "step_bytes", lambda loss_of, batch, *_: (10 ** 9 + batch, 10))
+    told = told_by_dry_run(monkeypatch, capsys)
+    frozen, own, stay = (told[name] for name in (
+        "transformer, frozen", "adapter, fp32", "text encoders, autoencoder"))
+    needed = frozen + 4 * own
+    for room, streamed, beside in (
+            (needed + stay + 9, False, True), (needed + stay - 9, False, False),
+            (needed - 9, True, False)):
+        found = told_by_dry_run(monkeypatch, capsys, f"{room / devices.ROOM:.0f}")
+        assert ("text encoders, autoencoder" in found) == beside
+        assert (found["transformer, frozen"] < frozen) == streamed
+    narrow = told_by_dry_run(monkeypatch, capsys, f"{(frozen + stay) * 1.1:.0f}", "--base-dtype",
+                             "fp8")                      # it is read before it is narrowed
+    assert "text encoders, autoencoder" not in narrow
+
+
+def test_dry_run_for_so_many_gb_is_for_an_accelerator(monkeypatch, short_by_default):
+    """Whatever type this computer would take."""
+    for words, dtype in ((["--dry-run"], "auto"), (["--dry-run", "24"], "bfloat16"),
+                         (["--dry-run", "24", "--dtype", "float32"], "float32")):
+        assert train_options(baselines.METHODS, {}, ["--data", "tiny", *words]).dtype == dtype
 
 
 def test_dry_run_says_nothing_odd(monkeypatch, capsys, short_by_default):

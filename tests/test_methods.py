@@ -50,7 +50,8 @@ def test_what_a_file_names_is_changed_alone(tmp_path):
 
 
 def test_experts_that_are_all_kept_are_told(tmp_path, capsys):
-    for number, method, told in ((4, None, True), (5, None, False), (4, "soft", False)):
+    for number, method, told in ((4, None, True), (5, None, False), (4, "soft", False),
+                                 (4, "standardised", True), (4, "race", True)):
         chosen(tmp_path, experts=number, **({"method": method} if method else {}))
         assert ("all are kept" in capsys.readouterr().err) == told
     chosen(tmp_path, experts=1)                          # of which no fewer can be kept

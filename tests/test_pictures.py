@@ -1,4 +1,4 @@
-"""support/pictures.py: files of any kind as a person sees them, sheets of several."""
+"""support/pictures.py, sheets.py: files of any kind as a person sees them, sheets of several."""
 import struct
 import sys
 import types
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFont
 
-from support import pictures
-from support.pictures import fitted, grid, load_image
+from support import sheets
+from support.pictures import LOSSY, fitted, load_image, save_picture
+from support.sheets import grid
 
 WIDE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322],   # Adobe RGB (1998) at
                  [0.01947, 0.06087, 0.74457]])                               # D50: RGB -> XYZ
@@ -273,12 +274,12 @@ def test_letters_that_pillow_s_font_lacks_are_the_machine_s(monkeypatch):
         if name != "arial.ttf":
             raise OSError("cannot open resource")
         return machine
-    monkeypatch.setattr(pictures.ImageFont, "truetype", truetype)
-    monkeypatch.setattr(pictures.ImageFont, "load_default", lambda size: own)
-    assert pictures.font_for("make it bigger", 10) is own
-    assert pictures.font_for("mach es größer", 10) is machine
-    monkeypatch.setattr(pictures.ImageFont, "truetype", lambda *_: truetype("none", 10))
-    assert pictures.font_for("mach es größer", 10) is own
+    monkeypatch.setattr(sheets.ImageFont, "truetype", truetype)
+    monkeypatch.setattr(sheets.ImageFont, "load_default", lambda size: own)
+    assert sheets.font_for("make it bigger", 10) is own
+    assert sheets.font_for("mach es größer", 10) is machine
+    monkeypatch.setattr(sheets.ImageFont, "truetype", lambda *_: truetype("none", 10))
+    assert sheets.font_for("mach es größer", 10) is own
 
 
 def test_a_grid_has_rows_side_by_side_with_gaps_and_frames():
@@ -310,3 +311,17 @@ def test_a_grid_has_rows_side_by_side_with_gaps_and_frames():
 
 def test_fitted_keeps_aspect_and_never_enlarges():
     assert fitted((1000, 500)) == (512, 256) and fitted((100, 60)) == (96, 64)
+
+
+def test_pictures_are_written_as_well_as_a_kind_can(tmp_path: Path) -> None:
+    """Noise comes back to the byte but where a kind is LOSSY, and there better than by default."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+    def error(file: Path) -> float:
+        return float(np.abs(np.asarray(Image.open(file).convert("RGB"), int) - noise).mean())
+    for ending in ("png", "webp", "bmp", "tif", "tga", "ppm", "qoi", "jpg", "avif", "gif"):
+        ours, plain = (tmp_path / f"{name}.{ending}" for name in ("ours", "plain"))
+        save_picture(noise, ours)
+        Image.fromarray(noise).save(plain)
+        assert (error(ours) > 0) == (f".{ending}" in LOSSY)
+        assert error(ours) < error(plain) / 2 or ending not in ("jpg", "avif")

@@ -202,10 +202,25 @@ def test_cosines_are_those_of_the_outputs_and_zero_outputs_are_at_right_angles()
     B[2:4] = 0                                           # the second of four experts
     Y = torch.stack([H[:, i:i + 2] @ B[i:i + 2] for i in range(0, 8, 2)]).flatten(1)
     Y = nn.functional.normalize(Y, dim=1)
-    cosine = routing_maps.cosines(H, B, 4, scale=3.0)
+    cosine = routing_maps.cosines(H, B, 4)
     assert torch.allclose(cosine, Y @ Y.T, atol=1e-12, rtol=0) and (cosine[1] == 0).all()
     loss = (cosine.square().sum() - 3) / 12              # three are not zero
     assert abs(mole.orthogonality_loss(H, B, 4, scale=3.0) - loss) < 1e-12
+
+
+def test_experts_are_compared_in_compiled_blocks_too():
+    """Which mind no hook that comes after they were compiled; a plain LoRA costs no pass."""
+    pipe, sample = make_pipeline(), samples("canny", 1)
+
+    def forward():
+        return train.flow_loss(pipe, sample, 0)
+    found = routing_maps.expert_similarity(pipe.adapter.eval(), forward)
+    for block in pipe.dit.blocks:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        forward()
+    assert torch.equal(routing_maps.expert_similarity(pipe.adapter, forward), found)
+    assert routing_maps.expert_similarity(make_pipeline("lora").adapter, None) is None
 
 
 def test_a_sheet_that_fails_is_a_note_and_training_goes_on(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,9 @@ def test_a_log_forgets_what_a_resumed_run_does_anew(tmp_path):
     other = record.Log(tmp_path, 2, 1)                   # another process leaves the file alone
     other.write(2, {"loss": 9.0}, 0.0, some[:1], 0.0)
     assert len(log.steps()) == 4 and list(other.instructions["move"]) == [some[0].instruction]
+    for number in range(30):                             # of many tasks, the last are looked at
+        other.write(2, {"loss": 9.0}, 0.0, [replace(some[0], task=str(number % 25))], 0.0)
+    assert [*other.instructions] == [str(n) for n in (*range(6, 25), *range(5))]
     again = record.Log(tmp_path, 2, 0)
     assert [entry["step"] for entry in again.steps()] == [0, 1] and not again.instructions
     again.write(2, {"loss": 7.0}, 0.0, some[:1], 0.0)
@@ -274,16 +278,23 @@ def test_a_run_says_how_to_repeat_it(tmp_path, monkeypatch, capsys, short_model)
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path):
     """A second process finds the lock of the first, whose end leaves nothing behind."""
-    with resume.alone(tmp_path):
+    with resume.alone(tmp_path, False):
         with pytest.raises(ValueError, match="another process is training in it"):
-            with resume.alone(tmp_path):
+            with resume.alone(tmp_path, False):
                 pass
         with pytest.raises(ValueError, match="another process"):         # the lock is still held
-            with resume.alone(tmp_path):
+            with resume.alone(tmp_path, False):
                 pass
     assert not list(tmp_path.iterdir())
-    with resume.alone(tmp_path):
+    with resume.alone(tmp_path, False):
         pass
+    (tmp_path / "checkpoint.pt").touch()                 # one began, and ended, meanwhile
+    with pytest.raises(ValueError, match="holds a run; add --resume"):
+        with resume.alone(tmp_path, False):
+            pass
+    with resume.alone(tmp_path, True):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 @pytest.mark.parametrize("size", [None, 1000])
@@ -351,7 +362,10 @@ def together(forks, script: object, *arguments: object) -> list[subprocess.Compl
 
 
 def test_two_processes_have_one_s_gradients(forks, short_model):
-    """In fp32 to 1e-6 of a norm, Muon's adapters in float64 to 1e-8; --shard as well."""
+    """In fp32 to 1e-6 of a norm, Muon's adapters in float64 to 1e-8; --shard changes no bit.
+
+    They begin alike, whatever each has drawn.
+    """
     both = together(forks, "tests/processes.py", "--steps", 2, "--model", short_model)
     told = "".join(done.stdout for done in both)
     assert all(done.returncode == 0 for done in both) and told.count("split True") == 4, both
@@ -381,6 +395,25 @@ def test_a_process_that_dies_ends_the_run_and_one_goes_on(tmp_path, monkeypatch,
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert state["step"] == 4 and state["number"] == 8
+
+
+def test_two_processes_fill_one_cache(tmp_path, forks, short_model):
+    """Each encodes its share, once; the end of a resumed run needs no more."""
+    script = tmp_path / "train.py"                       # without its sheet of samples, for speed
+    script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n"
+                      "from support import commands\n"
+                      "train.previews = lambda *_: {}\ncommands.run(train.main)\n")
+    common = ["--data", ROOT / "tiny/examples/own", "--batch-size", "2", "--method", "lora",
+              "--model", short_model, "--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    both = together(forks, script, *common, "--steps", "1")
+    assert all(done.returncode == 0 for done in both), both
+    files = sorted((tmp_path / "cache").glob("*.safetensors"))
+    found = [load_file(file).keys() for file in files]
+    assert len(files) == 2 and len(found[0] & found[1]) == 2     # the empty text, T5's and CLIP's
+    assert len(found[0] | found[1]) == 2 * (1 + 4 + 8)   # four texts, before and after
+    again = together(forks, script, *common, "--steps", "1", "--resume")
+    assert all(done.returncode == 0 for done in again), again
+    assert sorted((tmp_path / "cache").glob("*.safetensors")) == files
 
 
 def test_two_processes_are_two_micro_batches(tmp_path, monkeypatch, forks):
@@ -553,7 +586,7 @@ def test_the_next_item_is_there_before_this_one_is_used():
     with pytest.raises(FileNotFoundError):
         next(stopping.one_ahead(items(0), []))
     with pytest.raises(ValueError, match="gone; stopped after 3 steps, which are saved"):
-        stopping.leave(3, 0, asked)
+        stopping.leave(3, asked)
 
 
 def test_the_last_adapters_are_kept(tmp_path, monkeypatch, capsys, short_model):

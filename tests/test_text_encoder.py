@@ -227,6 +227,16 @@ def test_length_is_the_one_that_the_folder_states(tmp_path: Path, limit: int) ->
         assert_same_ids(ours(folder), peer.from_pretrained(folder), texts(200))
 
 
+def test_a_clip_tokenizer_in_one_file_is_read_too(tmp_path: Path) -> None:
+    """As transformers 5 saves it: without vocab.json and merges.txt."""
+    transformers.CLIPTokenizer.from_pretrained(MODEL / "tokenizer").save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    several, one = map(text_encoder.CLIPTokenizer, (MODEL / "tokenizer", tmp_path))
+    lines = [*texts(200), "", "red " * 500]
+    assert torch.equal(several(lines), one(lines))
+
+
 def test_layout_of_the_ids() -> None:
     """T5 ends in </s> (1), padded with 0; CLIP is between two tokens, padded with the second."""
     t5 = text_encoder.T5Tokenizer(MODEL / "tokenizer_2")
