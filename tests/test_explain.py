@@ -108,6 +108,7 @@ def run(trained) -> Run:
 
 def test_the_picture_is_the_ordinary_one_to_the_byte(tmp_path, monkeypatch, capsys):
     arguments = ("--instruction", TEXT, "--image", PICTURE, "--steps", 2)
+    (tmp_path / "page.html").write_text("mine")          # what is named is written over
     assert run_sample(monkeypatch, capsys, *arguments, "--out", tmp_path / "a.png")[0] == 0
     code, printed, err = run_sample(monkeypatch, capsys, *arguments, "--out", tmp_path / "b.png",
                                     "--explain", tmp_path / "page.html")
