@@ -84,7 +84,7 @@ class Conditioning:
 
 def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
                   device: str = "auto", dtype: str = "auto", matmul: str | None = None,
-                  encoders_stay: bool = False, weightless: bool = False,
+                  at_home: bool = False, weightless: bool = False,
                   **others: str | Path | None) -> Pipeline:
     """Read a model, and adapters as adapters.chosen() takes them: by default the one beside it.
 
@@ -92,8 +92,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     part lies that the model lacks: vae, text_encoder, text_encoder_2, tokenizers.
 
     A model too large for the device stays in the computer's memory, mapped from disk; its parts
-    visit the device in turn. encoders_stay: text encoders and autoencoder stay there even where
-    all fits. weightless: shapes alone, on "meta". matmul: "fp8", where the device multiplies so.
+    visit the device in turn. at_home: it stays there even where it fits. weightless: shapes alone,
+    on "meta". matmul: "fp8", where the device multiplies so.
     Raises: FileNotFoundError, ValueError.
     """
     paths = layouts.model_paths(Path(model), **others)
@@ -104,14 +104,13 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     stored = sum(file.stat().st_size for file in files)
     dtype = devices.choose_dtype(dtype, device, stored)
     home, narrow = devices.home(device, stored * dtype.itemsize // 2)        # taken as 2 bytes each
-    home = torch.device("meta") if weightless else home
-    encoders_home = torch.device("cpu") if encoders_stay else home
+    home = torch.device("meta" if weightless else "cpu") if weightless or at_home else home
     devices.announce(f"loading {model}, {stored / 1e9:.1f} GB", 0 if weightless else stored)
     pipe = Pipeline(
         weights.load("transformer", paths["transformer"], home, dtype, narrow),
-        weights.load("vae", paths["vae"], encoders_home, dtype),
-        weights.load("text_encoder_2", paths["text_encoder_2"], encoders_home, dtype, narrow),
-        weights.load("text_encoder", paths["text_encoder"], encoders_home, dtype),
+        weights.load("vae", paths["vae"], home, dtype),
+        weights.load("text_encoder_2", paths["text_encoder_2"], home, dtype, narrow),
+        weights.load("text_encoder", paths["text_encoder"], home, dtype),
         *tokenizers, adapter=None, device=device, dtype=dtype, model=Path(model), paths=paths)
     layouts.check_widths(pipe.dit.config, pipe.vae.config, pipe.t5.config, pipe.clip.config)
     for part in (pipe.dit, pipe.vae, pipe.t5, pipe.clip):        # wherever it is, it visits
@@ -282,7 +281,8 @@ def edit(pipe: Pipeline, instruction: str, images: Given | Iterable[Given] = (),
          ) -> Image.Image | list[Image.Image]:
     """The picture that edits() makes, or for several seeds a list; settings: its further ones."""
     one = np.ndim(seed) == 0
-    made = list(edits(pipe, instruction, images, conds, [seed] if one else seed, **settings))
+    seeds = [*map(plans.checked_seed, [seed] if one else seed)]              # before any is made
+    made = list(edits(pipe, instruction, images, conds, seeds, **settings))
     return made[0] if one else made
 
 

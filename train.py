@@ -290,23 +290,22 @@ def run_training(args: argparse.Namespace, config: AdapterConfig, first: dict[st
     """Load the model, put an adapter on it, new or with `first` weights, and train that."""
     devices.keep_freed_memory()
     rank, workers = distributed.join(args)
-    pipe = load_pipeline(adapter=None, encoders_stay=bool(args.cache), **options.model_of(args))
+    pipe = load_pipeline(adapter=None, at_home=True, **options.model_of(args))
     identity = record.identity(pipe.paths, pipe.dtype)
     if args.cache:
         caching.fill(args, pipe, sources, identity, encode_text, encode_picture)
     if args.base_dtype == "fp8":
-        to_fp8(pipe.dit)
-    torch.manual_seed(args.seed)                         # the adapter's first weights
+        to_fp8(pipe.dit, pipe.device)
+    torch.manual_seed(args.seed)                         # the adapter's first weights: of the CPU
     pipe.adapter = weights.new_adapter(pipe.dit, config)
     if first:
         adapters.fill_in(pipe.adapter, first, args.init)
-    streamed = not args.shard and not offload.settle(pipe)
+    streamed = not offload.settle(args, pipe) and not args.shard
     if args.shard:
         distributed.shard(pipe.dit, pipe.adapter, pipe.device)
     elif streamed:
         args.recompute = "on"
         streaming.tell(pipe.device)
-    distributed.alike(pipe.adapter.tensors().values())
     if args.compile:
         args.recompute = when_compiled(pipe.adapter, args.recompute)
         devices.compile_blocks(pipe.dit)

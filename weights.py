@@ -70,7 +70,8 @@ def load(part: str, path: str | Path, device: torch.device | str = "cpu",
     try:
         tensors = layouts.to_folder(part, tensors)
         values = read_json(config_file) if path.is_dir() or config_file.is_file() else {}
-        values, where = values.get("text_config", values), config_file       # a whole CLIP's
+        inner, where = values.get("text_config"), config_file                # of a whole CLIP
+        values = inner if isinstance(inner, dict) else values
         if path.is_file() and not has_all(kind.config, values):  # none beside it, or another part's
             values, where = kind.implied({name: t.shape for name, t in tensors.items()}), path
         with devices.shapes_alone():

@@ -117,7 +117,8 @@ def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
     samples = (sample for source, _ in ([] if full else sources)
                for sample in source.all(rank, workers))
     encoders, device = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae)), pipe.device
-    visit = offload.on_device(encoders, device) if offload.fits(encoders, device) else nullcontext()
+    visit = offload.on_device(encoders, device) if not full and offload.fits(
+        encoders, device) else nullcontext()
     with visit, tqdm(desc="encoding", unit=" samples", disable=rank > 0) as bar:
         while some := list(islice(samples, 4)):          # few: pictures are large on their way
             encode_text(pipe, [s.instruction for s in some] + [""])          # "" for dropout

@@ -36,15 +36,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def alike(trained: Iterable[Tensor]) -> None:
-    """Give all processes what the first one begins with: on unlike devices one seed draws others.
-
-    trained: an adapter's tensors, on each process's device.
-    """
-    for p in trained if commands.workers() > 1 else ():
-        dist.broadcast(p.data, 0)
-
-
 def average(trained: Iterable[Tensor], passes: int) -> None:
     """Gradients: from sums over a process's micro-batches, `passes` of them, to means over all's.
 

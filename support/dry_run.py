@@ -121,12 +121,15 @@ def count(args: argparse.Namespace, pipe: object, adapt: Callable, loss_of: Call
         blocks = [sum(t.nbytes for t in offload.weights_of(block)) for block in model.blocks]
         encoders = sum(t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae)
                        for t in offload.weights_of(part))
-        loaded = encoders + pipe.dtype.itemsize * sum(t.numel() for t in offload.weights_of(model))
         adapter, optimizers = adapt()
         own = live.now - base
-        fits, beside = offload.room_for(base, encoders, own, room)
-        beside = loaded < devices.ROOM * room and (beside or args.shard)     # else they visit
-        if pipe.device.type == "cpu" and not args.dry_run:
+        fits, beside = offload.room_for(base // (commands.workers() if args.shard else 1),
+                                        offload.training_bytes(adapter, args.optimizer), encoders,
+                                        room)            # as offload.settle() asks
+        if args.dry_run:                                 # an accelerator's form, not this CPU's
+            for block in model.blocks:
+                block.attend = dit.attend
+        elif pipe.device.type == "cpu":
             fits = beside = True                         # all is there, whatever it comes to
         streamed = not (fits or args.shard)
         loss_of = partial(loss_of, recompute=streamed or args.recompute == "on")

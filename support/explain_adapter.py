@@ -25,7 +25,7 @@ EQUATIONS = {
     "routed": "p = softmax( {} )<br>y = x W<sup>T</sup> + b + &sum;<sub>e kept</sub> "
               "p<sub>e</sub> s (x A<sub>e</sub>) B<sub>e</sub>"}
 LOGITS = {"soft": "G z / temperature",                # by routing; else G z
-          "standardised": "G (z &minus; mean) / deviation"}
+          "standardised": "G ((z &minus; mean) / deviation)"}
 NO_ADAPTER = ("<p><strong>There is no adapter in this run: the model works as it was published."
               "</strong></p>")
 NOT_ROUTED = "<p><strong>No layer of this adapter is routed by the instruction.</strong></p>"

@@ -1,7 +1,8 @@
 """Files: safetensors read lazily, writing that is whole or nothing.
 
-Every other room that reads or writes goes through here, as do weights.py and the commands. On the
-CPU safetensors maps its files, so a tensor costs memory only when its pages are touched.
+Every other room that writes, or reads tensors, goes through here, as do weights.py and the
+commands; JSON is read in support/configs.py. On the CPU safetensors maps its files, so a tensor
+costs memory only when its pages are touched.
 """
 import json
 import os

@@ -56,12 +56,17 @@ def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
-def to_fp8(model: nn.Module) -> None:
-    """Keep the linear layers' weights in 8 bits, each row with a scale of its own."""
+def to_fp8(model: nn.Module, device: torch.device | None = None) -> None:
+    """Keep the linear layers' weights in 8 bits, each row with a scale of its own.
+
+    device: what rounds them, if not the one that they are on, and stay on.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype not in FP8:
-            layer.weight.data, scale = by_row(layer.weight.float())
-            narrow(layer, scale)
+            home = layer.weight.device
+            W, scale = by_row(layer.weight.to(device or home).float())
+            layer.weight.data = W.to(home)
+            narrow(layer, scale.to(home))
 
 
 class Multiplied(Widened):

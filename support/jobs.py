@@ -187,5 +187,5 @@ def instruction_of(file: Path) -> str | None:
     """What a picture says it was made of; None where it says nothing, or is none."""
     try:
         return texts_of(file).get("instruction")
-    except ValueError:
+    except (ValueError, OSError):                        # or it is gone by now
         return None

@@ -4,6 +4,7 @@ sample.py calls it around every use of a part; nothing moves where a part is on 
 A transformer for which there is no room visits block by block: support/streaming.py. train.py has
 settle() decide so, and support/dry_run.py counts with the same room_for().
 """
+import argparse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import call
@@ -11,8 +12,7 @@ from operator import call
 import torch
 from torch import Tensor, nn
 
-from support import devices
-from support.words import note
+from support import commands, devices
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
@@ -31,39 +31,44 @@ def fits(model: nn.Module, device: torch.device) -> bool:
     return not away or sum(away) < devices.ROOM * devices.memory(device)
 
 
-def room_for(frozen: int, encoders: int, trained: int, room: float) -> tuple[bool, bool]:
-    """Whether a device has room for a transformer with an adapter in training; for encoders, too.
+def training_bytes(adapter: nn.Module, optimizer: str) -> int:
+    """What an adapter takes in training: itself, its gradients, its optimizer's states, in fp32.
 
-    All in bytes. trained: the adapter's; its gradients, and AdamW's two states, have as many.
+    AdamW has two states of each number; Muon, which learns the matrices A and B, one.
     """
-    needed = frozen + 4 * trained
+    return sum(t.nbytes * (3 if optimizer == "muon" and name.endswith(("_A", "_B")) else 4)
+               for name, t in adapter.tensors().items())
+
+
+def room_for(frozen: int, training: int, encoders: int, room: float) -> tuple[bool, bool]:
+    """Whether a device has room for a transformer in training; for text encoders beside it, too.
+
+    All in bytes; training: as training_bytes() counts them.
+    """
+    needed = frozen + training
     return needed < devices.ROOM * room, needed + encoders < devices.ROOM * room
 
 
-def settle(pipe: object) -> bool:
-    """Lay a sample.Pipeline's transformer on its device, to be trained; or False: it must stream.
+def settle(args: argparse.Namespace, pipe: object) -> bool:
+    """Move what has room to the device on which a sample.Pipeline's adapter will be trained.
 
-    Encoders that are there, and have no room beside it, leave it: they visit.
+    All but the adapter is at home, mapped from disk; what finds no room stays, and visits. With
+    --cache encoders are at work before the training alone. -> whether the transformer has room.
     """
-    encoders, device = (pipe.t5, pipe.clip, pipe.vae), pipe.device
+    device, encoders = pipe.device, (pipe.t5, pipe.clip, pipe.vae)
     trained = [*pipe.adapter.tensors().values()]
-    frozen = [t for t in weights_of(pipe.dit) if not t.requires_grad]
-
-    def there(tensors: Iterable[Tensor]) -> int:
-        return sum(t.nbytes for t in tensors if t.device.type == device.type)
-    beside = there(t for part in encoders for t in weights_of(part))
-    room = devices.memory(device)
-    if device.type == "cuda":                            # of which this is what is free
-        room += there([*frozen, *trained]) + beside
-    fits, with_encoders = room_for(sum(t.nbytes for t in frozen), beside,
-                                   sum(t.nbytes for t in trained), room)
-    fits = fits or device.type == "cpu"
-    if device.type != "cpu" and not with_encoders and beside:
-        note("text encoders and autoencoder have no room beside what is trained: they visit, or "
-             "compute on the CPU; --cache encodes all once")
+    if device.type == "cpu":
+        return True
+    frozen = sum(t.nbytes for t in weights_of(pipe.dit) if not t.requires_grad)
+    beside = sum(t.nbytes for part in encoders for t in weights_of(part))
+    fits, with_encoders = room_for(frozen // (commands.workers() if args.shard else 1),
+                                   training_bytes(pipe.adapter, args.optimizer), beside,
+                                   devices.memory(device))
+    if with_encoders and not args.cache:
         for part in encoders:
-            part.to("cpu")
-    pipe.dit.to(device if fits else "cpu")
+            part.to(device)
+    if fits and not args.shard:                          # which moves its own share
+        pipe.dit.to(device)
     move(trained, device)
     return fits
 

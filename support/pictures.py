@@ -30,7 +30,8 @@ LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".avif", ".avifs", ".gif")   
 BEST = {"quality": 95, "subsampling": "4:4:4", "lossless": True}
 LONGEST = 512                                            # side in training, if not said otherwise
 Given = str | Path | Image.Image | np.ndarray            # what a Python caller names or holds
-ORIENTATION = 274                                        # EXIF's tag; not set by others than these
+ORIENTATION = 274                                        # EXIF's tag; its other values turn nothing
+TURNING = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")      # what may hold it
 TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
                         Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -57,7 +58,7 @@ def open_picture(source: str | Path | io.BytesIO, where: str = "") -> Iterator[I
                 raise ValueError(f"it claims to have {image.width} x {image.height} pixels")
             yield image
     except (OSError, SyntaxError, ValueError, RuntimeError, TypeError, AttributeError,
-            struct.error, Image.DecompressionBombError) as error:    # Pillow's readers have no own
+            struct.error, Image.DecompressionBombError) as error:    # Pillow has no class for all
         why = str(error).partition(" <")[0]              # without an object's address
         if isinstance(error, UnidentifiedImageError):    # its words name the path once more
             empty = is_file and not os.path.getsize(source)
@@ -135,8 +136,12 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes | None, int, int]:
     check_single(image)
     black, white = levels(image)
     profile = image.info.get("icc_profile")
+    image.load()                                         # a TIFF is turned as it is loaded
     turn = TURNS.get(image.getexif().get(ORIENTATION))
-    return image.copy() if turn is None else image.transpose(turn), profile, black, white
+    whole = image.copy() if turn is None else image.transpose(turn)
+    for name in TURNING if turn is not None else ():     # lest it be turned once more
+        whole.info.pop(name, None)
+    return whole, profile, black, white
 
 
 def checked_size(path: Path, where: str = "") -> tuple[int, int]:

@@ -51,9 +51,10 @@ def check_free(out: Path, wanted: bool) -> None:
 
 @contextmanager
 def alone(out: Path, wanted: bool) -> Iterator[None]:
-    """Hold a run's folder, so that no other process trains in it. Raises: ValueError.
+    """Hold a run's folder, so that no other process trains in it.
 
-    Or where one has, meanwhile, left what must not be written over; wanted: as check_free() has it.
+    Raises: ValueError where one does, or has meanwhile left there what must not be written over;
+    wanted: as check_free() has it.
 
     The system lets go of it however this process ends; where it has no such locks, none is held. Of
     several processes the first holds it for all.

@@ -64,6 +64,12 @@ def test_pictures_of_all_kinds_are_taken(pipe) -> None:
         edit(pipe, TEXT, np.zeros((64, 64, 3), np.float32))
 
 
+def test_all_seeds_are_looked_at_before_any_picture_is_made(pipe, monkeypatch) -> None:
+    monkeypatch.setattr(sample, "edits", None)           # is not asked
+    with pytest.raises(ValueError, match="seed -1: must be a whole number"):
+        edit(pipe, TEXT, PICTURE, seed=[0, -1])
+
+
 def test_several_seeds_give_several_pictures(pipe) -> None:
     made = edit(pipe, TEXT, PICTURE, seed=[1, 2], steps=1)
     assert [picture.tobytes() for picture in made] == [

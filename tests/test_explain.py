@@ -403,7 +403,7 @@ def test_how_far_the_picture_moves_with_other_experts(run):
                       "plain LoRA on 49 layers", "on 9 layers 8 experts of rank 8",
                       "without its experts alone"], ["each token's own input"]),
     ("soft", ["p = softmax( G z / temperature )"], ["p = softmax( G z )"]),
-    ("standardised", ["p = softmax( G (z &minus; mean) / deviation )"], ["softmax( G z )"]),
+    ("standardised", ["p = softmax( G ((z &minus; mean) / deviation) )"], ["softmax( G z )"]),
     ("token", ["see each token's own input", "had the adapter beside the weights"],
      ["nothing else", "merged into the weights", "served by the same"]),
     ("lora", ["plain LoRA on", "had the adapter merged"], ["router", "Experts", "experts alone"]),

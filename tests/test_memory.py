@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,19 +45,23 @@ def test_what_has_room_on_a_device(bare, monkeypatch):
         assert offload.fits(bare.vae, torch.device("cpu"))                    # it is there already
 
 
-def test_room_for_training_counts_gradients_and_states():
-    """Four times the adapter beside what is frozen, in 0.8 of the device."""
-    for frozen, encoders, trained, answer in (
-            (40, 20, 4, (True, True)), (40, 24, 4, (True, False)), (60, 0, 5, (False, False)),
+def test_room_for_training():
+    """In 0.8 of the device: what is frozen, and what is trained with its gradients and states."""
+    for frozen, training, encoders, answer in (
+            (40, 16, 20, (True, True)), (40, 16, 24, (True, False)), (60, 20, 0, (False, False)),
             (80, 0, 0, (False, False))):
-        assert offload.room_for(frozen, encoders, trained, 100) == answer
+        assert offload.room_for(frozen, training, encoders, 100) == answer
+    tensors = {name: torch.zeros(10) for name in ("a.experts_A", "a.experts_B", "a.router.weight")}
+    adapter = SimpleNamespace(tensors=lambda: tensors)
+    assert offload.training_bytes(adapter, "adamw") == 4 * 120
+    assert offload.training_bytes(adapter, "muon") == 4 * 40 + 3 * 80
 
 
 class Part:
     """A text encoder's or the autoencoder's stand-in, of 1000 bytes, which notes its journeys."""
 
-    def __init__(self, device: str):
-        self.t, self.sent = torch.empty(250, device=device), []
+    def __init__(self):
+        self.t, self.sent = torch.empty(250), []
 
     def parameters(self):
         return [self.t]
@@ -64,38 +69,40 @@ class Part:
     def buffers(self):
         return []
 
-    def to(self, device: str) -> None:
-        self.sent.append(device)
+    def to(self, device: torch.device) -> None:
+        self.sent.append(device.type)
 
 
-@pytest.mark.parametrize("home", ["cpu", "meta"])
+@pytest.mark.parametrize("cache", [None, Path("cache")])
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("share, fits, beside", [(0, False, False), (0.5, True, False),
                                                  (2, True, True)])
-def test_a_transformer_in_training_stays_streams_or_has_the_device_to_itself(
-        home, share, fits, beside, monkeypatch, capsys):
+def test_what_has_room_moves_to_the_device_that_trains(share, fits, beside, shard, cache,
+                                                       monkeypatch):
     """meta is the device: of bytes for the transformer, and a share of those for the encoders."""
     model, adapter = adapted()
-    trained = sum(t.nbytes for t in adapter.tensors().values())
     frozen = sum(t.nbytes for t in offload.weights_of(model) if not t.requires_grad)
-    room = (frozen + 4 * trained + 3000 * share + (1 if share else -1)) / devices.ROOM
-    monkeypatch.setattr(devices, "memory", lambda device: room)
-    moved, parts = [], [Part(home) for _ in range(3)]
+    training = 4 * sum(t.nbytes for t in adapter.tensors().values())
+    monkeypatch.setenv("WORLD_SIZE", "2" if shard else "1")
+    room = frozen // (2 if shard else 1) + training + 3000 * share + (1 if share else -1)
+    monkeypatch.setattr(devices, "memory", lambda device: room / devices.ROOM)
+    moved, parts = [], [Part() for _ in range(3)]
     monkeypatch.setattr(offload, "move", lambda ts, device: moved.append((len(ts), device)))
     pipe = SimpleNamespace(dit=model, adapter=adapter, device=torch.device("meta"),
                            **dict(zip(("t5", "clip", "vae"), parts)))
-    assert offload.settle(pipe) == fits
+    args = SimpleNamespace(shard=shard, cache=cache, optimizer="adamw")
+    assert offload.settle(args, pipe) == fits
     there = {t.device.type for t in offload.weights_of(model) if not t.requires_grad}
-    assert there == {"meta" if fits else "cpu"}
+    assert there == {"meta" if fits and not shard else "cpu"}                # shard() moves its own
     assert moved == [(len(adapter.tensors()), pipe.device)]                  # is trained there
-    left = home == "meta" and not beside                 # those at home were not in the way
-    assert [part.sent for part in parts] == 3 * [["cpu"] if left else []]
-    assert ("no room beside what is trained" in capsys.readouterr().err) == left
+    assert [part.sent for part in parts] == 3 * [["meta"] if beside and not cache else []]
 
 
-def test_on_a_cpu_nothing_settles(bare):
-    pipe = make_pipeline("lora")
+def test_on_a_cpu_nothing_moves():
+    pipe, args = make_pipeline("lora"), SimpleNamespace(shard=False, cache=None, optimizer="adamw")
     before = [t.data_ptr() for t in offload.weights_of(pipe.dit)]
-    assert offload.settle(pipe) and before == [t.data_ptr() for t in offload.weights_of(pipe.dit)]
+    assert offload.settle(args, pipe)
+    assert before == [t.data_ptr() for t in offload.weights_of(pipe.dit)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -239,9 +246,10 @@ def test_checkpointing_leaves_losses_and_gradients_exact():
 
 # ---------------------------------------------------------------------------------------- --dry-run
 
-def told_by_dry_run(monkeypatch, capsys, *arguments: str) -> dict[str, float]:
+def told_by_dry_run(monkeypatch, capsys, *arguments: str, dtype: str = "float32"
+                    ) -> dict[str, float]:
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", "tiny", "--device", "cpu", "--dtype",
-                                      "float32", "--dry-run", *arguments])
+                                      dtype, "--dry-run", *arguments])
     train.main()
     found = re.findall(r"^  (.+?) +([\d.]+) GB$", capsys.readouterr().out, re.M)
     return {name: float(value) for name, value in found}
@@ -312,13 +320,16 @@ def test_dry_run_lays_parts_where_training_does(monkeypatch, capsys):
         found = told_by_dry_run(monkeypatch, capsys, f"{room / devices.ROOM:.0f}")
         assert ("text encoders, autoencoder" in found) == beside
         assert (found["transformer, frozen"] < frozen) == streamed
-    narrow = told_by_dry_run(monkeypatch, capsys, f"{(frozen + stay) * 1.1:.0f}", "--base-dtype",
-                             "fp8")                      # it is read before it is narrowed
-    assert "text encoders, autoencoder" not in narrow
 
 
-def test_dry_run_for_so_many_gb_is_for_an_accelerator(monkeypatch, short_by_default):
-    """Whatever type this computer would take."""
+def test_dry_run_for_so_many_gb_is_for_an_accelerator(monkeypatch, capsys, short_by_default):
+    """Whatever type, and form of attention, this computer would take."""
+    monkeypatch.setattr(dry_run, "GB", 1)
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(devices, "FAST_BF16", fast)
+        found.append(told_by_dry_run(monkeypatch, capsys, "1e9", dtype="bfloat16"))
+    assert found[0] == found[1]
     for words, dtype in ((["--dry-run"], "auto"), (["--dry-run", "24"], "bfloat16"),
                          (["--dry-run", "24", "--dtype", "float32"], "float32")):
         assert train_options(baselines.METHODS, {}, ["--data", "tiny", *words]).dtype == dtype

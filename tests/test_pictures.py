@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFont
+from PIL import Image, ImageCms, ImageFont, ImageOps
 
 from support import sheets
-from support.pictures import LOSSY, fitted, load_image, save_picture
+from support.pictures import (LOSSY, checked_size, fitted, given_picture, load_image,
+                              save_picture)
 from support.sheets import grid
 
 WIDE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322],   # Adobe RGB (1998) at
@@ -230,6 +231,25 @@ def test_pictures_are_read_as_a_person_sees_them(tmp_path):
     Image.new("L", (50, 1), 7).save(tmp_path / "line.png")
     assert load_image(tmp_path / "line.png").size == (50, 1)
     assert fitted((50, 1)) == (48, 16)
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("jpg", {}), ("png", {}), ("webp", {"lossless": True}), ("tif", {}),
+    ("tif", {"compression": "tiff_lzw"})])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_once(tmp_path: Path, kind: str, options: dict,
+                                  orientation: int) -> None:
+    """As Pillow's own function turns it; and not again when what was read is given on."""
+    exif, file = Image.Exif(), tmp_path / f"a.{kind}"
+    exif[0x0112] = orientation
+    corner = np.zeros((16, 32, 3), np.uint8)
+    corner[:8, :8] = 255
+    Image.fromarray(corner).save(file, exif=exif, **options)
+    with Image.open(file) as image:
+        wanted = ImageOps.exif_transpose(image).convert("RGB")
+    found = load_image(file)
+    assert found.tobytes() == wanted.tobytes() and checked_size(file) == wanted.size
+    assert given_picture(found).tobytes() == wanted.tobytes()
 
 
 def test_unreadable_pictures_are_named(tmp_path):

@@ -364,7 +364,6 @@ def together(forks, script: object, *arguments: object) -> list[subprocess.Compl
 def test_two_processes_have_one_s_gradients(forks, short_model):
     """In fp32 to 1e-6 of a norm, Muon's adapters in float64 to 1e-8; --shard changes no bit.
 
-    They begin alike, whatever each has drawn.
     """
     both = together(forks, "tests/processes.py", "--steps", 2, "--model", short_model)
     told = "".join(done.stdout for done in both)

@@ -202,7 +202,7 @@ def test_a_command_that_streams_trains_the_same_adapter(tmp_path, monkeypatch, c
     common = ["--data", "tiny", "--steps", 2, "--batch-size", 2, "--method", "lora", "--out"]
     assert run_train(monkeypatch, capsys, *common, tmp_path / "plain", "--recompute")[0] == 0
     lane, real, stream = Lane(), offload.weights_of, streaming.stream
-    monkeypatch.setattr(offload, "settle", lambda pipe: False)
+    monkeypatch.setattr(offload, "settle", lambda *_: False)
     monkeypatch.setattr(offload, "weights_of", lambda block: [
         t for t in real(block) if not t.requires_grad])          # the adapter's are on the device
     monkeypatch.setattr(streaming, "stream", lambda model, device: stream(model, ELSEWHERE, lane))

@@ -22,7 +22,6 @@ Run: python -m tiny.experiment                           # all, in many hours on
      python -m tiny.experiment --list                    # what is there, what is still to do
 """
 from support import commands
-from support.configs import read_json
 
 if __name__ == "__main__":
     commands.loading()                                   # Ctrl-C during imports ends in a line
@@ -46,6 +45,7 @@ import torch
 import baselines
 import train
 from sample import load_pipeline
+from support.configs import read_json
 from support.devices import choose_device
 from support.files import write_json
 from support.public_sets import PUBLIC

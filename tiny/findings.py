@@ -24,7 +24,7 @@ from tiny.design import (COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS, 
 from tiny.drawings import FIGURES
 from tiny.leads import (ALL_KEPT, Interval, by_variant, by_way, difference, ended, in_company,
                         interference, joined, lead, means, over_layers, over_seeds, percents, right,
-                        seeds_of, spread, success, with_routing)
+                        seeds_of, spread_of, success, with_routing)
 from tiny.world import EDITS, GROUPS, NEW_TASKS
 
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
@@ -45,7 +45,7 @@ QUESTIONS = (
      "plain LoRA"),
     ("does it pay in 4,500 steps?", "after two", "longer", "InstructMoLE", "plain LoRA"),
     ("and with the stronger LoRA?", "after two", "longer", "strong LoRA beside", "plain LoRA"),
-    ("on tasks in conflict: does our variant pay?", "after pilots", "conflict",
+    ("on tasks in conflict: does `standardised whole` pay?", "after pilots", "conflict",
      "standardised whole", "plain LoRA"),
     ("more than one expert as large as its eight?", "after pilots", "conflict",
      "standardised whole", "free as one"),
@@ -53,7 +53,7 @@ QUESTIONS = (
      "standardised"),
     ("what do LoRAs for one task each win there?", "after pilots", "conflict", FOR_EACH,
      "plain LoRA"),
-    ("on the first seven tasks: does our variant pay?", "after pilots", "table",
+    ("and on the first seven tasks?", "after pilots", "table",
      "standardised whole", "plain LoRA"))
 
 
@@ -98,7 +98,7 @@ def leads_table(stage: str = "table") -> str:
 
     def less(result: dict) -> np.ndarray:
         return np.array([-1000 * flow_loss(result, tasks)])
-    of_all = spread(table, lambda result: success(result, tasks))
+    of_all = spread_of(table, lambda result: success(result, tasks))
     rows = []
     for ours, theirs in pairs:
         if ours in table and theirs in table:
@@ -345,7 +345,7 @@ def company_table() -> str:
         alone = [in_company(variant, 1, tasks) for variant in (second, first)]
         columns.append([*(lead(own, own, each, none) for own in losses), lead(*losses, each),
                         lead(*alone, right(tasks))])
-    return markdown(["points (about 95 %)", "all new tasks", "but mixed"], map(list, zip(
+    return markdown(["points (about 95 %)", "all new tasks", "all but mixed"], map(list, zip(
         [f"{first} loses by company", f"{second} loses by company", "the first less the second",
          f"alone, {second} over {first}"], *columns)))
 

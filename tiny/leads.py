@@ -13,7 +13,6 @@ from tiny.design import ADAPTERS, found
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57,     # 97.5 % of Student's t, by seeds
        7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-T95_OF_ALL = 2.07                                        # with 22 degrees of freedom, or a few more
 ALL_KEPT = ("soft", "Expert Choice")                     # each picture keeps all experts alike
 MATTERS = 3                                              # points; a lead within them does not
 
@@ -43,6 +42,17 @@ class Interval(NamedTuple):
             return "no, the contrary"
         within = -MATTERS <= self.least and self.most <= MATTERS
         return "it does not matter" if within else "undecided"
+
+
+class Spread(NamedTuple):
+    """A standard deviation, and with how many degrees of freedom it is known."""
+    deviation: float
+    freedom: int
+
+    @property
+    def t95(self) -> float:
+        """97.5 % of Student's t; of more than nine degrees nearly so."""
+        return T95.get(self.freedom + 1, 1.96 + 2.5 / self.freedom)
 
 
 # ------------------------------------------------------------------------------------ the results
@@ -122,7 +132,7 @@ def in_company(variant: str, number: int, tasks: tuple[str, ...]) -> list[dict]:
 # -------------------------------------------------------------------------- one beside the other
 
 def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.ndarray],
-               of_theirs: Callable[[dict], np.ndarray] | None = None, spread: float | None = None
+               of_theirs: Callable[[dict], np.ndarray] | None = None, spread: Spread | None = None
                ) -> Interval | None:
     """By how much ours is more, a mean over seeds and cases; None without two seeds.
 
@@ -141,7 +151,7 @@ def difference(ours: list[dict], theirs: list[dict], cases: Callable[[dict], np.
     number, many = leads.shape
     by_chance = T95[number] * leads.mean(1).std(ddof=1) / np.sqrt(number)
     if spread is not None:
-        by_chance = T95_OF_ALL * spread * np.sqrt(2 / number)
+        by_chance = spread.t95 * spread.deviation * np.sqrt(2 / number)
     by_case = 1.96 * leads.mean(0).std(ddof=1) / np.sqrt(many) if many > 1 else 0
     return Interval(float(leads.mean()), float(np.hypot(by_chance, by_case)))
 
@@ -151,11 +161,11 @@ def lead(*args: object, **settings: object) -> str:
     return str(difference(*args, **settings) or HOLE)
 
 
-def spread(table: dict[str, list[dict]], value: Callable[[dict], float]) -> float:
-    """By how much the seeds of one variant differ, as a standard deviation, pooled over all."""
+def spread_of(table: dict[str, list[dict]], value: Callable[[dict], float]) -> Spread:
+    """By how much the seeds of one variant differ, pooled over all variants."""
     values = [[value(result) for result in results] for results in table.values()]
-    freedom = sum(len(own) - 1 for own in values)
-    return float(np.sqrt(sum(len(own) * np.var(own) for own in values) / max(1, freedom)))
+    freedom = max(1, sum(len(own) - 1 for own in values))
+    return Spread(np.sqrt(sum(len(own) * np.var(own) for own in values) / freedom), freedom)
 
 
 def seeds_of(*several: list[dict]) -> int:
