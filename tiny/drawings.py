@@ -42,6 +42,7 @@ def draw_interference() -> np.ndarray:
             panel.plot([str(number) for number in there],
                        [np.mean(numbers[number][task]) for number in there], "o-", label=task)
         panel.set(title=variant, xlabel="tasks trained together", ylabel="success, %")
+    figure.supxlabel("the more tasks, the fewer steps for most of them", fontsize=9)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside right center")
     return report.pixels(figure)
 
@@ -60,6 +61,8 @@ def draw_tasks(stage: str = "table", tasks: tuple[str, ...] = EDITS + NEW_TASKS)
     panel.set_xticks(range(len(tasks)), tasks, rotation=45)
     panel.set_yticks(range(len(table)), table)
     panel.set(title="success, %")
+    if tasks == EDITS + NEW_TASKS:
+        panel.axvline(len(EDITS) - 0.5, color="white", linewidth=3)
     return report.pixels(figure)
 
 
@@ -78,8 +81,8 @@ def draw_routing(stage: str = "table") -> np.ndarray:
         left.plot(list(routing["information of shuffled tasks"].values()), ":",
                   color=line.get_color())
     left.set(xlabel="layer", ylim=0)
-    left.set_title("bits that an expert's being kept tells of the task\n(dotted: by chance)",
-                   fontsize=9)
+    left.set_title("bits that an expert's being kept\ntells of the task, in the first seed\n"
+                   "(dotted: by chance)", fontsize=9)
     figure.legend(loc="outside left center", fontsize=8)
     name = next((name for name in FIRST[stage] if name in routed), next(iter(routed)))
     routing = routed[name]
@@ -88,8 +91,9 @@ def draw_routing(stage: str = "table") -> np.ndarray:
     image = right.imshow(routing["kept"][layer], vmin=0, vmax=1, cmap="viridis")
     right.set_yticks(range(len(tasks)), tasks)
     right.set(xlabel="expert")
-    right.set_title(f"{name}:\nshare of pictures that keep it\nin {layer}", fontsize=9)
-    figure.colorbar(image)
+    right.set_title(f"{name},\nlayer {[*told].index(layer)}, where it tells most\n({layer})",
+                    fontsize=9)
+    figure.colorbar(image, label="share of pictures that keep the expert")
     return report.pixels(figure)
 
 
@@ -102,6 +106,7 @@ def draw_cosines() -> np.ndarray:
     panel = figure.subplots()
     for row, values in enumerate(table.values()):
         panel.plot(values, [row] * len(values), "o", color="C0", alpha=0.5)
+        panel.plot(np.mean(values), row, "|", color="black", markersize=16)
     panel.set(title="mean |cosine| of two experts' outputs", xlim=0)
     panel.set_yticks(range(len(table)), table)
     panel.invert_yaxis()
