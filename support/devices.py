@@ -141,7 +141,7 @@ def ready(model: dit.FluxTransformer, vae: nn.Module, device: torch.device,
           dtype: torch.dtype, matmul: str | None = None) -> None:
     """Give models the forms of operations and layouts of memory that the device is quicker at."""
     if matmul == "fp8":
-        fp8.multiply_in_fp8(model)
+        fp8.multiply_in_fp8(model, device)
     if device.type == "cpu":                             # convolutions are (on a GPU they are not,
         vae.to(memory_format=torch.channels_last)        # with the norms between them)
     if device.type == "cpu" and dtype == torch.bfloat16:

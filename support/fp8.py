@@ -56,17 +56,26 @@ def by_row(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
+def rounded(W: Tensor, scale: Tensor | None, device: torch.device | None
+            ) -> tuple[Tensor, Tensor]:
+    """A weight as by_row() gives it, where it was; a device may do the work."""
+    home = W.device
+    if device is None or home.type == "meta":            # of which there is nothing to do
+        device = home
+    scale = None if scale is None else scale.to(device)
+    W, scale = by_row(Widened.wide(W.to(device), scale, torch.float32))
+    return W.to(home), scale.to(home)
+
+
 def to_fp8(model: nn.Module, device: torch.device | None = None) -> None:
     """Keep the linear layers' weights in 8 bits, each row with a scale of its own.
 
-    device: what rounds them, if not the one that they are on, and stay on.
+    device: as rounded() takes it.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype not in FP8:
-            home = layer.weight.device
-            W, scale = by_row(layer.weight.to(device or home).float())
-            layer.weight.data = W.to(home)
-            narrow(layer, scale.to(home))
+            layer.weight.data, scale = rounded(layer.weight.data, None, device)
+            narrow(layer, scale)
 
 
 class Multiplied(Widened):
@@ -94,11 +103,12 @@ class MultipliedLinear(NarrowLinear):
         return Multiplied.apply(x, self.weight, self.scale, self.bias)
 
 
-def multiply_in_fp8(model: dit.FluxTransformer) -> None:
+def multiply_in_fp8(model: dit.FluxTransformer, device: torch.device | None = None) -> None:
     """Have the blocks' linear layers on tokens multiply in 8 bits.
 
     Weights that are e4m3 already stay as they are, with their scales. Modulations, which see one
-    vector for all tokens, and layers whose sides are no multiple of 16 stay as they are.
+    vector for all tokens, and layers whose sides are no multiple of 16 stay as they are. device: as
+    rounded() takes it.
     """
     for block in model.blocks:
         modulations = {id(layer) for part in block.modules() if isinstance(part, dit.Modulation)
@@ -106,14 +116,14 @@ def multiply_in_fp8(model: dit.FluxTransformer) -> None:
         for layer in block.modules():
             if (isinstance(layer, nn.Linear) and id(layer) not in modulations
                     and layer.in_features % 16 == layer.out_features % 16 == 0):
-                multiply(layer)
+                multiply(layer, device)
 
 
-def multiply(layer: nn.Linear) -> None:
+def multiply(layer: nn.Linear, device: torch.device | None = None) -> None:
     """Make a layer one that multiplies in 8 bits, in its place."""
     W, scale = layer.weight.data, getattr(layer, "scale", None)
     if W.dtype != torch.float8_e4m3fn:
-        W, scale = by_row(Widened.wide(W, scale, torch.float32))
+        W, scale = rounded(W, scale, device)
     rows = torch.ones(len(W), 1, device=W.device)
     layer.weight.data = W
     narrow(layer, rows if scale is None else rows * scale.float())
