@@ -116,7 +116,7 @@ def test_the_readme_says_what_the_routing_shows(trained, tmp_path, monkeypatch, 
     shown, made_now = (np.asarray(Image.open(file)).astype(int) for file in
                        (ROOT / "tiny/examples/routing.png", tmp_path / "map.png"))
     assert code == 0 and shown.shape == made_now.shape and abs(shown - made_now).mean() < 1
-    number = re.search(r"nearly even, ([\d.]+) from it", (ROOT / "README.md").read_text())[1]
+    number = re.search(r"`from_even` is ([\d.]+)", (ROOT / "README.md").read_text())[1]
     assert f"shares are {number} from even" in printed
     tasks: dict[str, list[str]] = {}
     for line in rows.read_text().splitlines():
