@@ -91,9 +91,9 @@ class Folder:
     support/names.py lists the names that others use. size: (W, H) that every picture takes, or None
     to keep each near its own size, the longer side at most `longest`; the first reference takes the
     target's, as in sampling. root: the folder that no path may leave, by default the file's own.
-    bad: takes what is wrong with lines, now and when they are drawn; of ten, one may
-    be bad. unread: entries without a known name, in how many rows. Raises: FileNotFoundError,
-    ValueError; they name the line.
+    bad: takes what is wrong with lines, now and when they are drawn; of ten, one may be bad.
+    unread: entries without a known name, in how many rows. Raises: FileNotFoundError, ValueError;
+    they name the line.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int] | None = None,

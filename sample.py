@@ -104,7 +104,8 @@ def load_pipeline(model: str | Path, adapter: str | Path | list | None = "auto",
     stored = sum(file.stat().st_size for file in files)
     dtype = devices.choose_dtype(dtype, device, stored)
     home, narrow = devices.home(device, stored * dtype.itemsize // 2)        # taken as 2 bytes each
-    home = torch.device("meta" if weightless else "cpu") if weightless or at_home else home
+    home = torch.device("cpu") if at_home else home
+    home = torch.device("meta") if weightless else home
     devices.announce(f"loading {model}, {stored / 1e9:.1f} GB", 0 if weightless else stored)
     pipe = Pipeline(
         weights.load("transformer", paths["transformer"], home, dtype, narrow),

@@ -82,14 +82,13 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """
     foreign.check_there(path)
     path = foreign.snapshot(path)
-    file = path if research.is_one(path) else file_of(path)
-    stored = None if file.is_dir() else read_metadata(file).get("adapter")
-    if file.is_dir():
-        config, tensors = research.read(path)
-    elif stored is None:
-        config, tensors = lora.read(file)
+    if research.is_one(path):
+        file, (config, tensors) = path, research.read(path)
     else:
-        config, tensors = json_object(stored, file).get("config"), read_tensors([file])
+        file = file_of(path)
+        stored = read_metadata(file).get("adapter")
+        config, tensors = lora.read(file) if stored is None else (
+            json_object(stored, file).get("config"), read_tensors([file]))
     if not isinstance(config, dict):
         raise ValueError(f"{file}: its adapter configuration is no JSON object")
     for name, t in tensors.items():

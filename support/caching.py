@@ -5,7 +5,7 @@ sample.encode_text() and encode_picture() ask cached(); train.py fills the cache
 import argparse
 import hashlib
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count, islice
 from pathlib import Path
@@ -103,7 +103,7 @@ def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
     """Give a sample.Pipeline the cache in the folder of --cache.
 
     All that can be drawn is encoded at once, unless a run is resumed, by sample.py's encode_text()
-    and encode_picture(): of all samples this process's share, a few at a time.
+    and encode_picture(): of all samples this process's share.
     identity: what tells the model from others. sources: with their weights. Raises: ValueError.
     """
     about = {part: value for part, value in identity.items() if part != "transformer"}
@@ -113,19 +113,23 @@ def fill(args: argparse.Namespace, pipe: object, sources: list, identity: dict,
     pipe.cache = Cache(args.cache, about)
     if rank == 0 and workers > 1:
         dist.barrier()
-    full = args.resume and resume.holds_checkpoint(args.out)
-    samples = (sample for source, _ in ([] if full else sources)
-               for sample in source.all(rank, workers))
+    if not (args.resume and resume.holds_checkpoint(args.out)):
+        encode_all(pipe, (sample for source, _ in sources for sample in source.all(rank, workers)),
+                   encode_text, encode_picture)
+    if workers > 1:
+        dist.barrier()
+        pipe.cache.reread()
+
+
+def encode_all(pipe: object, samples: Iterator, encode_text: Callable, encode_picture: Callable
+               ) -> None:
+    """Fill the cache with what a process's samples need, a few at a time."""
     encoders, device = nn.ModuleList((pipe.t5, pipe.clip, pipe.vae)), pipe.device
-    visit = offload.on_device(encoders, device) if not full and offload.fits(
-        encoders, device) else nullcontext()
-    with visit, tqdm(desc="encoding", unit=" samples", disable=rank > 0) as bar:
+    visit = offload.on_device(encoders, device) if offload.fits(encoders, device) else nullcontext()
+    with visit, tqdm(desc="encoding", unit=" samples", disable=not commands.is_first()) as bar:
         while some := list(islice(samples, 4)):          # few: pictures are large on their way
             encode_text(pipe, [s.instruction for s in some] + [""])          # "" for dropout
             for picture in (p for s in some for p in (s.target, *s.given)):
                 encode_picture(pipe, to_tensor([picture]))
             bar.update(len(some))
     pipe.cache.save()
-    if workers > 1:
-        dist.barrier()
-        pipe.cache.reread()

@@ -118,9 +118,8 @@ def count(args: argparse.Namespace, pipe: object, adapt: Callable, loss_of: Call
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         model.to_empty(device="cpu")
         base = live.now
-        blocks = [sum(t.nbytes for t in offload.weights_of(block)) for block in model.blocks]
-        encoders = sum(t.nbytes for part in (pipe.t5, pipe.clip, pipe.vae)
-                       for t in offload.weights_of(part))
+        blocks = [*map(offload.bytes_of, model.blocks)]
+        encoders = offload.bytes_of(pipe.t5, pipe.clip, pipe.vae)
         adapter, optimizers = adapt()
         own = live.now - base
         fits, beside = offload.room_for(base // (commands.workers() if args.shard else 1),

@@ -24,7 +24,7 @@ EQUATIONS = {
     "plain": "y = x W<sup>T</sup> + b + what the adapter adds",
     "routed": "p = softmax( {} )<br>y = x W<sup>T</sup> + b + &sum;<sub>e kept</sub> "
               "p<sub>e</sub> s (x A<sub>e</sub>) B<sub>e</sub>"}
-LOGITS = {"soft": "G z / temperature",                # by routing; else G z
+LOGITS = {"soft": "G z / temperature",                   # by routing; else G z
           "standardised": "G ((z &minus; mean) / deviation)"}
 NO_ADAPTER = ("<p><strong>There is no adapter in this run: the model works as it was published."
               "</strong></p>")

@@ -18,7 +18,7 @@ from support.adapters import mixtures
 from support.files import write_tensors
 from support.fp8 import NarrowLinear
 from support.lora import ALPHA_IS_RANK
-from support.offload import weights_of
+from support.offload import bytes_of
 from support.routing_maps import experts_line, show
 from support.words import counted, span
 
@@ -113,7 +113,7 @@ def write_asked(args: argparse.Namespace, pipe: object,
     Raises: ValueError.
     """
     if args.export_lora or args.routing:                 # a large T5 takes its time on a CPU
-        devices.announce("encoding", sum(t.nbytes for t in weights_of(pipe.t5)))
+        devices.announce("encoding", bytes_of(pipe.t5))
     if args.export_lora:
         text = args.route_by or args.instruction
         write_instruction(pipe.adapter, *encode([text]), args.export_lora)

@@ -35,15 +35,15 @@ def looked_through(read: Callable[[Bad | None], Iterator[tuple]],
     def started() -> Iterator[Future[Found] | str | Exception]:
         """In the table's order: rows at work, lines about rows left out, the table's own error."""
         wrong: Bad = {}
+        last: list[Exception] = []
         try:
             for row in read(None if bad is None else wrong):
                 yield from wrong
                 wrong.clear()
                 yield pool.submit(check, *row)
-            yield from wrong
         except (ValueError, OSError) as error:
-            yield from wrong
-            yield error
+            last.append(error)
+        yield from (*wrong, *last)
     try:
         items = started()
         waiting = deque(islice(items, AHEAD))

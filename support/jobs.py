@@ -44,7 +44,7 @@ def batch_file(path: Path) -> Path:
         raise FileNotFoundError(f"--batch {path}: " + (
             f"holds none of {', '.join(TABLES)} (one JSON list)" if path.is_dir() else
             "no such file"))
-    for other in tables_in(path)[1:] if path.is_dir() else []:
+    for other in tables_in(path)[1:]:
         note(f"{path}: {other.name} is left out, as {file.name} is there")
     return file
 

@@ -19,6 +19,11 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
+def bytes_of(*models: nn.Module) -> int:
+    """Of all their weights."""
+    return sum(t.nbytes for model in models for t in weights_of(model))
+
+
 def move(tensors: Iterable[Tensor], device: torch.device) -> None:
     """For good, each in its place."""
     for t in tensors:
@@ -60,10 +65,9 @@ def settle(args: argparse.Namespace, pipe: object) -> bool:
     if device.type == "cpu":
         return True
     frozen = sum(t.nbytes for t in weights_of(pipe.dit) if not t.requires_grad)
-    beside = sum(t.nbytes for part in encoders for t in weights_of(part))
     fits, with_encoders = room_for(frozen // (commands.workers() if args.shard else 1),
-                                   training_bytes(pipe.adapter, args.optimizer), beside,
-                                   devices.memory(device))
+                                   training_bytes(pipe.adapter, args.optimizer),
+                                   bytes_of(*encoders), devices.memory(device))
     if with_encoders and not args.cache:
         for part in encoders:
             part.to(device)

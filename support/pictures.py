@@ -139,7 +139,7 @@ def upright(image: Image.Image) -> tuple[Image.Image, bytes | None, int, int]:
     image.load()                                         # a TIFF is turned as it is loaded
     turn = TURNS.get(image.getexif().get(ORIENTATION))
     whole = image.copy() if turn is None else image.transpose(turn)
-    for name in TURNING if turn is not None else ():     # lest it be turned once more
+    for name in TURNING:                                 # lest it be turned once more
         whole.info.pop(name, None)
     return whole, profile, black, white
 

@@ -159,8 +159,6 @@ class COCOFolder(COCO):
                     rows[number][column] += (value,)
         self.listed = [row for row in rows.values() if row["text"]]
         self.groups, self.sizes = [(folder, 0, 0)][:len(self.listed)], [len(self.listed)]
-        if self.bad:
-            self.bad.clear()
 
     def entries(self, file: Path, whole: object, part: str, id_: str, key: str,
                 check: Callable[[object, str, str], object]) -> Iterator[tuple[int, object]]:
@@ -168,15 +166,15 @@ class COCOFolder(COCO):
         entries = whole.get(part) if isinstance(whole, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{file}: holds no list {part!r}, as COCO's files do")
-        self.sizes = [len(entries)]                      # what skipping() counts bad ones by,
-        if self.bad:                                     # in each part anew
-            self.bad.clear()
+        self.sizes = [len(entries)]                      # what skipping() counts bad ones by
         for i, entry in enumerate(entries):
             with self.skipping():
                 where = f"{file} {part} {i}"
                 if not isinstance(entry, dict) or type(entry.get(id_)) is not int:
                     raise ValueError(f"{where}: {id_!r} must be a whole number")
                 yield entry[id_], check(entry.get(key), key, where)
+        if self.bad:                                     # all sources' have them; the next part
+            self.bad.clear()                             # counts anew
 
     def read(self, number: int) -> list[dict]:
         return self.listed

@@ -25,6 +25,7 @@ from text_encoder import T5Tokenizer
 ASKED_FOR = "longest", "init", "matmul"                  # recorded only where the user gave them,
 UNSAID = None, LONGEST                                   # so that older runs go on; else these
 SHOWN = 16                                               # samples of a batch, at most
+TASKS = 24                                               # of which routing is looked at, at most
 
 
 def identity(paths: dict[str, Path], dtype: torch.dtype) -> dict[str, str]:
@@ -110,9 +111,6 @@ def show_batch(out: Path, samples: list, tokens: T5Tokenizer) -> None:
         texts.append(s.instruction[:end] + (f" | not read: {rest}" if rest else ""))
     rows = [[*s.given, s.target] for s in samples]
     save_picture(grid(rows, texts, lines=4, gap=2), out / "data.png")
-
-
-TASKS = 24                                               # of which routing is looked at
 
 
 class Log:

@@ -22,9 +22,9 @@ from tiny import conflict, probe
 from tiny.design import (COMPARED, FIRST, FOR_EACH, MORE_SEEDS, RATES, RESULTS, SCALES, SEARCHES,
                          SEEDS, STAGES, TRIPLES, flow_loss, found, left, pieces)
 from tiny.drawings import FIGURES
-from tiny.leads import (ALL_KEPT, Interval, by_variant, by_way, difference, ended, in_company,
-                        interference, joined, lead, means, over_layers, over_seeds, percents, right,
-                        seeds_of, spread_of, success, with_routing)
+from tiny.leads import (ALL_KEPT, Interval, alone, by_variant, by_way, difference, ended,
+                        in_company, interference, lead, means, over_layers, over_seeds, percents,
+                        right, seeds_of, spread_of, success, with_routing)
 from tiny.world import EDITS, GROUPS, NEW_TASKS
 
 # What leads what, in conflict: does it pay, is it the routing, what of the setting is it, what
@@ -310,9 +310,7 @@ def triples_table() -> str:
                  for of in GROUPS if task in of}
         together = [task for task in triple if len(group[task]) == len(triple)]
         for tasks in [*((task,) for task in triple), *([tuple(together)] if together else [])]:
-            each = (lead(in_company(variant, 1, tasks), joined(
-                (r for r in ended("interference") if r["piece"]["variant"] == variant
-                 and tuple(r["piece"]["tasks"]) == triple), tasks), right(tasks))
+            each = (lead(alone(variant, tasks), in_company(variant, [triple], tasks), right(tasks))
                     for variant in variants)
             rows.append([" + ".join(triple), tasks[0] if len(tasks) == 1 else "mean",
                          f"{len(group[tasks[0]])}/{len(triple)}".replace("3/3", "all"), *each])
@@ -327,11 +325,10 @@ def company_table() -> str:
     """
     def lost(variant: str, tasks: tuple[str, ...]) -> list[dict]:
         """Of each seed, of each picture: 100 where it is right alone and not with all, or -100."""
-        alone, with_all = ({one["piece"]["seed"]: right(tasks)(one)
-                            for one in in_company(variant, number, tasks)}
-                           for number in (1, len(NEW_TASKS)))
-        return [{"piece": {"seed": seed}, "lost": alone[seed] - with_all[seed]}
-                for seed in alone if seed in with_all]
+        before, after = ({one["piece"]["seed"]: right(tasks)(one) for one in results} for results
+                         in (alone(variant, tasks), in_company(variant, [NEW_TASKS], tasks)))
+        return [{"piece": {"seed": seed}, "lost": before[seed] - after[seed]}
+                for seed in before if seed in after]
 
     def each(one: dict) -> np.ndarray:
         return one["lost"]
@@ -342,9 +339,9 @@ def company_table() -> str:
     columns = []
     for tasks in (NEW_TASKS, tuple(task for task in NEW_TASKS if task != "mixed")):
         losses = [lost(variant, tasks) for variant in (first, second)]
-        alone = [in_company(variant, 1, tasks) for variant in (second, first)]
+        apart = [alone(variant, tasks) for variant in (second, first)]
         columns.append([*(lead(own, own, each, none) for own in losses), lead(*losses, each),
-                        lead(*alone, right(tasks))])
+                        lead(*apart, right(tasks))])
     return markdown(["points (about 95 %)", "all new tasks", "all but mixed"], map(list, zip(
         [f"{first} loses by company", f"{second} loses by company", "the first less the second",
          f"alone, {second} over {first}"], *columns)))

@@ -123,10 +123,16 @@ def interference() -> dict[str, dict[int, dict[str, list[float]]]]:
     return values
 
 
-def in_company(variant: str, number: int, tasks: tuple[str, ...]) -> list[dict]:
-    """Of each seed, the results of the tasks in companies of so many, as if of one adapter."""
+def in_company(variant: str, companies: Iterable[tuple[str, ...]], tasks: tuple[str, ...]
+               ) -> list[dict]:
+    """Of each seed, the results of the tasks in these companies, as if of one adapter."""
     return joined((r for r in ended("interference") if r["piece"]["variant"] == variant
-                   and len(r["piece"]["tasks"]) == number), tasks)
+                   and tuple(r["piece"]["tasks"]) in companies), tasks)
+
+
+def alone(variant: str, tasks: tuple[str, ...]) -> list[dict]:
+    """The same of each task by itself."""
+    return in_company(variant, [(task,) for task in tasks], tasks)
 
 
 # -------------------------------------------------------------------------- one beside the other
